@@ -1,0 +1,276 @@
+"""What a model is: build it with timm, take pretrained weights, save it, load it, explain it, know its inputs.
+
+Every model has one grey input channel and one logit per class.
+"""
+
+import contextlib
+import difflib
+import io
+import os
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.models import load_state_dict
+from torch import nn
+
+FORMAT = "chest radiograph classifier"
+FORMAT_VERSION = 1
+
+
+class ModelError(Exception):
+    """Something about a model, a weights file or a checkpoint that the user can mend; the message is one line."""
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for auto, cpu, cuda, cuda:1, mps ...: auto takes CUDA, then MPS, then the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        reason = str(e).splitlines()[0]
+        raise ModelError(f"--device {name} can't be used here ({reason}); try --device auto") from None
+    torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the batch that an image stood in
+    return device
+
+
+# --- build ---
+
+
+def check_name(name: str) -> None:
+    """Raise ModelError with the nearest names where timm has no such model."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        raise ModelError(f"timm has no model {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see its list"))
+
+
+def preprocessing(name: str, size: int | None) -> dict:
+    """Input size (timm's own where size is None), and mean and std of grey levels in [0, 1], for a timm model."""
+    check_name(name)
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    mean, std = (sum(v) / len(v) for v in (config.mean, config.std))
+    return {"input_size": size or config.input_size[-1], "mean": mean, "std": std}
+
+
+def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
+    """A timm model with one input channel and classes logits; kwargs go to timm.create_model.
+
+    Raises:
+        ModelError: unknown name, or an input size that the architecture does not take.
+    """
+    check_name(name)
+    config = timm.get_pretrained_cfg(name)
+    if config and config.fixed_input_size:  # token models build their position table for one size
+        kwargs["img_size"] = size
+    try:
+        model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)
+    except AssertionError as e:
+        raise ModelError(f"{name} can't be built for {size} x {size} pixels ({e}); try another --img-size") from None
+    return model
+
+
+def build_pretrained(name: str, classes: int, size: int, weights: str | None, insist: bool) -> tuple[nn.Module, dict]:
+    """A model with weights from a file, or else timm's own from the hub or its cache.
+
+    Args:
+        weights: path of a .safetensors file or of a state dict saved by torch; None for timm's pretrained ones.
+        insist: raise where there are none; otherwise the model keeps its random weights.
+
+    Returns:
+        the model, and a dict: source (a file, hub or random), note (what was taken and what was not, one line), and
+        failed (why there are none).
+    """
+    if weights:
+        state, path = _read_state(Path(weights)), str(weights)
+        model, note = _from_state(name, classes, size, state, path)
+        return model, {"source": path, "note": note, "failed": ""}
+    config = timm.get_pretrained_cfg(name)
+    if not config or not (config.has_weights or config.url or config.hf_hub_id):
+        failure = f"timm has no pretrained weights for {name}"
+    else:
+        failure = ""
+        with _offline_unless_reachable():
+            try:
+                model = build(name, config.num_classes, size, pretrained=True)
+            except ModelError:
+                raise
+            except Exception as e:  # the hub, the network and the cache fail in many ways
+                failure = f"no pretrained weights for {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+    if failure and insist:
+        raise ModelError(f"{failure}; use --weights FILE or --no-pretrained")
+    if failure:
+        return build(name, classes, size), {"source": "random", "note": "random weights", "failed": failure}
+    model.reset_classifier(classes)
+    note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+    return model, {"source": "hub", "note": note, "failed": ""}
+
+
+def _from_state(name: str, classes: int, size: int, state: dict, path: str) -> tuple[nn.Module, str]:
+    """Build with a state dict: every tensor must fit, but for the head, which is new where the classes differ."""
+    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    stem, head = (n[0] if isinstance(n, tuple) else n or "" for n in (config.first_conv, config.classifier))
+    count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
+    channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
+    overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
+    try:
+        # Strict: one tensor too many, too few or of another shape is another architecture.
+        model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError, ValueError, AttributeError) as e:
+        detail = next((line.strip() for line in str(e).splitlines()[1:]), str(e))[:160]
+        raise ModelError(f"{path} does not hold weights of {name}: {detail}") from None
+    if count != classes:
+        model.reset_classifier(classes)
+    stem_note = f"; {stem}: {channels} input channels summed to 1" if channels != 1 else ""
+    head_note = f"head of {count} classes taken" if count == classes else f"new head ({count or 'none'} there)"
+    return model, f"{len(state)} tensors of {path} taken{stem_note}; {head_note}"
+
+
+def _read_state(path: Path) -> dict[str, torch.Tensor]:
+    """A state dict from .safetensors or torch's own format (bare, or under state_dict, model or model_ema)."""
+    if not path.is_file():
+        raise ModelError(f"weights file {path} does not exist")
+    try:
+        state = load_state_dict(str(path), device="cpu", weights_only=True)
+    except Exception as e:
+        raise ModelError(f"{path} can't be read as weights: {str(e).splitlines()[0]}") from None
+    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise ModelError(f"{path} does not hold a state dict of tensors")
+    return dict(state)
+
+
+@contextlib.contextmanager
+def _offline_unless_reachable():
+    """Within, the hub's own library takes its cache alone, unless its server answers within a few seconds."""
+    from huggingface_hub import constants
+
+    answered = []
+
+    def ask() -> None:
+        with contextlib.suppress(OSError):
+            try:
+                urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=4)
+            except urllib.error.HTTPError:
+                pass  # an answer too
+            answered.append(True)
+
+    # In a thread, since looking up a name knows no time limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(6)
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not answered
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+# --- save and load ---
+
+
+def save(checkpoint: dict, path: Path) -> None:
+    """Write a dict of plain types and tensors to a temporary name, then move it into place."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(buffer.getbuffer())
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path, kind: str = FORMAT) -> dict:
+    """Read a checkpoint as it was saved, onto the CPU.
+
+    Raises:
+        ModelError: missing, damaged, no checkpoint of this suite, or of a later format version.
+    """
+    if not Path(path).is_file():
+        raise ModelError(f"checkpoint {path} does not exist")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:
+        raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
+        raise ModelError(f"{path} is no {kind} checkpoint of this suite")
+    if checkpoint["format_version"] > FORMAT_VERSION:
+        found = checkpoint["format_version"]
+        raise ModelError(f"{path} has format version {found}, this code reads up to {FORMAT_VERSION}: update the code")
+    return checkpoint
+
+
+def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode."""
+    model = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["input_size"])
+    try:
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as e:
+        raise ModelError(f"the weights do not fit this version of timm's {checkpoint['model']}: {e}") from None
+    return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def newest_checkpoint() -> Path:
+    """The ckpt.pt of the newest run under runs/."""
+    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise ModelError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
+    return found[-1]
+
+
+def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Calibrated probabilities [n, classes] from logits [n, classes]; see Guo et al. 2017 for the temperature."""
+    return F.softmax(logits.double() / temperature, dim=1)
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+# --- explain ---
+
+
+def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
+    """Grad-CAM (Selvaraju et al. 2017) of the logit of class target, at the stage before the last.
+
+    That stage has twice the resolution of the last one, and in models that read a class token alone it is the last
+    one whose other tokens matter.
+
+    Args:
+        x: normalised images [batch, 1, height, width].
+
+    Returns:
+        float32 [batch, height, width] in [0, 1]; all zero where nothing speaks for the class.
+    """
+    kept = {}
+    layer = model.get_submodule(model.feature_info[-2]["module"])
+    handle = layer.register_forward_hook(lambda _, __, output: kept.update(map=output))
+    try:
+        with torch.enable_grad():
+            logits = model(x.requires_grad_())
+            (gradient,) = torch.autograd.grad(logits[:, target].sum() - logits.sum() / logits.shape[1], kept["map"])
+    finally:
+        handle.remove()
+    features, gradient = (_to_nchw(model, t.detach()) for t in (kept["map"], gradient))
+    cam = F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
+    cam = F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False)[:, 0].clamp_(min=0)
+    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def _to_nchw(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
+    """Features as [batch, channels, height, width] from that, from channels last, or from tokens."""
+    if t.ndim == 3:
+        t = t[:, getattr(model, "num_prefix_tokens", 0) :]
+        side = int(t.shape[1] ** 0.5)
+        t = t.unflatten(1, (side, -1))
+        return t.permute(0, 3, 1, 2)
+    return t.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else t
