@@ -274,3 +274,53 @@ def _to_nchw(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
         t = t.unflatten(1, (side, -1))
         return t.permute(0, 3, 1, 2)
     return t.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else t
+
+
+# --- know what it has not seen ---
+
+GRID = 16
+
+
+def layout(images: torch.Tensor) -> torch.Tensor:
+    """What an image looks like at a glance, float32 [n, GRID * GRID + 18], from uint8 [n, side, side].
+
+    Standardised grey levels on a coarse grid, the fine structure on a 4 x 4 grid, brightness and contrast.
+    """
+    x = images.unsqueeze(1).float()
+    coarse = F.adaptive_avg_pool2d(x, GRID).flatten(1)
+    fine = F.adaptive_avg_pool2d((x - F.avg_pool2d(x, 3, 1, 1)).abs(), 4).flatten(1)
+    mean, std = coarse.mean(1, keepdim=True), coarse.std(1, keepdim=True)
+    return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
+
+
+def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | float]:
+    """Mean and whitening of the training images' layout, and the cut that flags 1 % of the validation images.
+
+    A Mahalanobis distance as in Lee et al. 2018, on the layout instead of on features: what a network learnt for a
+    diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
+    """
+    count, total, outer = 0, 0.0, 0.0
+    for batch in train_batches:
+        v = torch.cat([layout(batch), layout(batch.flip(2))]).double()  # mirrored is as good: an augmentation
+        count, total, outer = count + len(v), total + v.sum(0), outer + v.T @ v
+    mean = total / count
+    covariance = outer / count - torch.outer(mean, mean)
+    scale = covariance.diagonal().clamp(min=1e-8).sqrt()
+    # Shrunk to the identity: few images must not make it singular.
+    correlation = 0.9 * covariance / torch.outer(scale, scale) + 0.1 * torch.eye(len(mean), dtype=torch.float64)
+    whiten = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
+    check = {"mean": mean.float(), "whiten": whiten.float(), "cut": 1.0}
+    scores = torch.cat([unlikeness(check, b) for b in val_batches])
+    return check | {"cut": float(scores.quantile(0.99))}
+
+
+def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
+    """float32 [n]; above check["cut"] an image is unlike the training images.
+
+    The distance of the layout, weighed against that of the image turned upside down: where that one is the nearer,
+    something stands on its head.
+    """
+    here, turned = (
+        ((layout(x) - check["mean"]) @ check["whiten"]).norm(dim=1) for x in (images.cpu(), images.cpu().flip(1))
+    )
+    return here * (here / turned.clamp(min=1e-6)).clamp(min=1)

@@ -1,0 +1,514 @@
+"""Fine-tune a timm model to tell pneumonia from normal chest radiographs.
+
+    python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
+    python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
+    python train.py --resume runs/20260101-120000-resnet18           # go on after an interruption, to the bit
+    torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import sklearn
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import evaluate
+import models
+
+LAST_FORMAT = "training state"
+
+
+class TrainError(Exception):
+    """The run can't go on; the message is one line."""
+
+
+def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """Linear warm-up to the peak, then a cosine down to zero: a pure function of the step."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+
+
+def class_weights(labels: torch.Tensor, classes: int, balance: bool) -> torch.Tensor:
+    """float32 [classes], mean 1 over the training images: each class counts the same where balance is asked for."""
+    counts = labels.bincount(minlength=classes).float()
+    return len(labels) / (classes * counts) if balance else torch.ones(classes)
+
+
+# --- processes ---
+
+
+def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device): from torchrun's environment, or one process."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = models.pick_device(args.device)
+    if world == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = models.pick_device(f"cuda:{local}")
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), world, device
+
+
+def from_first(value, world: int):
+    """Rank 0's value, on every rank."""
+    if world == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def sum_over_ranks(t: torch.Tensor, world: int) -> torch.Tensor:
+    if world > 1:
+        dist.all_reduce(t)
+    return t
+
+
+# --- the loop ---
+
+
+def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws, state, epoch, args) -> dict:
+    """One epoch over the training images; nothing in it waits for the device but the end.
+
+    Args:
+        net: what is called (model, perhaps wrapped or compiled); model: what holds the weights.
+        images: uint8 [n, side, side]; labels: int64 [n] on the device; draws: [n, DRAWS], see data.draw.
+        order: int64 indices of the training images in this epoch's order, the same on every rank.
+        state: what stays the same over the run: rank, world, device, weights, steps, strength, size and so on.
+
+    Returns:
+        train_loss (mean over the epoch), lr (of the last step), images (seen by all processes).
+
+    Raises:
+        TrainError: the loss is not finite, with epoch and step.
+    """
+    device, world = state["device"], state["world"]
+    batch = min(args.batch_size * world, len(order))
+    steps = len(order) // batch  # the incomplete last batch is left out: other images each epoch
+    losses = torch.zeros(steps, device=device)
+    net.train()
+    bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", leave=False, disable=None if state["rank"] == 0 else True)
+    for step in bar:
+        done = (epoch - 1) * steps + step
+        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), args.lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        index = order[step * batch : (step + 1) * batch][state["rank"] :: world]
+        x = images[index.to(images.device)].to(device, non_blocking=True)
+        x = data.augment(x, draws[index].to(device, non_blocking=True), state["strength"], state["train_size"])
+        x = data.normalise(x, state["mean"], state["std"]).to(memory_format=torch.channels_last)
+        y = labels[index].to(device, non_blocking=True)
+        with torch.autocast(device.type, dtype=state["dtype"], enabled=state["dtype"] != torch.float32):
+            logits = net(x)
+        loss = F.cross_entropy(logits.float(), y, state["weights"], reduction="sum", label_smoothing=args.label_smoothing)
+        loss = loss / len(y)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        ema.update(model, step=done)
+        losses[step] = loss.detach()
+    losses = sum_over_ranks(losses, world).cpu() / world  # the one moment of an epoch that waits for the device
+    if not losses.isfinite().all():
+        bad = int((~losses.isfinite()).nonzero()[0]) + 1
+        raise TrainError(f"the loss is not finite in epoch {epoch}, step {bad} of {steps}; try a lower --lr")
+    return {"train_loss": float(losses.mean()), "lr": lr, "images": steps * batch}
+
+
+def validate(model, images, val_index, labels, state) -> dict:
+    """Loss, AUROC, accuracy (at 0.5) and the logits [n, classes] of the validation images, each counted once."""
+    device, world = state["device"], state["world"]
+    mine = torch.arange(len(val_index))[state["rank"] :: world]
+    logits = torch.zeros(len(val_index), state["classes"], dtype=torch.float64)
+    if len(mine):
+        batches = evaluate.in_batches(images, val_index[mine].to(images.device))
+        logits[mine] = torch.from_numpy(evaluate.infer(model, batches, state["mean"], state["std"], device))
+    if world > 1:
+        logits = sum_over_ranks(logits.to(device if device.type == "cuda" else "cpu"), world).cpu()
+    y = labels[val_index].cpu()
+    p = logits.softmax(1)
+    return {
+        "val_loss": float(F.cross_entropy(logits, y)),
+        "val_auroc": evaluate.macro_auroc(y.numpy(), p.numpy(), state["positive"]),
+        "val_accuracy": float((logits.argmax(1) == y).double().mean()),
+        "logits": logits.numpy(),
+    }
+
+
+def calibrate(model, logits: np.ndarray, images, val_index, labels, rule: str, state) -> dict:
+    """Temperature and threshold, both chosen on the validation images."""
+    y = labels[val_index].cpu().numpy()
+    temperature = evaluate.fit_temperature(logits, y)
+    if state["classes"] > 2:
+        return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
+    z, positive = evaluate.binary_logit(logits, state["positive"]), y == state["positive"]
+    source = "validation"
+    if rule == "stressed":
+        copies = (c for b in evaluate.in_batches(images, val_index.to(images.device)) for _, c in data.stress(b.cpu()))
+        stressed = evaluate.infer(model, copies, state["mean"], state["std"], state["device"])
+        z = np.concatenate([z, evaluate.binary_logit(stressed, state["positive"])])
+        blocks = np.array_split(positive, range(256, len(positive), 256))
+        positive = np.concatenate([positive, *(np.tile(b, len(z) // len(positive) - 1) for b in blocks)])
+        rule, source = "youden", "validation images and their stressed copies"
+    value = evaluate.choose_threshold(rule, positive, z / temperature)
+    return {"temperature": temperature, "threshold": {"value": value, "rule": rule, "from": source}}
+
+
+# --- the run ---
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Versions, device and git commit, for the record."""
+    try:
+        folder = Path(__file__).resolve().parent
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    libraries = {m.__name__: m.__version__ for m in (torch, timm, torchvision, sklearn, np)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
+    return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
+    yes_no = argparse.BooleanOptionalAction
+    g = parser.add_argument_group("data")
+    g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
+    g.add_argument("--img-size", type=int, metavar="PX", help="side of the square input (the model's own)")
+    g.add_argument("--val-fraction", type=float, default=0.1, help="of the patients, for validation")
+    g = parser.add_argument_group("model")
+    g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
+    g.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
+    g.add_argument("--weights", metavar="FILE", help="weights from a .safetensors file or a torch state dict")
+    g = parser.add_argument_group("recipe")
+    g.add_argument("--epochs", type=int, default=10, help="passes over the training images")
+    g.add_argument("--batch-size", type=int, default=64, help="images per step and process")
+    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    g.add_argument("--weight-decay", type=float, default=0.05, help="not on norms and biases")
+    g.add_argument("--warmup-epochs", type=float, default=1.0, help="linear warm-up, then cosine")
+    g.add_argument("--ema-decay", type=float, default=0.99, help="moving average of the weights, warmed up; 0: none")
+    g.add_argument("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes")
+    g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
+    g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
+    g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without a better AUROC; 0: never")
+    g.add_argument(
+        "--threshold",
+        default="stressed",
+        metavar="RULE",
+        help="youden, stressed (Youden's index, stressed copies of the validation images included), "
+        "sensitivity=0.95, or a number",
+    )
+    g = parser.add_argument_group("run")
+    g.add_argument("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
+    g.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
+    g.add_argument("--seed", type=int, default=0, help="of the split and of everything random")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
+    g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
+    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    for name in ("epochs", "batch_size", "img_size"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise TrainError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
+    for name, low, high in (("val_fraction", 0.01, 0.5), ("ema_decay", 0, 0.99999), ("label_smoothing", 0, 0.9)):
+        if not low <= getattr(args, name) <= high:
+            raise TrainError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
+    for name in ("lr", "weight_decay", "warmup_epochs", "patience"):
+        if not getattr(args, name) >= 0 or math.isinf(getattr(args, name)):
+            raise TrainError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
+    rule = args.threshold.removeprefix("sensitivity=")
+    try:
+        if rule not in ("youden", "stressed") and not 0 < float(rule) < 1:
+            raise ValueError
+    except ValueError:
+        known = "youden, stressed, sensitivity=0.95 or a number in (0, 1)"
+        raise TrainError(f"--threshold must be {known}, not {args.threshold}") from None
+    if args.weights and args.pretrained is not None:
+        raise TrainError("--weights and --pretrained exclude each other")
+
+
+def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; with --resume those of the run, which only --epochs and --device may contradict."""
+    args = parser.parse_args()
+    if not args.resume:
+        check_arguments(args)
+        return args
+    unset = object()
+    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset))))
+    metrics = Path(args.resume) / "metrics.json"
+    try:
+        stored = json.loads(metrics.read_text())["arguments"]
+    except (OSError, ValueError, KeyError):
+        raise TrainError(f"--resume {args.resume} holds no run (no readable {metrics})") from None
+    for name, value in given.items():
+        if value is unset or name in ("resume", "output"):
+            continue
+        if name in ("epochs", "device"):
+            stored[name] = value
+        elif value != stored.get(name):
+            flag = f"--{name.replace('_', '-')}"
+            raise TrainError(f"{flag} {value} contradicts the run in {args.resume}, which has {stored.get(name)}")
+    if given["output"] is not unset and Path(args.output) != Path(args.resume):
+        raise TrainError("--output and --resume name different folders")
+    args = argparse.Namespace(**(vars(args) | stored | {"resume": args.resume, "output": args.resume}))
+    check_arguments(args)
+    return args
+
+
+def make_run_folder(args: argparse.Namespace, world: int, rank: int) -> Path:
+    """The run's folder, on rank 0; one that already holds a run is never overwritten."""
+    if args.resume:
+        return Path(args.resume)
+    error, folder = "", None
+    if rank == 0:
+        name = f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"
+        folder = Path(args.output) if args.output else Path("runs") / name
+        if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+            error = f"{folder} already holds a run; use --resume {folder} to go on, or another --output"
+        else:
+            folder.mkdir(parents=True, exist_ok=bool(args.output))
+    error, folder = from_first((error, folder), world)
+    if error:
+        raise TrainError(error)
+    return folder
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Train as the arguments say; returns the run folder."""
+    rank, world, device = start_processes(args)
+    first = rank == 0
+    say = print if first else (lambda *_, **__: None)
+    pre = models.preprocessing(args.model, args.img_size)
+    root = from_first(data.find_root(args.data) if first else None, world)
+    folder = make_run_folder(args, world, rank)
+    args.folder = folder
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "folder")}
+    metrics = {"arguments": arguments, "environment": describe_environment(device), "finished": False, "epochs": []}
+
+    def write_metrics() -> None:
+        if first:
+            data.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+
+    if not args.resume:
+        write_metrics()
+    demo = data.is_demo(root)
+    if demo:
+        data.warn_demo(root)
+    records = data.find_training(root, args.seed, args.val_fraction)
+    classes = sorted({r["class"] for r in records})
+    positive = classes.index("PNEUMONIA") if "PNEUMONIA" in classes else len(classes) - 1
+    if first:  # decodes what is not in the cache yet
+        data.load_images(root, records, pre["input_size"])
+    from_first(None, world)
+    images, digests, failed = data.load_images(root, records, pre["input_size"])
+    left_out = data.report_left_out(records, failed)
+    for i in failed:
+        records[i]["split"] = "left out"
+    labels = torch.tensor([classes.index(r["class"]) for r in records])
+    index = {s: torch.tensor([i for i, r in enumerate(records) if r["split"] == s]) for s in ("train", "val")}
+    for split, members in index.items():
+        for i, name in enumerate(classes):
+            if not len(members) or not (labels[members] == i).any():
+                raise data.DataError(f"class {name} has no readable image for {'training' if split == 'train' else 'validation'}")
+    if len(index["train"]) < 2 * world:
+        raise data.DataError(f"{len(index['train'])} training images are too few for {world} processes")
+
+    torch.manual_seed(args.seed)
+    # The file is compared to the bit: a state that was saved needs no pretrained weights.
+    state_file = folder / "last.pt"
+    saved = from_first(models.load(state_file, LAST_FORMAT) if first and args.resume and state_file.exists() else None, world)
+    if saved:
+        model, source = models.build(args.model, len(classes), pre["input_size"]), saved["weights_source"]
+    elif args.weights or args.pretrained is not False:
+        insist = args.pretrained is True
+        model, source = models.build_pretrained(args.model, len(classes), pre["input_size"], args.weights, insist)
+    else:
+        model = models.build(args.model, len(classes), pre["input_size"])
+        source = {"source": "random", "note": "random weights, as asked", "failed": ""}
+    if source["failed"]:
+        data.warn(f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file")
+    model.to(device, memory_format=torch.channels_last)
+    if world > 1:  # random weights are alike by the seed, but a download may have worked on one machine alone
+        for t in model.state_dict().values():
+            dist.broadcast(t, 0)
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else ModelEmaV3(model, decay=0.0)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
+    auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if device.type == "cuda" else torch.float32
+    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
+    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+    net = torch.compile(net) if args.compile else net
+
+    history, best, seconds = [], {"epoch": 0, "key": [-1.0, 0.0]}, 0.0
+    if saved:
+        model.load_state_dict(saved["model"])
+        ema.module.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        history, best, seconds = saved["history"], saved["best"], saved["seconds"]
+        if saved["fingerprint"] != data.fingerprint(records):
+            raise TrainError(f"the images in {root} are not those that the run in {folder} was started with")
+
+    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        images = images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
+    fixed = timm.get_pretrained_cfg(args.model) and timm.get_pretrained_cfg(args.model).fixed_input_size
+    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+    small = max(round(pre["input_size"] * 0.75 / 32) * 32, 32)
+    state = {
+        "rank": rank,
+        "world": world,
+        "device": device,
+        "dtype": dtype,
+        "classes": len(classes),
+        "positive": positive,
+        "strength": data.AUGMENT[args.augment],
+        "mean": pre["mean"],
+        "std": pre["std"],
+        "weights": class_weights(labels[index["train"]], len(classes), args.balance).to(device),
+        "train_size": pre["input_size"] if fixed or args.augment == "none" else min(small, pre["input_size"]),
+    }
+    train_records = [records[i] for i in index["train"].tolist()]
+    about_data = {"root": str(root.resolve()), "demo": demo, "fingerprint": data.fingerprint(records)}
+    metrics["data"] = about_data | {
+        "classes": classes,
+        "images": {s: len(m) for s, m in index.items()},
+        "patients": {s: len({records[i]["patient"] for i in m.tolist()}) for s, m in index.items()},
+        "left_out": left_out,
+    }
+    metrics["weights"] = source
+    if first:
+        columns = ["path", "class", "patient", "subtype", "split"]
+        data.write_atomic(folder / "splits.csv", data.to_csv(records, columns))
+    count = {s: f"{len(m)} images of {metrics['data']['patients'][s]} patients" for s, m in index.items()}
+    say(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {source['note']}")
+    say(f"{root}: {count['train']} to train, {count['val']} to validate; {pre['input_size']} px on {device}, {dtype}")
+    say(f"{'epoch':>5}  {'train loss':>10}  {'val loss':>8}  {'val AUROC':>9}  {'val acc.':>8}  {'seconds':>7}  {'images/s':>8}")
+
+    y_device = labels.to(device)
+
+    def save_last() -> None:
+        if first:
+            content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "model": model.state_dict()}
+            content |= {"ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
+            models.save(content | {"fingerprint": about_data["fingerprint"]}, state_file)
+
+    if not saved:
+        save_last()
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        if args.patience and best["epoch"] and len(history) - best["epoch"] >= args.patience:
+            say(f"no better validation AUROC in {args.patience} epochs: stopped")
+            break
+        start = time.perf_counter()
+        torch.manual_seed(mix(args.seed, epoch, rank))  # for dropout and the like
+        order = index["train"][data.shuffle(len(index["train"]), args.seed, epoch)]
+        draws = data.draw(len(records), args.seed, epoch)
+        step = train_epoch(net, model, ema, optimizer, scaler, images, y_device, order, draws, state, epoch, args)
+        trained = time.perf_counter() - start
+        found = validate(ema.module, images, index["val"], labels, state)
+        logits = found.pop("logits")
+        if math.isnan(found["val_auroc"]) or math.isnan(found["val_loss"]):
+            raise TrainError(f"the validation loss is not finite in epoch {epoch}; try a lower --lr")
+        seen = step.pop("images")
+        history.append({"epoch": epoch} | step | found)
+        key = [found["val_auroc"], -found["val_loss"]]  # AUROC saturates: the loss decides between equals
+        if key > best["key"]:
+            best = {"epoch": epoch, "key": key}
+            if first:
+                chosen = calibrate(ema.module, logits, images, index["val"], labels, args.threshold, state)
+                checkpoint = {
+                    "format": models.FORMAT,
+                    "format_version": models.FORMAT_VERSION,
+                    "model": args.model,
+                    "state_dict": ema.module.state_dict(),
+                    "classes": classes,
+                    "positive": classes[positive],
+                    **pre,
+                    **chosen,
+                    "validation": found,
+                    "epoch": epoch,
+                    "data": about_data
+                    | {
+                        "val": [records[i]["path"] for i in index["val"].tolist()],
+                        "patients": sorted(data.named_patients(train_records)),
+                        "pixels": digests[index["train"]].clone(),
+                    },
+                    "input_check": models.fit_input_check(
+                        *(evaluate.in_batches(images, index[s].to(images.device)) for s in ("train", "val"))
+                    ),
+                    "arguments": arguments,
+                    "environment": metrics["environment"],
+                }
+                models.save(checkpoint, folder / "ckpt.pt")
+        took = time.perf_counter() - start
+        seconds += took
+        history[-1] |= {"seconds": round(took, 3), "images_per_second": round(seen / trained, 1)}
+        h = history[-1]
+        save_last()
+        metrics |= {"epochs": history, "best_epoch": best["epoch"], "seconds": round(seconds, 3)}
+        metrics["images_per_second"] = round(float(np.median([e["images_per_second"] for e in history])), 1)
+        write_metrics()
+        mark = " *" if best["epoch"] == epoch else ""
+        say(
+            f"{epoch:5}  {h['train_loss']:10.4f}  {h['val_loss']:8.4f}  {h['val_auroc']:9.4f}  "
+            f"{h['val_accuracy']:8.4f}  {took:7.1f}  {h['images_per_second']:8.1f}{mark}",
+            flush=True,
+        )
+    metrics |= {"epochs": history, "best_epoch": best["epoch"], "seconds": round(seconds, 3), "finished": True}
+    write_metrics()
+    if first:
+        test = data.scan(root, "test")[0]["path"] if (root / "test").is_dir() else records[index["val"][0]]["path"]
+        ckpt, image = shlex.quote(str(folder / "ckpt.pt")), shlex.quote(str(root / test))
+        say(f"\nbest epoch {best['epoch']} of {len(history)}, {seconds:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
+        say(f"python evaluate.py {ckpt}\npython predict.py --ckpt {ckpt} {image}")
+    if world > 1:
+        dist.destroy_process_group()
+    return folder
+
+
+def mix(*numbers: int) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+
+
+def main() -> None:
+    parser = make_parser()
+    args = argparse.Namespace()
+    try:
+        args = parse_arguments(parser)
+        run(args)
+    except (TrainError, data.DataError, models.ModelError, OSError) as e:
+        go_on = f"; go on with --resume {args.folder}" if isinstance(e, OSError) and hasattr(args, "folder") else ""
+        parser.error(f"{e}{go_on}")
+    except KeyboardInterrupt:
+        where = getattr(args, "folder", None)
+        go_on = f"; go on with: python train.py --resume {shlex.quote(str(where))}" if where else ""
+        parser.exit(130, f"\ninterrupted{go_on}\n")
+
+
+if __name__ == "__main__":
+    main()
