@@ -2,7 +2,7 @@
 
     python data.py check data/chest_xray         # health of a folder; exit code 1 where a result would be invalid
     python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
-    python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
+    python data.py demo data/demo --images 1400  # the synthetic set that the scripts use where there is no data
 """
 
 import argparse
@@ -312,7 +312,7 @@ def pixel_digest(pixels: np.ndarray) -> int:
 
 def _decode_all(root: Path, records: list[dict], size: int):
     """Yield _decode of each record in order, on all cores, with a progress bar; a bounded number in memory."""
-    with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(records), desc="decoding", unit="img", leave=False) as bar:
+    with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(records), desc="decoding", unit="img", leave=False, disable=None) as bar:
         for start in range(0, len(records), 512):
             for item in pool.map(lambda r: _decode(root, r, size), records[start : start + 512]):
                 yield item
@@ -521,10 +521,10 @@ def stress(images: torch.Tensor):
 DEMO_VERSION = 1
 
 
-def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
+def draw_demo(folder: Path, images: int = 1400, seed: int = 0) -> None:
     """Write a synthetic set: crude chest phantoms with patients, subtypes, varied sizes and names of both schemes.
 
-    A quarter are for test; two in three show a pneumonia: focal consolidation (bacterial) or diffuse streaks (viral).
+    One in five is for test; two in three show a pneumonia: focal consolidation (bacterial) or diffuse streaks (viral).
     Brightness, contrast, size and aspect are drawn without regard to the class. opacities.csv holds where each opacity
     lies: path, and an ellipse (x, y, rx, ry in parts of the width and height).
     Every pixel is a function of the seed.
@@ -538,7 +538,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     temporary.chmod(0o755)
     try:
         jobs, patient = [], 0
-        for split, count in (("train", images - images // 4), ("test", images // 4)):
+        for split, count in (("train", images - images // 5), ("test", images // 5)):
             done = 0
             while done < count:
                 patient += 1
@@ -625,22 +625,24 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
     for side in (-1, 1):  # collar bones
         image += 0.14 * np.exp(-(((y + 0.72 + 0.22 * (side * x - 0.1)) / 0.028) ** 2)) * (np.abs(side * x - 0.42) < 0.34)
     hila = np.exp(-(((np.abs(x) - 0.2) / 0.16) ** 2) - ((y + 0.02) / 0.25) ** 2)
-    image += lungs * (0.05 + 0.07 * hila) * (1 + _smooth(anatomy, (h, w), (14, 18)))  # vessels
+    image += lungs * (0.04 + 0.05 * hila) * (1 + _smooth(anatomy, (h, w), (10, 12)))  # vessels
 
     opacities, shade = [], np.zeros_like(x)
     if subtype:
-        side = visit.choice([-1, 1])
-        spots = [(side * visit.uniform(0.35, 0.55), visit.uniform(-0.4, 0.3))]
+        side = int(visit.choice([-1, 1]))
+        spots = [(side * visit.uniform(0.36, 0.5), visit.uniform(-0.35, 0.2))]
         if subtype == "viral":
-            spots.append((-spots[0][0], visit.uniform(-0.3, 0.25)))
+            spots = [(-0.43, visit.uniform(-0.2, 0.1)), (0.43, visit.uniform(-0.2, 0.1))]
         for ox, oy in spots:
-            rx, ry = visit.uniform(*((0.17, 0.26) if subtype == "bacterial" else (0.24, 0.32)), 2).tolist()
+            rx, ry = visit.uniform(0.26, 0.34), visit.uniform(0.3, 0.45)
+            if subtype == "viral":
+                rx, ry = 0.34, visit.uniform(0.5, 0.65)
             spot = soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 - 1 + 0.5 * _smooth(visit, (h, w), (9, 9)), 0.35)
             if subtype == "bacterial":
-                shade += spot * visit.uniform(0.1, 0.26)
+                shade += spot * visit.uniform(0.2, 0.4) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
             else:
-                streaks = _smooth(visit, (h, w), (24, 14)) + _smooth(visit, (h, w), (14, 24))
-                shade += spot * visit.uniform(0.08, 0.2) * (0.5 + 0.8 * np.exp(-((streaks / 0.3) ** 2)))
+                streaks = _smooth(visit, (h, w), (26, 16)) + _smooth(visit, (h, w), (16, 26))
+                shade += spot * visit.uniform(0.16, 0.34) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
             # From body to image: undo scale, turn and shift.
             px = ox * sx * math.cos(turn) - oy * sy * math.sin(turn) + cx
             py = ox * sx * math.sin(turn) + oy * sy * math.cos(turn) + cy
@@ -677,7 +679,7 @@ def check(root: Path) -> dict:
     by_pixels = defaultdict(list)
     for split, rows in records.items():
         stats = defaultdict(lambda: defaultdict(list))
-        with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(rows), desc=split, unit="img", leave=False) as bar:
+        with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(rows), desc=split, unit="img", leave=False, disable=None) as bar:
             for row, result in zip(rows, pool.map(lambda r: _inspect(root / r["path"]), rows)):
                 bar.update()
                 if isinstance(result, str):
@@ -805,7 +807,7 @@ def main() -> None:
     sub.add_argument("dir", metavar="DIR", nargs="?", default="data", help="DIR/chest_xray is made")
     sub = commands.add_parser("demo", help="draw the synthetic set")
     sub.add_argument("dir", metavar="DIR")
-    sub.add_argument("--images", type=int, default=1000, help="how many")
+    sub.add_argument("--images", type=int, default=1400, help="how many")
     sub.add_argument("--seed", type=int, default=0, help="every pixel is a function of it")
     args = parser.parse_args()
     try:

@@ -183,7 +183,7 @@ def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torc
     logits = []
     for batch in batches:
         x = data.normalise(batch.to(device, non_blocking=True), mean, std)
-        logits.append(model(x.to(memory_format=torch.channels_last)).float())
+        logits.append(models.logits(model, x.to(memory_format=torch.channels_last)))
     return torch.cat(logits).cpu().double().numpy()
 
 

@@ -51,11 +51,14 @@ def check_name(name: str) -> None:
 
 
 def preprocessing(name: str, size: int | None) -> dict:
-    """Input size (timm's own where size is None), and mean and std of grey levels in [0, 1], for a timm model."""
+    """Input size, and mean and std of grey levels in [0, 1] as timm's weights expect them.
+
+    Where size is None, it is 160 pixels, or the model's own if it takes one size alone.
+    """
     check_name(name)
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     mean, std = (sum(v) / len(v) for v in (config.mean, config.std))
-    return {"input_size": size or config.input_size[-1], "mean": mean, "std": std}
+    return {"input_size": size or (config.input_size[-1] if config.fixed_input_size else 160), "mean": mean, "std": std}
 
 
 def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
@@ -225,6 +228,11 @@ def newest_checkpoint() -> Path:
     if not found:
         raise ModelError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
     return found[-1]
+
+
+def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """float32 [n, classes] from normalised images: the mean over each image and its mirror image."""
+    return ((model(x) + model(x.flip(3))) / 2).float()
 
 
 def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -187,7 +187,7 @@ def describe_environment(device: torch.device) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
-    libraries = {m.__name__: m.__version__ for m in (torch, timm, torchvision, sklearn, np)}
+    libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
     return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
 
@@ -197,7 +197,7 @@ def make_parser() -> argparse.ArgumentParser:
     yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    g.add_argument("--img-size", type=int, metavar="PX", help="side of the square input (the model's own)")
+    g.add_argument("--img-size", type=int, metavar="PX", help="side of the square input (160, or the one the model takes)")
     g.add_argument("--val-fraction", type=float, default=0.1, help="of the patients, for validation")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")

@@ -1,0 +1,264 @@
+"""Classify radiographs with a trained model.
+
+    python predict.py img.jpeg                              # the newest run's model
+    python predict.py --ckpt a.pt --ckpt b.pt --csv folder  # the mean of two models, for all images in a folder
+    python predict.py --cam maps img.jpeg                   # and where the model looked
+    find . -name '*.png' | python predict.py --json -       # a list of paths on stdin, one JSON object a line
+"""
+
+import argparse
+import csv
+import glob
+import json
+import os
+import sys
+import threading
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+import data
+import models
+
+BATCH = 32
+COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
+
+
+def find_inputs(inputs: list[str]):
+    """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order."""
+    for item in inputs:
+        if item == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        elif os.path.isdir(item):
+            for folder, subfolders, files in os.walk(item):
+                subfolders.sort()
+                yield from (str(p) for p in sorted(Path(folder, f) for f in files) if data.is_image(p))
+        elif not os.path.exists(item) and glob.has_magic(item):
+            yield from sorted(glob.glob(item, recursive=True)) or [item]
+        else:
+            yield item
+
+
+def load_models(paths: list[str], device: torch.device) -> list[tuple[dict, torch.nn.Module]]:
+    """Checkpoints and their models; all must tell the same classes apart."""
+    loaded = []
+    for path in paths:
+        ckpt = models.load(path)
+        first = loaded[0][0] if loaded else ckpt
+        if (ckpt["classes"], ckpt["positive"]) != (first["classes"], first["positive"]):
+            mine, theirs = ", ".join(ckpt["classes"]), ", ".join(first["classes"])
+            raise models.ModelError(
+                f"{path} (classes {mine}; positive {ckpt['positive']}) and {paths[0]} (classes {theirs}; positive "
+                f"{first['positive']}) can't be averaged"
+            )
+        if ckpt["data"]["demo"]:
+            data.warn(f"DEMO MODEL: {path} was trained on synthetic phantoms; its predictions mean nothing for patients")
+        loaded.append((ckpt, models.from_checkpoint(ckpt, device)))
+    return loaded
+
+
+def read(path: str, sizes: list[int]) -> tuple[list[np.ndarray] | None, dict, str]:
+    """The image at each model's input size, what read_image tells of it, and the reason where it can't be read."""
+    try:
+        images, info = [], {}
+        for size in sizes:
+            pixels, info = data.read_image(path, size)
+            images.append(pixels)
+        return images, info, ""
+    except data.ImageError as e:
+        return None, {}, str(e)
+
+
+def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
+    """What a person should know of an image before trusting the label."""
+    found = {
+        "colour image": info["colour"] > COLOUR,
+        "near-constant image": float(np.ptp(np.percentile(pixels, (2, 98)))) < CONSTANT,
+        "under 64 pixels": min(info["width"], info["height"]) < SMALL,
+        "unlike training images": unlike,
+    }
+    return [name for name, on in found.items() if on]
+
+
+@torch.inference_mode()
+def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device):
+    """Yield a result per (path, images, info, reason) of the batch: path, label, probability, flags, error ..."""
+    good = [item for item in batch if item[1] is not None]
+    mean, unlike = 0.0, torch.zeros(len(good), dtype=torch.bool)
+    if good:
+        sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
+        for ckpt, model in loaded:
+            images = torch.from_numpy(np.stack([item[1][sizes.index(ckpt["input_size"])] for item in good]))
+            x = data.normalise(images.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
+            p = models.probabilities(models.logits(model, x).cpu(), ckpt["temperature"])
+            mean = mean + p / len(loaded)
+            unlike |= models.unlikeness(ckpt["input_check"], images) > ckpt["input_check"]["cut"]
+    ckpt = loaded[0][0]
+    classes, positive = ckpt["classes"], ckpt["classes"].index(ckpt["positive"])
+    threshold = None
+    if len(classes) == 2:
+        threshold = sum(c["threshold"]["value"] for c, _ in loaded) / len(loaded)
+    k = 0
+    for path, images, info, reason in batch:
+        result = {"path": path, "label": None, "probability": None, "threshold": threshold, "flags": [], "error": reason}
+        if images is not None:
+            p = mean[k].tolist()
+            called = (positive if p[positive] >= threshold else 1 - positive) if len(classes) == 2 else int(np.argmax(p))
+            result["label"] = classes[called]
+            result["probability"] = p[positive] if len(classes) == 2 else dict(zip(classes, p))
+            result["flags"] = flags(info, images[0], bool(unlike[k]))
+            k += 1
+        result["demo"] = any(c["data"]["demo"] for c, _ in loaded)
+        yield result, images
+
+
+def stream(paths, sizes: list[int], pool: ThreadPoolExecutor):
+    """Yield batches of (path, images, info, reason), decoded ahead on all cores while the model works on the last one."""
+    ahead = deque()
+    paths = iter(paths)
+
+    def submit() -> None:
+        for path in paths:
+            ahead.append((path, pool.submit(read, path, sizes)))
+            return
+
+    for _ in range(3 * BATCH):
+        submit()
+    batch = []
+    while ahead:
+        path, future = ahead.popleft()
+        batch.append((path, *future.result()))
+        submit()
+        if len(batch) == BATCH or not ahead:
+            yield batch
+            batch = []
+
+
+def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: list[np.ndarray], folder: Path, device) -> None:
+    """Write the radiograph at its own resolution with the heat map of its label laid over it, and a caption."""
+    sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
+    heat = 0.0
+    picture, _ = data.read_image(result["path"], None)
+    height, width = picture.shape
+    for ckpt, model in loaded:
+        pixels = torch.from_numpy(images[sizes.index(ckpt["input_size"])])[None].to(device)
+        x = data.normalise(pixels, ckpt["mean"], ckpt["std"])
+        cam = models.grad_cam(model, x, ckpt["classes"].index(result["label"]))[0].cpu().numpy()
+        cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BICUBIC)
+        heat = heat + np.asarray(cam).clip(0, 1)[..., None] / len(loaded)
+    # From no colour over red to yellow, as opaque as the map is high.
+    colour = np.concatenate([np.full_like(heat, 255), 255 * heat**2, np.zeros_like(heat)], 2)
+    out = picture[..., None] * (1 - 0.5 * heat) + colour * 0.5 * heat
+    p = result["probability"]
+    p = p[result["label"]] if isinstance(p, dict) else p
+    font = ImageFont.load_default(max(12, width // 45))
+    of = result["label"] if isinstance(result["probability"], dict) else loaded[0][0]["positive"]
+    lines = [Path(result["path"]).name, f"{result['label']}   P({of}) = {p:.3f}", *result["flags"]]
+    lines += ["DEMO MODEL, trained on synthetic phantoms"] if result["demo"] else []
+    line = int(font.size * 1.35)
+    canvas = Image.new("RGB", (max(width, 240), height + line * len(lines) + line // 2), "black")
+    canvas.paste(Image.fromarray(out.round().clip(0, 255).astype(np.uint8)), (0, 0))
+    for i, text in enumerate(lines):
+        ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
+    name = "_".join(Path(result["path"]).with_suffix("").parts[-3:]).strip("/").replace("/", "_")
+    canvas.save(folder / f"{name}_cam.png")
+
+
+class Writer:
+    """Prints results as they come: a table for people, CSV, or a JSON object a line."""
+
+    def __init__(self, style: str, classes: list[str]) -> None:
+        self.style, self.classes, self.header = style, classes, True
+        self.columns = ["probability"] if len(classes) == 2 else [f"probability_{c}" for c in classes]
+
+    def row(self, result: dict) -> dict:
+        p = result["probability"]
+        each = p if isinstance(p, dict) else {}
+        spread = {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": each.get(c) for c in self.classes}
+        return {"path": result["path"], "label": result["label"], **spread, "threshold": result["threshold"]} | {
+            "flags": "; ".join(result["flags"] + (["demo model"] if result["demo"] else [])),
+            "error": result["error"],
+        }
+
+    def write(self, results: list[dict], out) -> None:
+        if self.style == "json":
+            for r in results:
+                out.write(json.dumps(r) + "\n")
+        elif self.style == "csv":
+            writer = csv.DictWriter(out, list(self.row(results[0])), lineterminator="\n")
+            if self.header:
+                writer.writeheader()
+            writer.writerows(self.row(r) for r in results)
+        else:
+            width = max(len(r["path"]) for r in results)
+            name = max(len(c) for c in self.classes)
+            for r in results:
+                p = r["probability"]
+                shown = p[r["label"]] if isinstance(p, dict) else p
+                notes = "; ".join(r["flags"] + (["DEMO MODEL"] if r["demo"] else []))
+                text = f"error: {r['error']}" if r["error"] else f"{r['label']:{name}}  {shown:.4f}  {notes}"
+                out.write(f"{r['path']:{width}}  {text}".rstrip() + "\n")
+        self.header = False
+        out.flush()
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
+    parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
+    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint; several are averaged (newest run)")
+    style = parser.add_mutually_exclusive_group()
+    style.add_argument("--json", action="store_true", help="one JSON object a line")
+    style.add_argument("--csv", action="store_true", help="CSV with a header")
+    parser.add_argument("--cam", metavar="DIR", help="write each image with a Grad-CAM heat map to DIR")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    device = models.pick_device(args.device)
+    loaded = load_models(args.ckpt or [str(models.newest_checkpoint())], device)
+    sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
+    if args.cam:
+        Path(args.cam).mkdir(parents=True, exist_ok=True)
+    writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
+    failed = count = 0
+    pool = ThreadPoolExecutor(data.CORES)
+    with tqdm(unit="img", leave=False, disable=None) as bar:
+        for batch in stream(find_inputs(args.inputs), sizes, pool):
+            results = list(classify(batch, loaded, device))
+            for result, images in results:
+                count += 1
+                failed += images is None
+                if args.cam and images is not None:
+                    save_cam(result, loaded, images, Path(args.cam), device)
+            bar.update(len(batch))
+            writer.write([r for r, _ in results], sys.stdout)
+    pool.shutdown()
+    if not count:
+        raise data.DataError(f"no image found in {' '.join(args.inputs)}")
+    return 1 if failed else 0
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    try:
+        code = run(args)
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (data.DataError, models.ModelError, OSError) as e:
+        parser.error(str(e))
+    except KeyboardInterrupt:
+        code = 130
+    sys.stdout.flush()
+    os._exit(code) if threading.active_count() > 1 else sys.exit(code)  # queued decodes need not be waited for
+
+
+if __name__ == "__main__":
+    main()

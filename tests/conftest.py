@@ -1,0 +1,40 @@
+"""Fixtures that the test files share: the scripts on the path, a small demo set, one short run of the real script."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+# Set before torch is imported: tests must not reach a hub, and small models gain nothing from threads.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def run_script(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user would: a process of its own, output captured as text."""
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **kwargs)
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory) -> Path:
+    """A demo set of 120 phantoms; tests that change files must copy it."""
+    import data
+
+    folder = tmp_path_factory.mktemp("data") / "demo"
+    data.draw_demo(folder, images=120, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_folder(demo, tmp_path_factory) -> Path:
+    """A finished run of the real training script on the demo set: two epochs at 64 pixels."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    arguments = ("--data", demo, "--no-pretrained", "--epochs", "2", "--img-size", "64", "--batch-size", "16")
+    done = run_script("train.py", *arguments, "--output", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    return folder
