@@ -2,7 +2,7 @@
 
     python data.py check data/chest_xray         # health of a folder; exit code 1 where a result would be invalid
     python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
-    python data.py demo data/demo --images 1400  # the synthetic set that the scripts use where there is no data
+    python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
 """
 
 import argparse
@@ -521,7 +521,7 @@ def stress(images: torch.Tensor):
 DEMO_VERSION = 1
 
 
-def draw_demo(folder: Path, images: int = 1400, seed: int = 0) -> None:
+def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     """Write a synthetic set: crude chest phantoms with patients, subtypes, varied sizes and names of both schemes.
 
     One in five is for test; two in three show a pneumonia: focal consolidation (bacterial) or diffuse streaks (viral).
@@ -639,10 +639,10 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
                 rx, ry = 0.34, visit.uniform(0.5, 0.65)
             spot = soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 - 1 + 0.5 * _smooth(visit, (h, w), (9, 9)), 0.35)
             if subtype == "bacterial":
-                shade += spot * visit.uniform(0.2, 0.4) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
+                shade += spot * visit.uniform(0.14, 0.36) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
             else:
                 streaks = _smooth(visit, (h, w), (26, 16)) + _smooth(visit, (h, w), (16, 26))
-                shade += spot * visit.uniform(0.16, 0.34) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
+                shade += spot * visit.uniform(0.12, 0.3) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
             # From body to image: undo scale, turn and shift.
             px = ox * sx * math.cos(turn) - oy * sy * math.sin(turn) + cx
             py = ox * sx * math.sin(turn) + oy * sy * math.cos(turn) + cy
@@ -807,7 +807,7 @@ def main() -> None:
     sub.add_argument("dir", metavar="DIR", nargs="?", default="data", help="DIR/chest_xray is made")
     sub = commands.add_parser("demo", help="draw the synthetic set")
     sub.add_argument("dir", metavar="DIR")
-    sub.add_argument("--images", type=int, default=1400, help="how many")
+    sub.add_argument("--images", type=int, default=1000, help="how many")
     sub.add_argument("--seed", type=int, default=0, help="every pixel is a function of it")
     args = parser.parse_args()
     try:

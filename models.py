@@ -75,6 +75,9 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
         model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)
     except AssertionError as e:
         raise ModelError(f"{name} can't be built for {size} x {size} pixels ({e}); try another --img-size") from None
+    if not kwargs.get("pretrained"):
+        # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
+        model.reset_classifier(classes)
     return model
 
 

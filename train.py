@@ -112,7 +112,7 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
     bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", leave=False, disable=None if state["rank"] == 0 else True)
     for step in bar:
         done = (epoch - 1) * steps + step
-        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), args.lr)
+        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), state["lr"])
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = order[step * batch : (step + 1) * batch][state["rank"] :: world]
@@ -206,7 +206,7 @@ def make_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("recipe")
     g.add_argument("--epochs", type=int, default=10, help="passes over the training images")
     g.add_argument("--batch-size", type=int, default=64, help="images per step and process")
-    g.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of AdamW")
+    g.add_argument("--lr", type=float, help="peak learning rate of AdamW (0.001; from random weights 0.003)")
     g.add_argument("--weight-decay", type=float, default=0.05, help="not on norms and biases")
     g.add_argument("--warmup-epochs", type=float, default=1.0, help="linear warm-up, then cosine")
     g.add_argument("--ema-decay", type=float, default=0.99, help="moving average of the weights, warmed up; 0: none")
@@ -239,7 +239,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not low <= getattr(args, name) <= high:
             raise TrainError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
     for name in ("lr", "weight_decay", "warmup_epochs", "patience"):
-        if not getattr(args, name) >= 0 or math.isinf(getattr(args, name)):
+        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
             raise TrainError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
     rule = args.threshold.removeprefix("sensitivity=")
     try:
@@ -356,8 +356,9 @@ def run(args: argparse.Namespace) -> Path:
     if world > 1:  # random weights are alike by the seed, but a download may have worked on one machine alone
         for t in model.state_dict().values():
             dist.broadcast(t, 0)
+    peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else ModelEmaV3(model, decay=0.0)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
     auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if device.type == "cuda" else torch.float32
     dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
@@ -382,6 +383,7 @@ def run(args: argparse.Namespace) -> Path:
     state = {
         "rank": rank,
         "world": world,
+        "lr": peak,
         "device": device,
         "dtype": dtype,
         "classes": len(classes),
