@@ -1,8 +1,8 @@
 """What an image is: find, group by patient, split, read, cache, augment; and three commands of its own.
 
-    python data.py check data/chest_xray         # health of a folder; exit code 1 where a result would be invalid
-    python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
-    python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
+python data.py check data/chest_xray         # health of a folder; exit code 1 where a result would be invalid
+python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
+python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
 """
 
 import argparse
@@ -134,7 +134,9 @@ def is_demo(root: Path) -> bool:
 
 
 def warn_demo(root: Path) -> None:
-    warn(f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result on them says anything about patients.")
+    warn(
+        f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result on them says anything about patients."
+    )
 
 
 def scan(root: Path, split: str) -> list[dict]:
@@ -216,7 +218,9 @@ def find_training(root: Path, seed: int, fraction: float) -> list[dict]:
     if unnamed := sum(r["patient"] == r["path"] for r in train + val):
         warn(f"{unnamed} of {len(train + val)} file names tell no patient: each of these images counts as its own")
     held_out = [False] * len(train) if val else split_by_patient(train, seed, fraction)
-    return [r | {"split": "val" if v else "train"} for r, v in zip(train, held_out)] + [r | {"split": "val"} for r in val]
+    return [r | {"split": "val" if v else "train"} for r, v in zip(train, held_out)] + [
+        r | {"split": "val"} for r in val
+    ]
 
 
 # --- read ---
@@ -274,7 +278,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
         raise ImageError("no such file") from None
     except Image.UnidentifiedImageError:
         raise ImageError("not an image that Pillow can read") from None
-    except Exception as e:  # decoders raise whatever a damaged file makes them stumble over
+    except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
         raise ImageError(f"cannot be decoded: {e}") from None
     return pixels, {"width": width, "height": height, "mode": mode, "colour": colour}
 
@@ -312,7 +316,10 @@ def pixel_digest(pixels: np.ndarray) -> int:
 
 def _decode_all(root: Path, records: list[dict], size: int):
     """Yield _decode of each record in order, on all cores, with a progress bar; a bounded number in memory."""
-    with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(records), desc="decoding", unit="img", leave=False, disable=None) as bar:
+    with (
+        ThreadPoolExecutor(CORES) as pool,
+        tqdm(total=len(records), desc="decoding", unit="img", leave=False, disable=None) as bar,
+    ):
         for start in range(0, len(records), 512):
             for item in pool.map(lambda r: _decode(root, r, size), records[start : start + 512]):
                 yield item
@@ -365,7 +372,9 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
                     old.unlink(missing_ok=True)
             return _open_cache(path)
         except OSError as e:
-            warn(f"no image cache in {folder} ({e.strerror or e}); trying {'elsewhere' if folder != user_cache else 'memory'}")
+            warn(
+                f"no image cache in {folder} ({e.strerror or e}); trying {'elsewhere' if folder != user_cache else 'memory'}"
+            )
         finally:
             if os.access(folder, os.W_OK):
                 temporary.unlink(missing_ok=True)
@@ -398,11 +407,12 @@ def report_left_out(records: list[dict], failed: dict[int, str]) -> list[dict]:
 # scale: smallest part of the area that a random resized crop keeps; ratio: largest aspect distortion; degrees: largest
 # rotation; flip: its probability; brightness, contrast: factors in [1 - v, 1 + v]; gamma: exponents in
 # [exp(-v), exp(v)]; erase: probability of blanking a rectangle of 2 to 20 % of the area.
+STRENGTHS = ("scale", "ratio", "degrees", "flip", "brightness", "contrast", "gamma", "erase")
 AUGMENT = {
-    "none": dict(scale=1.0, ratio=1.0, degrees=0.0, flip=0.0, brightness=0.0, contrast=0.0, gamma=0.0, erase=0.0),
-    "light": dict(scale=0.7, ratio=1.1, degrees=5.0, flip=0.5, brightness=0.1, contrast=0.1, gamma=0.1, erase=0.0),
-    "medium": dict(scale=0.08, ratio=4 / 3, degrees=5.0, flip=0.5, brightness=0.3, contrast=0.3, gamma=0.4, erase=0.0),
-    "strong": dict(scale=0.08, ratio=4 / 3, degrees=10.0, flip=0.5, brightness=0.4, contrast=0.4, gamma=0.6, erase=0.25),
+    "none": dict(zip(STRENGTHS, (1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
+    "light": dict(zip(STRENGTHS, (0.7, 1.1, 5.0, 0.5, 0.1, 0.1, 0.1, 0.0))),
+    "medium": dict(zip(STRENGTHS, (0.08, 4 / 3, 0.0, 0.5, 0.3, 0.3, 0.4, 0.0))),
+    "strong": dict(zip(STRENGTHS, (0.08, 4 / 3, 10.0, 0.5, 0.4, 0.4, 0.6, 0.25))),
 }
 DRAWS = 14
 
@@ -623,7 +633,9 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
     image += spine * (0.12 + 0.03 * np.sin(y * 34 + phase * 6))
     image += 0.2 * soft(((x - 0.16) / heart) ** 2 + ((y - 0.28) / 0.34) ** 2 - 1, 0.25) * soft(y - dome - 0.1, 0.05)
     for side in (-1, 1):  # collar bones
-        image += 0.14 * np.exp(-(((y + 0.72 + 0.22 * (side * x - 0.1)) / 0.028) ** 2)) * (np.abs(side * x - 0.42) < 0.34)
+        image += (
+            0.14 * np.exp(-(((y + 0.72 + 0.22 * (side * x - 0.1)) / 0.028) ** 2)) * (np.abs(side * x - 0.42) < 0.34)
+        )
     hila = np.exp(-(((np.abs(x) - 0.2) / 0.16) ** 2) - ((y + 0.02) / 0.25) ** 2)
     image += lungs * (0.04 + 0.05 * hila) * (1 + _smooth(anatomy, (h, w), (10, 12)))  # vessels
 
@@ -679,7 +691,10 @@ def check(root: Path) -> dict:
     by_pixels = defaultdict(list)
     for split, rows in records.items():
         stats = defaultdict(lambda: defaultdict(list))
-        with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(rows), desc=split, unit="img", leave=False, disable=None) as bar:
+        with (
+            ThreadPoolExecutor(CORES) as pool,
+            tqdm(total=len(rows), desc=split, unit="img", leave=False, disable=None) as bar,
+        ):
             for row, result in zip(rows, pool.map(lambda r: _inspect(root / r["path"]), rows)):
                 bar.update()
                 if isinstance(result, str):
@@ -691,7 +706,11 @@ def check(root: Path) -> dict:
         report["splits"][split] = {name: _summary(s) for name, s in stats.items()}
     report["named_patients"] = {s: len(named_patients(rows)) for s, rows in records.items()}
     report["duplicates"] = [
-        {"paths": [r["path"] for r, _ in g], "splits": len({s for _, s in g}), "classes": len({r["class"] for r, _ in g})}
+        {
+            "paths": [r["path"] for r, _ in g],
+            "splits": len({s for _, s in g}),
+            "classes": len({r["class"] for r, _ in g}),
+        }
         for g in by_pixels.values()
         if len(g) > 1
     ]
@@ -723,7 +742,9 @@ def _inspect(path: Path) -> dict | str:
 
 def _summary(stats: dict[str, list]) -> dict:
     """One class of one split: counts, and [5th percentile, median, 95th] of what a model could take a shortcut by."""
-    spread = {k: np.percentile(stats[k], (5, 50, 95)).round(2).tolist() for k in ("width", "height", "aspect", "brightness")}
+    spread = {
+        k: np.percentile(stats[k], (5, 50, 95)).round(2).tolist() for k in ("width", "height", "aspect", "brightness")
+    }
     counts = {k: dict(Counter(v for v in stats[k] if v).most_common()) for k in ("subtypes", "mode")}
     colour = sum(c > 0 for c in stats["colour"])
     return {"images": len(stats["width"]), "patients": len(set(stats["patients"])), "colour": colour} | counts | spread

@@ -1,9 +1,9 @@
 """Score one checkpoint on a split of its data, or compare several on the same images.
 
-    python evaluate.py                              # the newest run, on the test split
-    python evaluate.py runs/A/ckpt.pt --plots       # writes test.json, test.csv and test.png beside the checkpoint
-    python evaluate.py runs/*/ckpt.pt               # one sorted table, with paired differences
-    python evaluate.py predictions.csv              # what another program predicted: path, label, probability
+python evaluate.py                              # the newest run, on the test split
+python evaluate.py runs/A/ckpt.pt --plots       # writes test.json, test.csv and test.png beside the checkpoint
+python evaluate.py runs/*/ckpt.pt               # one sorted table, with paired differences
+python evaluate.py predictions.csv              # what another program predicted: path, label, probability
 """
 
 import argparse
@@ -371,7 +371,9 @@ def report(scored: dict, weights: np.ndarray, args: argparse.Namespace) -> dict:
 
     if not binary:
         one = {c: estimate(ranking, labels == i, p[:, i])["auroc"] for i, c in enumerate(scored["classes"])}
-        recall = {c: estimate(matrix, labels == i, predicted == i)["sensitivity"] for i, c in enumerate(scored["classes"])}
+        recall = {
+            c: estimate(matrix, labels == i, predicted == i)["sensitivity"] for i, c in enumerate(scored["classes"])
+        }
         hit = (labels == predicted).astype(float)
 
         def overall(w: np.ndarray) -> dict[str, np.ndarray]:
@@ -439,7 +441,9 @@ def stress_report(scored: dict, positive: np.ndarray, threshold: float) -> dict:
         rows[name] |= {k: number(found[k][0]) for k in ("sensitivity", "specificity", "balanced_accuracy")}
     summary = {}
     for name, how in (("mean", np.mean), ("worst", np.min)):
-        summary[name] = {k: None if None in (v := [r[k] for r in rows.values()]) else float(how(v)) for k in rows["blur"]}
+        summary[name] = {
+            k: None if None in (v := [r[k] for r in rows.values()]) else float(how(v)) for k in rows["blur"]
+        }
     return rows | summary
 
 
@@ -463,57 +467,57 @@ def to_rows(scored: dict, threshold: float | None) -> tuple[list[dict], list[str
 # --- comparison ---
 
 
+def align(scored: list[dict]) -> None:
+    """Bring all into the order of the first one's images; DataError where they did not score the same task."""
+    first = scored[0]
+    paths = [r["path"] for r in first["records"]]
+    for s in scored[1:]:
+        both = f"{s['checkpoint']} and {first['checkpoint']}"
+        if (s["classes"], s["positive"]) != (first["classes"], first["positive"]):
+            names = " and ".join(", ".join(c["classes"]) for c in (s, first))
+            raise data.DataError(f"{both} tell other classes apart ({names}): they can't be compared")
+        place = {r["path"]: i for i, r in enumerate(s["records"])}
+        if odd := place.keys() ^ set(paths):
+            raise data.DataError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
+        order = [place[p] for p in paths]
+        s["records"] = [s["records"][i] for i in order]
+        s["labels"], s["logits"] = s["labels"][order], s["logits"][order]
+        if (s["labels"] != first["labels"]).any():
+            raise data.DataError(f"{both} do not agree on the labels")
+
+
+def areas_and_accuracy(s: dict, threshold: float | None, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """AUROC (macro) and accuracy, each [draws]."""
+    p, predicted = predict_classes(s, threshold)
+    some = [s["positive"]] if p.shape[1] == 2 else range(p.shape[1])
+    area = np.mean([ranking(s["labels"] == c, p[:, c], weights)["auroc"] for c in some], 0)
+    return {"auroc": area, "accuracy": weights @ (predicted == s["labels"]).astype(float) / weights.sum(1)}
+
+
 def compare(scored: list[dict], args: argparse.Namespace) -> dict:
     """All on the same images: a list sorted by AUROC, and paired differences to the best (patient bootstrap)."""
-    first = scored[0]
-    keys = [[r["path"] for r in s["records"]] for s in scored]
-    for s, paths in zip(scored[1:], keys[1:]):
-        same = [first["classes"][i] for i in first["labels"]], first["positive"]
-        if s["classes"] != first["classes"] or s["positive"] != first["positive"]:
-            raise data.DataError(
-                f"{s['checkpoint']} knows {', '.join(s['classes'])}, {first['checkpoint']} {', '.join(first['classes'])}: "
-                "they can't be compared"
-            )
-        if sorted(paths) != sorted(keys[0]):
-            odd = set(paths) ^ set(keys[0])
-            raise data.DataError(
-                f"{s['checkpoint']} and {first['checkpoint']} do not score the same images ({len(odd)} paths differ, "
-                f"such as {sorted(odd)[0]})"
-            )
-        order = [paths.index(p) for p in keys[0]] if paths != keys[0] else None
-        if order:
-            s["records"] = [s["records"][i] for i in order]
-            s["labels"], s["logits"] = s["labels"][order], s["logits"][order]
-        if [s["classes"][i] for i in s["labels"]] != same[0]:
-            raise data.DataError(f"{s['checkpoint']} and {first['checkpoint']} do not agree on the labels")
-    weights = draw_weights([r["patient"] for r in first["records"]], args.bootstrap, args.seed)
-    once = np.ones((1, weights.shape[1]))
+    align(scored)
+    records = scored[0]["records"]
+    weights = draw_weights([r["patient"] for r in records], args.bootstrap, args.seed)
     entries = []
     for s in scored:
         full = report(s, weights, args)
         entry = {k: full[k] for k in ("checkpoint", "model", "parameters", "images_per_second", "threshold", "metrics")}
-        p, predicted = predict_classes(s, full["threshold"]["value"])
-        hit = (predicted == s["labels"]).astype(float)
-
-        def both(w: np.ndarray) -> dict[str, np.ndarray]:
-            binary = p.shape[1] == 2
-            some = [s["positive"]] if binary else range(p.shape[1])
-            area = np.mean([ranking(s["labels"] == c, p[:, c], w)["auroc"] for c in some], 0)
-            return {"auroc": area, "accuracy": w @ hit / w.sum(1)}
-
-        entries.append((entry | {"leaks": s["leaks"], "arguments": s["arguments"]}, both(once), both(weights)))
+        entry |= {"leaks": s["leaks"], "stress": full.get("stress"), "arguments": s["arguments"]}
+        drawn = areas_and_accuracy(s, full["threshold"]["value"], np.vstack([np.ones(len(records)), weights]))
+        entries.append((entry, drawn))
     entries.sort(key=lambda e: -(e[0]["metrics"]["auroc"]["value"] or 0))
-    best = entries[0]
-    for entry, point, drawn in entries[1:]:
+    best = entries[0][1]
+    for entry, drawn in entries[1:]:
         entry["difference"] = {}
         for k in ("auroc", "accuracy"):
-            gap = drawn[k] - best[2][k]
-            gap = gap[np.isfinite(gap)]
-            tail = min((gap <= 0).sum(), (gap >= 0).sum())
-            p_value = min(1.0, 2 * (tail + 1) / (len(gap) + 1)) if len(gap) else None
-            entry["difference"][k] = with_interval(point[k] - best[1][k], gap, 2) | {"p": p_value}
-    result = {"split": args.split, "images": len(first["records"]), "demo": any(s["demo"] for s in scored)}
-    result |= {"patients": len({r["patient"] for r in first["records"]}), "compared": [e[0] for e in entries]}
+            gaps = drawn[k] - best[k]
+            point, gaps = gaps[:1], gaps[1:][np.isfinite(gaps[1:])]
+            tail = min((gaps <= 0).sum(), (gaps >= 0).sum())
+            p_value = min(1.0, 2 * (tail + 1) / (len(gaps) + 1)) if len(gaps) else None
+            entry["difference"][k] = with_interval(point, gaps, 2) | {"p": p_value}
+    result = {"split": args.split, "images": len(records), "demo": any(s["demo"] for s in scored)}
+    result |= {"patients": len({r["patient"] for r in records}), "compared": [e[0] for e in entries]}
     result["over_seeds"] = over_seeds(result["compared"])
     for e in result["compared"]:
         del e["arguments"]
@@ -597,7 +601,9 @@ def print_report(r: dict) -> None:
 
 
 def print_comparison(c: dict) -> None:
-    print(f"{c['split']} split, {c['images']} images of {c['patients']} patients{' (DEMO: phantoms)' if c['demo'] else ''}\n")
+    print(
+        f"{c['split']} split, {c['images']} images of {c['patients']} patients{' (DEMO: phantoms)' if c['demo'] else ''}\n"
+    )
     print(f"{'AUROC':23} {'accuracy':23} {'sens.':>6} {'spec.':>6} {'params':>7} {'img/s':>6}  model")
     for e in c["compared"]:
         m = e["metrics"]
@@ -672,7 +678,15 @@ def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: 
     cells = np.array([[c["tn"], c["fp"]], [c["fn"], c["tp"]]])
     a.imshow(cells, cmap="Greys", vmin=0, vmax=max(cells.max(), 1) * 1.3)
     for i, j in np.ndindex(2, 2):
-        a.text(j, i, cells[i, j], ha="center", va="center", fontsize=22, color="w" if cells[i, j] > cells.max() * 0.7 else "k")
+        a.text(
+            j,
+            i,
+            cells[i, j],
+            ha="center",
+            va="center",
+            fontsize=22,
+            color="w" if cells[i, j] > cells.max() * 0.7 else "k",
+        )
     a.set(title="Confusion matrix", xlabel="predicted", ylabel="true", xticks=[0, 1], yticks=[0, 1])
     a.set_xticklabels(names)
     a.set_yticklabels(names, rotation=90, va="center")
@@ -692,7 +706,9 @@ def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: 
         a.set(title="Training", xlabel="epoch", ylabel="loss")
         b = a.twinx()
         b.plot(epochs, [h["val_auroc"] for h in history], "o-", color="0.5", ms=4, label="validation AUROC (right)")
-        a.legend(*[x + y for x, y in zip(a.get_legend_handles_labels(), b.get_legend_handles_labels())], loc="center right")
+        a.legend(
+            *[x + y for x, y in zip(a.get_legend_handles_labels(), b.get_legend_handles_labels())], loc="center right"
+        )
     else:
         a.set_axis_off()
         a.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
@@ -709,7 +725,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("inputs", nargs="*", metavar="FILE", help="ckpt.pt or CSV; several are compared (newest run)")
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images")
     parser.add_argument("--data", metavar="DIR", help="another folder with the same classes")
-    parser.add_argument("--threshold", type=unit, metavar="P", help="for exploring: another threshold than the stored one")
+    parser.add_argument(
+        "--threshold", type=unit, metavar="P", help="for exploring: another threshold than the stored one"
+    )
     parser.add_argument("--prevalence", type=unit, metavar="P", help="PPV and NPV at this prevalence too")
     parser.add_argument("--stress", action="store_true", help="also under changed exposure, JPEG, blur and crop")
     parser.add_argument("--plots", action="store_true", help="write a PNG (needs matplotlib)")
@@ -765,7 +783,11 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
     else:
         print_report(result)
-        print(f"\nwritten: {folder / stem}.json" + ("" if inputs[0].endswith(".csv") else ", .csv") + (", .png" if args.plots else ""))
+        print(
+            f"\nwritten: {folder / stem}.json"
+            + ("" if inputs[0].endswith(".csv") else ", .csv")
+            + (", .png" if args.plots else "")
+        )
 
 
 def main() -> None:

@@ -106,7 +106,7 @@ def build_pretrained(name: str, classes: int, size: int, weights: str | None, in
                 model = build(name, config.num_classes, size, pretrained=True)
             except ModelError:
                 raise
-            except Exception as e:  # the hub, the network and the cache fail in many ways
+            except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
                 failure = f"no pretrained weights for {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
     if failure and insist:
         raise ModelError(f"{failure}; use --weights FILE or --no-pretrained")
@@ -143,7 +143,7 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
         raise ModelError(f"weights file {path} does not exist")
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as e:
+    except Exception as e:  # noqa: BLE001, unpicklers too
         raise ModelError(f"{path} can't be read as weights: {str(e).splitlines()[0]}") from None
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ModelError(f"{path} does not hold a state dict of tensors")
@@ -205,7 +205,7 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
         raise ModelError(f"checkpoint {path} does not exist")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:
+    except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
         raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
         raise ModelError(f"{path} is no {kind} checkpoint of this suite")

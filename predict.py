@@ -1,9 +1,9 @@
 """Classify radiographs with a trained model.
 
-    python predict.py img.jpeg                              # the newest run's model
-    python predict.py --ckpt a.pt --ckpt b.pt --csv folder  # the mean of two models, for all images in a folder
-    python predict.py --cam maps img.jpeg                   # and where the model looked
-    find . -name '*.png' | python predict.py --json -       # a list of paths on stdin, one JSON object a line
+python predict.py img.jpeg                              # the newest run's model
+python predict.py --ckpt a.pt --ckpt b.pt --csv folder  # the mean of two models, for all images in a folder
+python predict.py --cam maps img.jpeg                   # and where the model looked
+find . -name '*.png' | python predict.py --json -       # a list of paths on stdin, one JSON object a line
 """
 
 import argparse
@@ -57,7 +57,9 @@ def load_models(paths: list[str], device: torch.device) -> list[tuple[dict, torc
                 f"{first['positive']}) can't be averaged"
             )
         if ckpt["data"]["demo"]:
-            data.warn(f"DEMO MODEL: {path} was trained on synthetic phantoms; its predictions mean nothing for patients")
+            data.warn(
+                f"DEMO MODEL: {path} was trained on synthetic phantoms; its predictions mean nothing for patients"
+            )
         loaded.append((ckpt, models.from_checkpoint(ckpt, device)))
     return loaded
 
@@ -105,10 +107,19 @@ def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], dev
         threshold = sum(c["threshold"]["value"] for c, _ in loaded) / len(loaded)
     k = 0
     for path, images, info, reason in batch:
-        result = {"path": path, "label": None, "probability": None, "threshold": threshold, "flags": [], "error": reason}
+        result = {
+            "path": path,
+            "label": None,
+            "probability": None,
+            "threshold": threshold,
+            "flags": [],
+            "error": reason,
+        }
         if images is not None:
             p = mean[k].tolist()
-            called = (positive if p[positive] >= threshold else 1 - positive) if len(classes) == 2 else int(np.argmax(p))
+            called = (
+                (positive if p[positive] >= threshold else 1 - positive) if len(classes) == 2 else int(np.argmax(p))
+            )
             result["label"] = classes[called]
             result["probability"] = p[positive] if len(classes) == 2 else dict(zip(classes, p))
             result["flags"] = flags(info, images[0], bool(unlike[k]))
@@ -139,7 +150,9 @@ def stream(paths, sizes: list[int], pool: ThreadPoolExecutor):
             batch = []
 
 
-def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: list[np.ndarray], folder: Path, device) -> None:
+def save_cam(
+    result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: list[np.ndarray], folder: Path, device
+) -> None:
     """Write the radiograph at its own resolution with the heat map of its label laid over it, and a caption."""
     sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
     heat = 0.0
@@ -179,7 +192,9 @@ class Writer:
     def row(self, result: dict) -> dict:
         p = result["probability"]
         each = p if isinstance(p, dict) else {}
-        spread = {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": each.get(c) for c in self.classes}
+        spread = (
+            {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": each.get(c) for c in self.classes}
+        )
         return {"path": result["path"], "label": result["label"], **spread, "threshold": result["threshold"]} | {
             "flags": "; ".join(result["flags"] + (["demo model"] if result["demo"] else [])),
             "error": result["error"],

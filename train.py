@@ -1,9 +1,9 @@
 """Fine-tune a timm model to tell pneumonia from normal chest radiographs.
 
-    python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
-    python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
-    python train.py --resume runs/20260101-120000-resnet18           # go on after an interruption, to the bit
-    torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
+python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
+python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
+python train.py --resume runs/20260101-120000-resnet18           # go on after an interruption, to the bit
+torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
 """
 
 import argparse
@@ -14,7 +14,6 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 import time
 from datetime import datetime
 from pathlib import Path
@@ -60,7 +59,7 @@ def class_weights(labels: torch.Tensor, classes: int, balance: bool) -> torch.Te
 
 def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): from torchrun's environment, or one process."""
-    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     device = models.pick_device(args.device)
     if world == 1:
         return 0, 1, device
@@ -109,7 +108,9 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
     steps = len(order) // batch  # the incomplete last batch is left out: other images each epoch
     losses = torch.zeros(steps, device=device)
     net.train()
-    bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", leave=False, disable=None if state["rank"] == 0 else True)
+    bar = tqdm(
+        range(steps), desc=f"epoch {epoch}", unit="step", leave=False, disable=None if state["rank"] == 0 else True
+    )
     for step in bar:
         done = (epoch - 1) * steps + step
         lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), state["lr"])
@@ -122,7 +123,9 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
         y = labels[index].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=state["dtype"], enabled=state["dtype"] != torch.float32):
             logits = net(x)
-        loss = F.cross_entropy(logits.float(), y, state["weights"], reduction="sum", label_smoothing=args.label_smoothing)
+        loss = F.cross_entropy(
+            logits.float(), y, state["weights"], reduction="sum", label_smoothing=args.label_smoothing
+        )
         loss = loss / len(y)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -184,7 +187,7 @@ def describe_environment(device: torch.device) -> dict:
     try:
         folder = Path(__file__).resolve().parent
         git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, capture_output=True, text=True, timeout=5).stdout.strip() or None
+        commit = subprocess.run(git, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         commit = None
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
@@ -197,7 +200,9 @@ def make_parser() -> argparse.ArgumentParser:
     yes_no = argparse.BooleanOptionalAction
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    g.add_argument("--img-size", type=int, metavar="PX", help="side of the square input (160, or the one the model takes)")
+    g.add_argument(
+        "--img-size", type=int, metavar="PX", help="side of the square input (160, or the one the model takes)"
+    )
     g.add_argument("--val-fraction", type=float, default=0.1, help="of the patients, for validation")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
@@ -213,7 +218,9 @@ def make_parser() -> argparse.ArgumentParser:
     g.add_argument("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes")
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
     g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
-    g.add_argument("--patience", type=int, default=20, help="stop after so many epochs without a better AUROC; 0: never")
+    g.add_argument(
+        "--patience", type=int, default=20, help="stop after so many epochs without a better AUROC; 0: never"
+    )
     g.add_argument(
         "--threshold",
         default="stressed",
@@ -334,14 +341,18 @@ def run(args: argparse.Namespace) -> Path:
     for split, members in index.items():
         for i, name in enumerate(classes):
             if not len(members) or not (labels[members] == i).any():
-                raise data.DataError(f"class {name} has no readable image for {'training' if split == 'train' else 'validation'}")
+                raise data.DataError(
+                    f"class {name} has no readable image for {'training' if split == 'train' else 'validation'}"
+                )
     if len(index["train"]) < 2 * world:
         raise data.DataError(f"{len(index['train'])} training images are too few for {world} processes")
 
     torch.manual_seed(args.seed)
     # The file is compared to the bit: a state that was saved needs no pretrained weights.
     state_file = folder / "last.pt"
-    saved = from_first(models.load(state_file, LAST_FORMAT) if first and args.resume and state_file.exists() else None, world)
+    saved = from_first(
+        models.load(state_file, LAST_FORMAT) if first and args.resume and state_file.exists() else None, world
+    )
     if saved:
         model, source = models.build(args.model, len(classes), pre["input_size"]), saved["weights_source"]
     elif args.weights or args.pretrained is not False:
@@ -351,7 +362,9 @@ def run(args: argparse.Namespace) -> Path:
         model = models.build(args.model, len(classes), pre["input_size"])
         source = {"source": "random", "note": "random weights, as asked", "failed": ""}
     if source["failed"]:
-        data.warn(f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file")
+        data.warn(
+            f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
+        )
     model.to(device, memory_format=torch.channels_last)
     if world > 1:  # random weights are alike by the seed, but a download may have worked on one machine alone
         for t in model.state_dict().values():
@@ -359,7 +372,11 @@ def run(args: argparse.Namespace) -> Path:
     peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else ModelEmaV3(model, decay=0.0)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
-    auto = (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16) if device.type == "cuda" else torch.float32
+    auto = (
+        (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+        if device.type == "cuda"
+        else torch.float32
+    )
     dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
@@ -409,14 +426,20 @@ def run(args: argparse.Namespace) -> Path:
     count = {s: f"{len(m)} images of {metrics['data']['patients'][s]} patients" for s, m in index.items()}
     say(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {source['note']}")
     say(f"{root}: {count['train']} to train, {count['val']} to validate; {pre['input_size']} px on {device}, {dtype}")
-    say(f"{'epoch':>5}  {'train loss':>10}  {'val loss':>8}  {'val AUROC':>9}  {'val acc.':>8}  {'seconds':>7}  {'images/s':>8}")
+    say(
+        f"{'epoch':>5}  {'train loss':>10}  {'val loss':>8}  {'val AUROC':>9}  {'val acc.':>8}  {'seconds':>7}  {'images/s':>8}"
+    )
 
     y_device = labels.to(device)
 
     def save_last() -> None:
         if first:
             content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "model": model.state_dict()}
-            content |= {"ema": ema.module.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            content |= {
+                "ema": ema.module.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "scaler": scaler.state_dict(),
+            }
             content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
             models.save(content | {"fingerprint": about_data["fingerprint"]}, state_file)
 

@@ -17,7 +17,8 @@ def run_script(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProce
     """Run one of the scripts as a user would: a process of its own, output captured as text."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, **kwargs)
+    options = {"capture_output": True, "text": True, "timeout": 240, "check": False} | kwargs
+    return subprocess.run(command, cwd=cwd, env=environment, **options)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,225 @@
+"""predict.py as a user runs it, and its parts."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run_script
+from PIL import Image
+
+import data
+import models
+import predict
+
+
+@pytest.fixture(scope="module")
+def loaded(run_folder):
+    return predict.load_models([str(run_folder / "ckpt.pt")], torch.device("cpu"))
+
+
+def as_json(done) -> list[dict]:
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_probability_equals_the_evaluation_whatever_the_batch(run_folder, demo):
+    """One image alone, and all of them in batches, give what test.csv holds."""
+    assert run_script("evaluate.py", run_folder / "ckpt.pt", cwd=demo).returncode == 0
+    with open(run_folder / "test.csv") as f:
+        rows = {r["path"]: r for r in csv.DictReader(f)}
+    everything = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--csv", demo / "test", cwd=demo)
+    found = {r["path"]: r for r in csv.DictReader(io.StringIO(everything.stdout))}
+    assert len(found) == len(rows) > 20
+    for path, row in rows.items():
+        other = found[str(demo / path)]
+        assert float(other["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)
+        assert other["label"] == row["prediction"]
+    path = next(iter(rows))
+    (alone,) = as_json(run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", path, cwd=demo))
+    assert alone["probability"] == pytest.approx(float(rows[path]["probability"]), abs=1e-5)
+
+
+def test_mixed_inputs_are_done_and_the_bad_ones_named(run_folder, demo, tmp_path):
+    """Exit code 1, nothing but results on stdout, and the good files classified all the same."""
+    good = sorted((demo / "test" / "NORMAL").iterdir())[:3]
+    shutil.copy(good[0], tmp_path / "a b.jpeg")
+    (tmp_path / "sub").mkdir()
+    shutil.copy(good[1], tmp_path / "sub" / "c.jpeg")
+    (tmp_path / "text.jpeg").write_text("no picture")
+    (tmp_path / "._a.jpeg").write_bytes(b"x")
+    done = run_script(
+        "predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "missing.png", ".", str(good[0].parent / "*.jpeg"), "-",
+        cwd=tmp_path, input=f"{good[2]}\n",
+    )  # fmt: skip
+    results = as_json(done)
+    assert done.returncode == 1
+    assert [r["error"] for r in results[:4]] == ["no such file", "", "not an image that Pillow can read", ""]
+    assert [os.path.basename(r["path"]) for r in results[:4]] == ["missing.png", "a b.jpeg", "text.jpeg", "c.jpeg"]
+    assert results[0]["label"] is None and results[0]["probability"] is None
+    count = len(list(good[0].parent.glob("*.jpeg")))
+    assert len(results) == 4 + count + 1 and results[-1]["path"] == str(good[2])
+    assert all(r["label"] in ("NORMAL", "PNEUMONIA") for r in results[4:])
+
+
+def test_csv_and_table(run_folder, demo):
+    path = min((demo / "test" / "PNEUMONIA").iterdir())
+    done = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--csv", path, "nope.png", cwd=demo)
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert list(rows[0]) == ["path", "label", "probability", "threshold", "flags", "error"]
+    assert rows[1]["error"] == "no such file" and rows[1]["probability"] == ""
+    assert "demo model" in rows[0]["flags"]
+    table = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", path, cwd=demo)
+    assert table.returncode == 0 and "DEMO" in table.stderr
+    assert table.stdout.split()[:3] == [str(path), rows[0]["label"], f"{float(rows[0]['probability']):.4f}"]
+
+
+def test_ensemble_averages_calibrated_probabilities(run_folder, demo, tmp_path):
+    other = models.load(run_folder / "ckpt.pt")
+    other["temperature"] *= 3
+    other["threshold"]["value"] = 0.9
+    models.save(other, tmp_path / "b.pt")
+    image = min((demo / "test" / "NORMAL").iterdir())
+    a, b = run_folder / "ckpt.pt", tmp_path / "b.pt"
+    p = [
+        as_json(run_script("predict.py", *(x for c in ckpts for x in ("--ckpt", c)), "--json", image, cwd=demo))[0]
+        for ckpts in ([a], [b], [a, b])
+    ]
+    assert p[0]["probability"] != p[1]["probability"]
+    assert p[2]["probability"] == pytest.approx((p[0]["probability"] + p[1]["probability"]) / 2, abs=1e-9)
+    assert p[2]["threshold"] == pytest.approx((p[0]["threshold"] + 0.9) / 2)
+    other["positive"] = "NORMAL"
+    models.save(other, tmp_path / "b.pt")
+    done = run_script("predict.py", "--ckpt", a, "--ckpt", b, image, cwd=demo)
+    assert done.returncode == 2 and "can't be averaged" in done.stderr and done.stdout == ""
+
+
+def test_flags(loaded, tmp_path):
+    """Each oddity gets its own name; none of them changes the label."""
+    rng = np.random.default_rng(0)
+    pictures = {
+        "colour image": np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((16, 16, 1))),
+        "near-constant image": np.full((128, 128), 90),
+        "under 64 pixels": rng.integers(0, 256, (50, 200)),
+        "unlike training images": rng.integers(0, 256, (128, 128)),
+    }
+    for name, pixels in pictures.items():
+        path = tmp_path / f"{name}.png"
+        Image.fromarray(pixels.astype(np.uint8)).save(path)
+        size = loaded[0][0]["input_size"]
+        batch = [(str(path), *predict.read(str(path), [size]))]
+        ((result, _),) = predict.classify(batch, loaded, torch.device("cpu"))
+        assert name in result["flags"]
+        assert (result["label"] == "PNEUMONIA") == (result["probability"] >= result["threshold"])
+
+
+def test_phantoms_are_seldom_flagged(run_folder, demo):
+    """The input check fits 120 images here; most of the held-back ones must pass."""
+    results = as_json(run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", demo / "test", cwd=demo))
+    flagged = [r for r in results if r["flags"]]
+    assert len(flagged) <= len(results) / 4
+    assert "colour image" not in {f for r in results for f in r["flags"]}
+
+
+def test_three_classes(demo, run_folder, tmp_path):
+    """All probabilities are given, and the label is the largest; there is no threshold."""
+    ckpt = models.load(run_folder / "ckpt.pt")
+    model = models.build(ckpt["model"], 3, ckpt["input_size"])
+    ckpt |= {"classes": ["A", "B", "C"], "positive": "C", "state_dict": model.state_dict()}
+    ckpt["threshold"] = {"value": None, "rule": "largest probability", "from": ""}
+    models.save(ckpt, tmp_path / "three.pt")
+    image = min((demo / "test" / "NORMAL").iterdir())
+    (result,) = as_json(run_script("predict.py", "--ckpt", tmp_path / "three.pt", "--json", image, cwd=demo))
+    assert sum(result["probability"].values()) == pytest.approx(1)
+    assert result["label"] == max(result["probability"], key=result["probability"].get)
+    assert result["threshold"] is None
+
+
+def test_cam_is_the_radiograph_with_a_caption(run_folder, demo, tmp_path):
+    image = min((demo / "test" / "PNEUMONIA").iterdir())
+    done = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--cam", "maps", image, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "maps").iterdir()
+    original, overlay = Image.open(image), Image.open(written)
+    assert overlay.width == max(original.width, 240) and overlay.height > original.height
+    drawn = np.asarray(overlay)[: original.height, : original.width].astype(float)
+    # Where the map is zero the radiograph is untouched; where it is high it is coloured.
+    untouched = np.ptp(drawn, axis=2) == 0
+    assert np.abs(drawn[untouched][:, 0] - np.asarray(original)[untouched]).max() <= 1
+    assert np.ptp(drawn, axis=2).max() > 40
+
+
+def test_closed_pipe_ends_quietly(run_folder, demo):
+    command = f"{sys.executable} {ROOT / 'predict.py'} --ckpt {run_folder / 'ckpt.pt'} --json {demo} | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
+
+
+def test_memory_of_the_stream_is_bounded(monkeypatch):
+    """No more images are ever decoded ahead than a few batches, however many paths there are."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    taken = []
+
+    def paths():
+        for i in range(1000):
+            taken.append(i)
+            yield str(i)
+
+    monkeypatch.setattr(predict, "read", lambda path, sizes: (None, {}, "x"))
+    with ThreadPoolExecutor(2) as pool:
+        for n, batch in enumerate(predict.stream(paths(), [8], pool), 1):
+            assert len(taken) <= (n + 3) * predict.BATCH + 1
+    assert len(taken) == 1000 and n == -(-1000 // predict.BATCH)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["x.png"], "train a model first"),
+        (["--ckpt", "none.pt", "x.png"], "does not exist"),
+        (["--device", "cuda:99", "x.png"], "--device cuda:99"),
+        ([], "PATH"),
+        (["--json", "--csv", "x.png"], "not allowed"),
+    ],
+)
+def test_misuse_is_one_line_and_exit_code_2(arguments, message, tmp_path):
+    done = run_script("predict.py", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1 and message in done.stderr
+
+
+def test_prediction_does_without_training_code(run_folder, demo):
+    """What one image needs to be classified leaves scikit-learn and the training script alone."""
+    image = min((demo / "test" / "NORMAL").iterdir())
+    code = (
+        "import sys, predict; sys.argv = ['predict.py', '--ckpt', sys.argv[1], sys.argv[2]];"
+        "predict.run(predict.make_parser().parse_args());"
+        "print({'sklearn', 'scipy', 'train', 'evaluate', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run_folder / "ckpt.pt"), str(image)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.stderr.splitlines()[-1] == "set()", done.stderr
+
+
+def test_newest_run_is_taken(run_folder, demo, tmp_path):
+    for name, age in (("new", 10), ("old", 20)):
+        shutil.copytree(run_folder, tmp_path / "runs" / name)
+        ckpt = tmp_path / "runs" / name / "ckpt.pt"
+        os.utime(ckpt, (ckpt.stat().st_mtime - age,) * 2)
+    ckpt = models.load(tmp_path / "runs" / "new" / "ckpt.pt")
+    stamp = (tmp_path / "runs" / "new" / "ckpt.pt").stat().st_mtime
+    ckpt["threshold"]["value"] = 0.123
+    models.save(ckpt, tmp_path / "runs" / "new" / "ckpt.pt")
+    os.utime(tmp_path / "runs" / "new" / "ckpt.pt", (stamp, stamp))
+    image = data.find_root(str(demo)) / data.scan(demo, "test")[0]["path"]
+    (result,) = as_json(run_script("predict.py", "--json", image, cwd=tmp_path))
+    assert result["threshold"] == 0.123
