@@ -269,7 +269,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
             image = image if image.mode == "F" else image.convert("L")
             if size and image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
-            pixels = np.asarray(image)
+            pixels = np.array(image)  # a copy: Pillow's own memory is read-only
             if pixels.dtype != np.uint8:
                 pixels = pixels.round().clip(0, 255).astype(np.uint8)
     except ImageError:

@@ -251,10 +251,10 @@ def parameters(model: nn.Module) -> int:
 
 
 def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) of the logit of class target, at the stage before the last.
+    """Grad-CAM (Selvaraju et al. 2017) of the logit of class target, the mean over each image and its mirror image.
 
-    That stage has twice the resolution of the last one, and in models that read a class token alone it is the last
-    one whose other tokens matter.
+    The map is that of the last stage; in models that read a class token alone, of the block before, the last one whose
+    other tokens matter.
 
     Args:
         x: normalised images [batch, 1, height, width].
@@ -262,19 +262,30 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     Returns:
         float32 [batch, height, width] in [0, 1]; all zero where nothing speaks for the class.
     """
-    kept = {}
-    layer = model.get_submodule(model.feature_info[-2]["module"])
+    kept, total = {}, 0.0
+    stage = -2 if getattr(model, "global_pool", "") == "token" else -1
+    layer = model.get_submodule(model.feature_info[stage]["module"])
     handle = layer.register_forward_hook(lambda _, __, output: kept.update(map=output))
-    try:
+
+    def one(x: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
             logits = model(x.requires_grad_())
-            (gradient,) = torch.autograd.grad(logits[:, target].sum() - logits.sum() / logits.shape[1], kept["map"])
+            score = logits[:, target].sum() - logits.sum() / logits.shape[1]
+            (gradient,) = torch.autograd.grad(score, kept["map"])
+        features, gradient = (_to_nchw(model, t.detach().float()) for t in (kept["map"], gradient))
+        return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
+
+    try:
+        # Also moved by half a cell of the coarse map to the right and down: that doubles its resolution.
+        half = x.shape[-1] // (2 * one(x).shape[-1])
+        for right, down in ((0, 0), (half, 0), (0, half), (half, half)):
+            moved = F.pad(x, (right, 0, down, 0), mode="replicate")[..., : x.shape[-2], : x.shape[-1]]
+            cam = one(moved) + one(moved.flip(3)).flip(3)
+            cam = F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False).clamp(min=0)
+            total = total + F.pad(cam, (0, right, 0, down), mode="replicate")[:, 0, down:, right:]
     finally:
         handle.remove()
-    features, gradient = (_to_nchw(model, t.detach()) for t in (kept["map"], gradient))
-    cam = F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
-    cam = F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False)[:, 0].clamp_(min=0)
-    return cam / cam.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    return total / total.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
 def _to_nchw(model: nn.Module, t: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import glob
 import json
 import os
 import sys
-import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -243,17 +242,19 @@ def run(args: argparse.Namespace) -> int:
     writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
     failed = count = 0
     pool = ThreadPoolExecutor(data.CORES)
-    with tqdm(unit="img", leave=False, disable=None) as bar:
-        for batch in stream(find_inputs(args.inputs), sizes, pool):
-            results = list(classify(batch, loaded, device))
-            for result, images in results:
-                count += 1
-                failed += images is None
-                if args.cam and images is not None:
-                    save_cam(result, loaded, images, Path(args.cam), device)
-            bar.update(len(batch))
-            writer.write([r for r, _ in results], sys.stdout)
-    pool.shutdown()
+    try:
+        with tqdm(unit="img", leave=False, disable=None) as bar:
+            for batch in stream(find_inputs(args.inputs), sizes, pool):
+                results = list(classify(batch, loaded, device))
+                for result, images in results:
+                    count += 1
+                    failed += images is None
+                    if args.cam and images is not None:
+                        save_cam(result, loaded, images, Path(args.cam), device)
+                bar.update(len(batch))
+                writer.write([r for r, _ in results], sys.stdout)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
     if not count:
         raise data.DataError(f"no image found in {' '.join(args.inputs)}")
     return 1 if failed else 0
@@ -271,8 +272,7 @@ def main() -> None:
         parser.error(str(e))
     except KeyboardInterrupt:
         code = 130
-    sys.stdout.flush()
-    os._exit(code) if threading.active_count() > 1 else sys.exit(code)  # queued decodes need not be waited for
+    sys.exit(code)
 
 
 if __name__ == "__main__":

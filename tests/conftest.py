@@ -1,5 +1,7 @@
 """Fixtures that the test files share: the scripts on the path, a small demo set, one short run of the real script."""
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -11,14 +13,33 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 # Set before torch is imported: tests must not reach a hub, and small models gain nothing from threads.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
-def run_script(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProcess:
+def run_process(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would: a process of its own, output captured as text."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    options = {"capture_output": True, "text": True, "timeout": 240, "check": False} | kwargs
-    return subprocess.run(command, cwd=cwd, env=environment, **options)
+    options = {"capture_output": True, "text": True, "timeout": 240} | kwargs
+    return subprocess.run(command, check=False, cwd=cwd, env=environment, **options)
+
+
+def run_script(script, *arguments, cwd, input="") -> subprocess.CompletedProcess:
+    """The same within this process: importing torch and timm takes longer than most of what is tested here."""
+    import importlib
+
+    module = importlib.import_module(script.removesuffix(".py"))
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        patch.setattr(sys, "stdin", io.StringIO(input))
+        patch.chdir(cwd)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                module.main()
+            except SystemExit as e:
+                code = e.code or 0
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -36,6 +57,6 @@ def run_folder(demo, tmp_path_factory) -> Path:
     """A finished run of the real training script on the demo set: two epochs at 64 pixels."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     arguments = ("--data", demo, "--no-pretrained", "--epochs", "2", "--img-size", "64", "--batch-size", "16")
-    done = run_script("train.py", *arguments, "--output", folder, cwd=folder.parent)
+    done = run_process("train.py", *arguments, "--output", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder

@@ -3,10 +3,10 @@
 import hashlib
 import io
 import json
+import multiprocessing
 import os
+import re
 import struct
-import subprocess
-import sys
 import threading
 import time
 import zipfile
@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import run_process, run_script
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -61,38 +61,24 @@ def save(root, images):
 # --- patients and splits ---
 
 
-@pytest.mark.parametrize(
-    "name, patient, subtype",
-    [
-        ("person23_bacteria_78.jpeg", "bacteria-23", "bacterial"),
-        ("person80_virus_150.jpeg", "virus-80", "viral"),
-        ("IM-0115-0001.jpeg", "IM-115", ""),
-        ("NORMAL2-IM-0329-0001.jpeg", "NORMAL2-IM-329", ""),
-        ("IM-0011-0001-0002.jpeg", "IM-11", ""),
-        ("NORMAL2-IM-1103-0001-0002.jpeg", "NORMAL2-IM-1103", ""),
-        ("NORMAL-1003233-0001.jpeg", "1003233", ""),
-        ("BACTERIA-1008087-0001.jpeg", "1008087", "bacterial"),
-        ("VIRUS-1012345-0003.jpeg", "1012345", "viral"),
-        ("scan_0001.jpeg", None, ""),
-        ("person_bacteria_1.jpeg", None, ""),
-    ],
-)
-def test_identify(name, patient, subtype):
-    assert data.identify(name)[:2] == (patient, subtype)
+IDENTIFY = {  # the same number in two series is two patients, but v3 counts all patients in one series
+    "person23_bacteria_78.jpeg": ("bacteria-23", "bacterial"),
+    "person23_virus_150.jpeg": ("virus-23", "viral"),
+    "IM-0115-0001.jpeg": ("IM-115", ""),
+    "NORMAL2-IM-0115-0001.jpeg": ("NORMAL2-IM-115", ""),
+    "IM-0011-0001-0002.jpeg": ("IM-11", ""),
+    "NORMAL2-IM-1103-0001-0002.jpeg": ("NORMAL2-IM-1103", ""),
+    "NORMAL-1003233-0001.jpeg": ("1003233", ""),
+    "BACTERIA-1003233-0001.jpeg": ("1003233", "bacterial"),
+    "VIRUS-1012345-0003.jpeg": ("1012345", "viral"),
+    "scan_0001.jpeg": (None, ""),
+    "person_bacteria_1.jpeg": (None, ""),
+}
 
 
-@pytest.mark.parametrize(
-    "a, b, same",
-    [
-        ("person7_bacteria_1.jpeg", "person7_virus_1.jpeg", False),  # two independent number series
-        ("IM-0007-0001.jpeg", "NORMAL2-IM-0007-0001.jpeg", False),
-        ("BACTERIA-1000007-0001.jpeg", "NORMAL-1000007-0002.jpeg", True),  # v3 numbers all patients in one series
-        ("person7_bacteria_1.jpeg", "person7_bacteria_2.jpeg", True),
-        ("IM-0007-0001.jpeg", "IM-0007-0001-0002.jpeg", True),
-    ],
-)
-def test_same_patient(a, b, same):
-    assert (data.identify(a)[0] == data.identify(b)[0]) == same
+@pytest.mark.parametrize("name", IDENTIFY)
+def test_identify(name):
+    assert data.identify(name)[:2] == IDENTIFY[name]
 
 
 def test_scan_ignores_leftovers_and_keeps_order(tmp_path):
@@ -106,20 +92,20 @@ def test_scan_ignores_leftovers_and_keeps_order(tmp_path):
     assert [r["patient"] for r in records] == ["IM-1", "virus-2", "train/PNEUMONIA/x.jpeg"]
 
 
-@pytest.mark.parametrize(
-    "files, message",
-    [
-        ([], "no folder train"),
-        (["train/a.jpeg"], "no class folders"),
-        (["train/NORMAL/a.jpeg"], "only one class folder, NORMAL"),
-        (["train/NORMAL/a.jpeg", "train/PNEUMONIA/notes.txt"], "PNEUMONIA holds no readable image"),
-        (["train/A/a.jpeg", "train/B/b.jpeg", "test/A/c.jpeg", "test/C/d.jpeg"], "other classes"),
-        (["train/A/a.jpeg", "train/B/b.jpeg"], "too few patients"),
-    ],
-)
-def test_errors_of_layout(tmp_path, files, message):
+LAYOUTS = {
+    "no folder train": "",
+    "no class folders": "train/a.jpeg",
+    "only one class folder, NORMAL": "train/NORMAL/a.jpeg",
+    "PNEUMONIA holds no readable image": "train/NORMAL/a.jpeg train/PNEUMONIA/notes.txt",
+    "other classes": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
+    "too few patients": "train/A/a.jpeg train/B/b.jpeg",
+}
+
+
+@pytest.mark.parametrize("message", LAYOUTS)
+def test_errors_of_layout(tmp_path, message):
     with pytest.raises(data.DataError, match=message):
-        data.find_training(touch(tmp_path, *files), 0, 0.2)
+        data.find_training(touch(tmp_path, *LAYOUTS[message].split()), 0, 0.2)
 
 
 def test_find_root(tmp_path):
@@ -129,28 +115,19 @@ def test_find_root(tmp_path):
     assert data.find_root(str(tmp_path)) == data.find_root(str(tmp_path / "chest_xray")) == tmp_path / "chest_xray"
 
 
-@pytest.fixture
-def population():
-    """Records of 120 normal and 240 ill patients with one to three images each."""
+def test_split_by_patient():
     sizes = np.random.default_rng(0).integers(1, 4, 360)
     rows = [(f"p{i}", "NORMAL" if i < 120 else "PNEUMONIA", k) for i, n in enumerate(sizes) for k in range(n)]
-    return [{"path": f"{p}-{k}", "class": c, "patient": p} for p, c, k in rows]
-
-
-def test_split_is_disjoint_by_patient_and_stratified(population):
-    held_out = data.split_by_patient(population, seed=0, fraction=0.2)
-    sides = [{r["patient"] for r, v in zip(population, held_out) if v == side} for side in (True, False)]
-    assert not sides[0] & sides[1] and all(sides)
-    for name in ("NORMAL", "PNEUMONIA"):
-        assert np.mean([v for r, v in zip(population, held_out) if r["class"] == name]) == pytest.approx(0.2, abs=0.02)
-
-
-def test_split_is_a_function_of_the_seed(population):
+    records = [{"path": f"{p}-{k}", "class": c, "patient": p} for p, c, k in rows]
     splits = []
     for seed in (0, 0, 1):
         np.random.seed(len(splits))  # the global generator must play no part
-        splits.append(data.split_by_patient(population, seed, 0.2))
+        splits.append(data.split_by_patient(records, seed, 0.2))
     assert splits[0] == splits[1] != splits[2]
+    sides = [{r["patient"] for r, v in zip(records, splits[0]) if v == side} for side in (True, False)]
+    assert not sides[0] & sides[1] and all(sides)
+    for name in ("NORMAL", "PNEUMONIA"):
+        assert np.mean([v for r, v in zip(records, splits[0]) if r["class"] == name]) == pytest.approx(0.2, abs=0.02)
 
 
 def names(split, start, count, series="person{}_virus_1.jpeg"):
@@ -165,15 +142,13 @@ def test_val_folder(tmp_path, capsys, count, folded):
     records = data.find_training(tmp_path, 0, 0.2)
     warnings = capsys.readouterr().err.splitlines()
     assert len(records) == 40 + count
-    by_split = {s: [r["path"] for r in records if r["split"] == s] for s in ("train", "val")}
+    held_out = [r["path"] for r in records if r["split"] == "val"]
     if folded:
         assert len(warnings) == 1 and f"val holds only {count} images" in warnings[0]
-        assert len(by_split["val"]) == pytest.approx(0.2 * len(records), abs=3)
-        assert any(p.startswith("val/") for p in by_split["train"])
-        assert any(p.startswith("train/") for p in by_split["val"])
+        assert len(held_out) == pytest.approx(0.2 * len(records), abs=3)
+        assert {p.split("/")[0] for p in held_out} == {"train", "val"}
     else:
-        assert not warnings
-        assert all(p.startswith("val/") for p in by_split["val"]) and len(by_split["val"]) == count
+        assert not warnings and sum(p.startswith("val/") for p in held_out) == len(held_out) == count
 
 
 @pytest.mark.parametrize("split, count", [("test", 10), ("val", 100)])
@@ -181,12 +156,6 @@ def test_shared_patients_are_an_error(tmp_path, split, count):
     touch(tmp_path, *names("train", 0, 40), *names(split, 1000, count), f"{split}/PNEUMONIA/person7_virus_2.jpeg")
     with pytest.raises(data.DataError, match=rf"1 patients are in both train and {split} .*\(virus-7\)"):
         data.find_training(tmp_path, 0, 0.2)
-
-
-def test_a_patient_in_train_and_a_small_val_is_none(tmp_path):
-    touch(tmp_path, *names("train", 0, 40), *names("val", 1000, 10), "val/PNEUMONIA/person7_virus_2.jpeg")
-    records = data.find_training(tmp_path, 0, 0.2)
-    assert len({r["split"] for r in records if r["patient"] == "virus-7"}) == 1
 
 
 def test_names_that_tell_no_patient_are_counted(tmp_path, capsys):
@@ -200,9 +169,7 @@ def test_names_that_tell_no_patient_are_counted(tmp_path, capsys):
 
 PICTURE = np.add.outer(np.linspace(0, 180, 60), np.linspace(0, 75, 90)).round().astype(np.uint8)
 PICTURE[5:20, 50:80] //= 3  # no symmetry, so that no flip or turn goes unnoticed
-GREY = Image.fromarray(PICTURE)
-RGBA = Image.merge("RGBA", [GREY, GREY, GREY, Image.new("L", GREY.size, 255)])
-BINARY = GREY.point(lambda v: 255 * (v > 127))
+GREY, DEEP = Image.fromarray(PICTURE), PICTURE.astype(np.uint16) * 257
 
 
 def white_is_zero(image):
@@ -218,20 +185,20 @@ FORMATS = {  # the picture in another coding, and how far from the 8-bit grey on
     "grey.png": (GREY, 0),
     "grey.tiff": (GREY, 0),
     "rgb.png": (GREY.convert("RGB"), 0),
-    "rgba.png": (RGBA, 0),
-    "la.png": (RGBA.convert("LA"), 0),
+    "rgba.png": (GREY.convert("RGBA"), 0),
+    "la.png": (GREY.convert("LA"), 0),
     "palette.png": (GREY.convert("RGB").quantize(256), 2),
     "cmyk.tiff": (GREY.convert("CMYK"), 1),
     "cmyk.jpeg": (GREY.convert("CMYK"), 6),
-    "16bit.png": (Image.fromarray(PICTURE.astype(np.uint16) * 257), 0),
-    "16bit.tiff": (Image.fromarray(PICTURE.astype(np.uint16) * 257), 0),
-    "16bit-big-endian.tiff": (Image.fromarray((PICTURE.astype(np.uint16) * 257).astype(">u2")), 0),
+    "16bit.png": (Image.fromarray(DEEP), 0),
+    "16bit.tiff": (Image.fromarray(DEEP), 0),
+    "16bit-big-endian.tiff": (Image.fromarray(DEEP.astype(">u2")), 0),
     "12bit.tiff": (Image.fromarray((PICTURE * (4095 / 255)).round().astype(np.uint16)), 0),
     "8-in-16bit.tiff": (Image.fromarray(PICTURE.astype(np.uint16)), 0),
     "32bit.tiff": (Image.fromarray(PICTURE.astype(np.int32) * 257), 0),
     "float.tiff": (Image.fromarray(PICTURE.astype(np.float32) / 255), 0),
     "float-255.tiff": (Image.fromarray(PICTURE.astype(np.float32)), 0),
-    "white-is-zero.tiff": (white_is_zero(Image.fromarray((255 - PICTURE.astype(np.uint16)) * 257)), 0),
+    "white-is-zero.tiff": (white_is_zero(Image.fromarray(65535 - DEEP)), 0),
 }
 
 
@@ -253,11 +220,11 @@ def test_every_format_reads_as_the_grey_picture(tmp_path, name, size):
 
 @pytest.mark.parametrize("size", [None, 32])
 def test_one_bit_images(tmp_path, size):
-    BINARY.convert("1").save(tmp_path / "bits.png")
-    BINARY.save(tmp_path / "grey.png")
+    binary = GREY.point(lambda v: 255 * (v > 127))
+    binary.convert("1").save(tmp_path / "bits.png")
     bits, info = data.read_image(tmp_path / "bits.png", size)
-    assert info["mode"] == "1" and set(bits.ravel()) >= {0, 255}
-    np.testing.assert_array_equal(bits, data.read_image(tmp_path / "grey.png", size)[0])
+    assert info["mode"] == "1"
+    np.testing.assert_array_equal(bits, binary.resize((size, size), Image.Resampling.BICUBIC) if size else binary)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
@@ -279,25 +246,16 @@ def test_colour_is_measured(tmp_path, rgb, colour):
     assert data.read_image(tmp_path / "x.png", 16)[1]["colour"] == pytest.approx(colour)
 
 
-# As the EXIF standard puts it: where the stored first row and first column lie on the upright picture.
-STORED = {
-    1: lambda v: v,
-    2: np.fliplr,
-    3: lambda v: np.rot90(v, 2),
-    4: np.flipud,
-    5: np.transpose,
-    6: lambda v: np.rot90(v, 1),
-    7: lambda v: np.rot90(v, 2).T,
-    8: lambda v: np.rot90(v, 3),
-}
+# From the EXIF standard (where the stored first row and column lie): mirrored or not, quarter turns to the left.
+STORED = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 1), 7: (1, 3), 8: (0, 3)}
 
 
 @pytest.mark.parametrize("orientation", STORED)
 def test_exif_rotation_is_applied(tmp_path, orientation):
-    exif = Image.Exif()
+    exif, (mirrored, turns) = Image.Exif(), STORED[orientation]
     exif[0x0112] = orientation
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](PICTURE)))
-    stored.save(tmp_path / "x.jpeg", quality=98, exif=exif)
+    stored = np.rot90(np.fliplr(PICTURE) if mirrored else PICTURE, turns)
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x.jpeg", quality=98, exif=exif)
     pixels, info = data.read_image(tmp_path / "x.jpeg", None)
     assert (info["width"], info["height"]) == (90, 60) and pixels.shape == (60, 90)
     assert np.abs(pixels.astype(int) - PICTURE).mean() < 1.5
@@ -323,23 +281,25 @@ def png_claiming(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
-def encoded(kind):
+def encoded(kind, pixels):
     buffer = io.BytesIO()
-    Image.fromarray(noise(0, 200, 200)).save(buffer, kind)
+    Image.fromarray(pixels).save(buffer, kind)
     return buffer.getvalue()
 
 
 REFUSED = {
-    "truncated.jpeg": (encoded("JPEG")[: len(encoded("JPEG")) // 2], "truncated"),
-    "truncated.png": (encoded("PNG")[: len(encoded("PNG")) // 2], "cannot be decoded"),
+    "truncated.jpeg": (encoded("JPEG", noise(0, 200, 200))[:9000], "truncated"),
+    "truncated.png": (encoded("PNG", noise(0, 200, 200))[:9000], "cannot be decoded"),
     "zero.jpeg": (b"", "empty"),
     "text.jpeg": (b"patient left early\n", "not an image"),
     "bomb.png": (png_claiming(50_000, 50_000), "pixels"),
     "large.png": (png_claiming(11_000, 11_000), "11000 x 11000 pixels are more than"),
     "missing.jpeg": (None, "no such file"),
+    "nan.tiff": (encoded("TIFF", np.array([[0.5, np.nan]], np.float32)), "not finite"),
 }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused_with_a_reason(tmp_path, name):
     content, reason = REFUSED[name]
@@ -350,18 +310,12 @@ def test_refused_with_a_reason(tmp_path, name):
             data.read_image(tmp_path / name, size)
 
 
-def test_values_that_are_not_finite_are_refused(tmp_path):
-    Image.fromarray(np.array([[0.5, np.nan]], np.float32)).save(tmp_path / "x.tiff")
-    with pytest.raises(data.ImageError, match="not finite"):
-        data.read_image(tmp_path / "x.tiff", 8)
-
-
 # --- cache ---
 
 
 def tree(root, count=6):
     """Noise images, half of them in each class of train/."""
-    return save(root, {p.replace("jpeg", "png"): noise(i) for i, p in enumerate(names("train", 1, count))})
+    return save(root, {p.replace("jpeg", "bmp"): noise(i) for i, p in enumerate(names("train", 1, count))})
 
 
 def load(root, size=16):
@@ -387,13 +341,12 @@ def test_second_call_decodes_nothing(tmp_path, monkeypatch):
 
 
 def repaint(root):
-    """Same name and size in bytes, other pixels, another time."""
+    """Other pixels under the same name and in as many bytes: the time alone tells."""
     path = next((root / "train/NORMAL").iterdir())
     before = path.stat()
-    Image.fromarray(255 - noise(0)).save(path.with_suffix(".bmp"))
-    os.replace(path.with_suffix(".bmp"), path)
-    os.truncate(path, max(before.st_size, path.stat().st_size))
+    Image.fromarray(noise(77)).save(path)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    assert path.stat().st_size == before.st_size
 
 
 CHANGES = {
@@ -430,29 +383,27 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     np.testing.assert_array_equal(load(root)[1], expected(root))
 
 
-def test_two_processes_build_at_once(tmp_path):
-    root = tree(tmp_path / "d")
-    code = f"""if True:
-        import sys, time, hashlib, pathlib
-        sys.path.insert(0, {str(ROOT)!r})
-        import data
-        read, root = data.read_image, pathlib.Path({str(root)!r})
-        data.read_image = lambda *a: time.sleep(0.3) or read(*a)  # long enough to overlap
-        records = data.scan(root, "train")
-        print("ready", flush=True)
-        input()
-        print(hashlib.sha256(data.load_images(root, records, 16)[0].numpy()).hexdigest())"""
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    processes = [subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) for _ in range(2)]
-    assert [p.stdout.readline() for p in processes] == ["ready\n"] * 2
+def test_two_processes_build_at_once(tmp_path, monkeypatch, capfd):
+    root, read, fork = tree(tmp_path / "d"), data.read_image, multiprocessing.get_context("fork")
+    want, gate, results = expected(root).tobytes(), fork.Barrier(2), fork.SimpleQueue()
+
+    def slow(*arguments):  # long enough to overlap
+        time.sleep(0.1)
+        return read(*arguments)
+
+    def build():
+        gate.wait(30)
+        results.put(load(root)[1].numpy().tobytes())
+
+    monkeypatch.setattr(data, "read_image", slow)
+    processes = [fork.Process(target=build, daemon=True) for _ in range(2)]
     for p in processes:
-        p.stdin.write("\n")
-        p.stdin.flush()
-    results = [p.communicate(timeout=60) for p in processes]
-    digest = hashlib.sha256(expected(root)).hexdigest()
-    assert [r[0].strip() for r in results] == [digest] * 2
-    assert not any("WARNING" in r[1] for r in results)
+        p.start()
+    for p in processes:
+        p.join(30)
+    assert [p.exitcode for p in processes] == [0, 0]
+    assert [results.get(), results.get()] == [want, want]
+    assert "WARNING" not in capfd.readouterr().err
     assert [p.suffix for p in (root / ".cache").iterdir()] == [".npy"]
 
 
@@ -500,19 +451,19 @@ def single(c=0.75, **strength):
     return data.augment(SMOOTH[None], torch.full((1, data.DRAWS), c), strength, 64)
 
 
-X = SMOOTH[None, None] / 255
+X, BILINEAR = SMOOTH[None, None] / 255, InterpolationMode.BILINEAR
 INSIDE = (..., slice(12, 52), slice(12, 52))
 OPERATIONS = {
-    "flip": (dict(flip=1.0), lambda: TF.horizontal_flip(X), ...),
-    "no flip": (dict(flip=0.5), lambda: X, ...),  # 0.75 is not below 0.5
-    "brightness": (dict(brightness=0.8), lambda: TF.adjust_brightness(X, 1.4), ...),
-    "contrast": (dict(contrast=0.8), lambda: TF.adjust_contrast(X, 1.4), ...),
-    "gamma": (dict(gamma=2 * np.log(1.7)), lambda: TF.adjust_gamma(X, 1.7), ...),
-    "rotation": (dict(degrees=20.0), lambda: TF.rotate(X, 10.0, InterpolationMode.BILINEAR), INSIDE),
+    "flip": ({"flip": 1.0}, lambda: TF.horizontal_flip(X), ...),
+    "no flip": ({"flip": 0.5}, lambda: X, ...),  # 0.75 is not below 0.5
+    "brightness": ({"brightness": 0.8}, lambda: TF.adjust_brightness(X, 1.4), ...),
+    "contrast": ({"contrast": 0.8}, lambda: TF.adjust_contrast(X, 1.4), ...),
+    "gamma": ({"gamma": 2 * np.log(1.7)}, lambda: TF.adjust_gamma(X, 1.7), ...),
+    "rotation": ({"degrees": 20.0}, lambda: TF.rotate(X, 10.0, BILINEAR), INSIDE),
     # Area 1 - 0.75 (1 - scale) = 0.75 squared, moved by half of the room: 48 pixels from 12 on.
     "crop": (
-        dict(scale=1 - 0.4375 / 0.75),
-        lambda: TF.resized_crop(X, 12, 12, 48, 48, [64, 64], antialias=False),
+        {"scale": 1 - 0.4375 / 0.75},
+        lambda: TF.resized_crop(X, 12, 12, 48, 48, [64, 64], BILINEAR, False),
         INSIDE,
     ),
 }
@@ -535,8 +486,8 @@ def test_erasing_blanks_one_rectangle(c):
 
 
 def test_erasing_keeps_its_probability():
-    images = torch.full((800, 16, 16), 200, dtype=torch.uint8)
-    out = data.augment(images, data.draw(800, 0, 0), data.AUGMENT["none"] | {"erase": 0.25}, 16)
+    images, strength = BATCH[:1].expand(800, -1, -1) | 1, data.AUGMENT["none"] | {"erase": 0.25}
+    out = data.augment(images, data.draw(800, 0, 0), strength, 40)
     assert (out == 0).any(3).any(2).float().mean() == pytest.approx(0.25, abs=0.05)
 
 
@@ -581,13 +532,6 @@ def test_draws_are_a_function_of_seed_and_epoch():
     assert sorted(first[1].tolist()) == list(range(50)) != first[1].tolist()
 
 
-def test_normalise():
-    images = torch.tensor([[[0, 255], [51, 102]]], dtype=torch.uint8)
-    out = data.normalise(images, mean=0.2, std=0.5)
-    torch.testing.assert_close(out, torch.tensor([[[[-0.4, 1.6], [0.0, 0.4]]]]))
-    torch.testing.assert_close(data.normalise(images[:, None] / 255, 0.2, 0.5), out)
-
-
 def test_stress():
     images = torch.full((2, 40, 40), 100, dtype=torch.uint8)
     images[:, :, 20:] = 200
@@ -596,17 +540,12 @@ def test_stress():
     assert len(copies) == 9 and torch.equal(images, before)
     assert all(c.shape == images.shape and c.dtype == torch.uint8 for c in copies.values())
     assert all(not torch.equal(c, images) for c in copies.values())
-    left_right = {
-        "brightness x 0.65": (65, 130),
-        "brightness x 1.4": (140, 255),
-        "contrast x 1.4": (80, 220),  # 150 -+ 70
-        "gamma 0.7": (132, 215),  # 255 (100 / 255) ^ 0.7 = 132.4
-        "gamma 1.4": (69, 181),
-        "blur": (100, 200),
-        "crop of 85 %": (100, 200),
-    }
-    for name, (left, right) in left_right.items():
-        assert (copies[name][0, 20, 2].item(), copies[name][0, 20, -3].item()) == (left, right), name
+    by_hand = {"brightness x 0.65": (65, 130), "brightness x 1.4": (140, 255)}
+    by_hand |= {"contrast x 1.4": (80, 220)}  # 150 -+ 70
+    by_hand |= {"gamma 0.7": (132, 215), "gamma 1.4": (69, 181)}  # 255 (100 / 255) ^ 0.7 = 132.4
+    by_hand |= {"blur": (100, 200), "crop of 85 %": (100, 200)}  # far from the edge
+    for name, values in by_hand.items():
+        assert (copies[name][0, 20, 2].item(), copies[name][0, 20, -3].item()) == values, name
     assert copies["crop of 85 %"][1].min() == 100
     assert copies["blur"][0, 20].unique().numel() > 2  # the edge is no longer sharp
 
@@ -614,21 +553,17 @@ def test_stress():
 # --- check ---
 
 
+# IM-1 is in train and val, but so small a val is folded into train.
+SOUND = ["train/NORMAL/IM-0001-0001.png", *(f"train/PNEUMONIA/person1_{n}.png" for n in ("bacteria_1", "bacteria_2"))]
+SOUND += ["train/PNEUMONIA/person1_virus_3.png", "val/NORMAL/IM-0001-0002.png", "val/PNEUMONIA/person3_virus_1.png"]
+SOUND += ["test/NORMAL/NORMAL2-IM-0001-0001.png", "test/PNEUMONIA/person4_virus_1.png"]
+
+
 def sound(root):
-    images = {f"{s}/{c}/{n}": noise(i) for i, (s, c, n) in enumerate(SOUND)}
-    return save(root, images | {"test/PNEUMONIA/IM-dup.bmp": images["test/PNEUMONIA/person4_virus_1.png"]})
+    images = {path: noise(i) for i, path in enumerate(SOUND)}
+    return save(root, images | {"test/PNEUMONIA/IM-dup.bmp": images[SOUND[-1]]})
 
 
-SOUND = [
-    ("train", "NORMAL", "IM-0001-0001.png"),
-    ("train", "PNEUMONIA", "person1_bacteria_1.png"),
-    ("train", "PNEUMONIA", "person1_bacteria_2.png"),
-    ("train", "PNEUMONIA", "person1_virus_3.png"),
-    ("val", "NORMAL", "IM-0001-0002.png"),  # shared with train, but so small a val is folded into it
-    ("val", "PNEUMONIA", "person3_virus_1.png"),
-    ("test", "NORMAL", "NORMAL2-IM-0001-0001.png"),
-    ("test", "PNEUMONIA", "person4_virus_1.png"),
-]
 PROBLEMS = {
     "a patient on both sides": ({"test/PNEUMONIA/person1_bacteria_9.png": noise(50)}, "1 patients .* bacteria-1"),
     "an image on both sides": ({"test/NORMAL/other.bmp": noise(0)}, "1 images are on both sides .*IM-0001-0001.png"),
@@ -656,15 +591,16 @@ def test_check_finds(tmp_path, problem):
     extra, message = PROBLEMS[problem]
     problems = data.check(save(sound(tmp_path), extra))["problems"]
     assert len(problems) == 1
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(problems[0])
+    assert re.search(message, problems[0])
 
 
 def test_check_script(tmp_path):
     good, bad = sound(tmp_path / "good"), save(sound(tmp_path / "bad"), PROBLEMS["a patient on both sides"][0])
     done = run_script("data.py", "check", good, "--json", cwd=tmp_path)
     assert done.returncode == 0 and json.loads(done.stdout) == json.loads(json.dumps(data.check(good)))
-    done = run_script("data.py", "check", bad, cwd=tmp_path)
+    done = run_script("data.py", "check", good, cwd=tmp_path)
+    assert done.returncode == 0 and "no problem found" in done.stdout
+    done = run_process("data.py", "check", bad, cwd=tmp_path)
     assert done.returncode == 1 and "PROBLEM: 1 patients" in done.stdout
     done = run_script("data.py", "check", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
@@ -738,13 +674,6 @@ def test_failed_download_leaves_nothing(tmp_path, server, case):
     assert not list(tmp_path.rglob("evil*"))
 
 
-def test_no_connection(tmp_path, server):
-    url = server.url
-    server.server_close()
-    with pytest.raises(data.DataError, match="download failed.*Kaggle"):
-        data.download(tmp_path / "d", url, "0" * 64)
-
-
 # --- the demo set ---
 
 
@@ -780,12 +709,8 @@ def test_demo_is_sound(demo):
     }
     assert set(Counter(r["subtype"] for r in records)) == {"", "bacterial", "viral"}
     assert all((r["subtype"] == "") == (r["class"] == "NORMAL") for r in records)
-
-
-def test_opacities_lie_in_the_images_with_pneumonia(demo):
     rows = [line.split(",") for line in (demo / "opacities.csv").read_text().splitlines()]
     assert rows.pop(0) == ["path", "x", "y", "rx", "ry"]
-    records = data.scan(demo, "train") + data.scan(demo, "test")
     assert {r[0] for r in rows} == {r["path"] for r in records if r["class"] == "PNEUMONIA"}
     x, y, rx, ry = np.array([r[1:] for r in rows], float).T
     assert min(rx.min(), ry.min()) > 0.02

@@ -63,23 +63,25 @@ class Malicious:
 
 @pytest.fixture(scope="module", params=NAMES)
 def trained(request):
-    """(name, weights before, model after one training step, parameters without a gradient)."""
+    """(name, weights before, model after two training steps, parameters without a gradient)."""
     torch.manual_seed(0)
     model = models.build(request.param, 2, 64).train()
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1]))
-    loss.backward()
-    without = [k for k, v in model.named_parameters() if v.grad is None or not v.grad.isfinite().all()]
-    optimizer.step()
+    for _ in range(2):  # a residual branch that starts at zero passes no gradient on before the second
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1]))
+        loss.backward()
+        without = [k for k, v in model.named_parameters() if v.grad is None or not v.grad.isfinite().all()]
+        optimizer.step()
     return request.param, before, model.eval(), without
 
 
-def test_a_training_step_reaches_every_part(trained):
+def test_training_reaches_every_part(trained):
     _, before, model, without = trained
     assert without == []
     changed = [not torch.equal(v, before[k]) for k, v in model.named_parameters()]
-    # A few may stand still by right: the biases of keys in attention, or what a branch that starts at zero hides.
+    # A few may stand still by right, such as what a layer scale close to zero hides.
     assert sum(changed) > 0.8 * len(changed)
     first, last = next(iter(before)), list(before)[-1]
     parameters = dict(model.named_parameters())
@@ -160,7 +162,8 @@ def test_a_name_that_is_near_nothing_is_an_error_too():
 
 
 @pytest.mark.parametrize(
-    ("name", "size", "expected"), [(SMALL, None, 160), ("vit_tiny_patch16_224", None, 224), ("vit_tiny_patch16_224", 64, 64)]
+    ("name", "size", "expected"),
+    [(SMALL, None, 160), ("vit_tiny_patch16_224", None, 224), ("vit_tiny_patch16_224", 64, 64)],
 )
 def test_input_size_is_the_asked_one_else_what_the_model_takes(name, size, expected):
     assert models.preprocessing(name, size)["input_size"] == expected
@@ -383,7 +386,7 @@ def test_weights_from_a_hub_and_again_from_its_cache(tmp_path):
     environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(hidden)}
     environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
     command = [sys.executable, "-c", HUB, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert any(line.startswith("GET") and "model.safetensors" in line for line in result["served"]["asked"])
@@ -524,7 +527,7 @@ def flagged(check: dict, images: torch.Tensor) -> float:
 
 def test_few_phantoms_are_flagged(check, phantoms):
     assert flagged(check, phantoms[0]) <= 0.1
-    assert 0 < flagged(check, phantoms[1]) * len(phantoms[1]) <= 1  # the most unlike one of these few
+    assert round(flagged(check, phantoms[1]) * len(phantoms[1])) == 1  # the most unlike one of these few
     assert flagged(check, phantoms[2]) <= 0.25
 
 

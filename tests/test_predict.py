@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_script
+from conftest import ROOT, run_process, run_script
 from PIL import Image
 
 import data
@@ -53,7 +53,7 @@ def test_mixed_inputs_are_done_and_the_bad_ones_named(run_folder, demo, tmp_path
     shutil.copy(good[1], tmp_path / "sub" / "c.jpeg")
     (tmp_path / "text.jpeg").write_text("no picture")
     (tmp_path / "._a.jpeg").write_bytes(b"x")
-    done = run_script(
+    done = run_process(
         "predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "missing.png", ".", str(good[0].parent / "*.jpeg"), "-",
         cwd=tmp_path, input=f"{good[2]}\n",
     )  # fmt: skip

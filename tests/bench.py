@@ -1,0 +1,224 @@
+"""How close the suite comes to the machine's limit; run by hand, not by pytest.
+
+    python tests/bench.py                               # a set of noise images, drawn into a temporary folder
+    python tests/bench.py --fullres DIR                 # first decode of the full-size JPEG files in DIR
+
+Every figure but the reported times is a ratio of two things measured in turn in the same process, since absolute times
+mean little on shared machines. Prints one table and one line of JSON.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
+import evaluate
+import models
+import train
+
+NAME, SIZE, BATCH, STEPS, ROUNDS = "mobilenetv3_small_050", 224, 64, 6, 5
+CPU = torch.device("cpu")
+
+
+def seconds(f) -> float:
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def ratio(limit, real) -> float:
+    """Median over rounds of the time of limit over the time of real, called in turn; 1 is as fast as the limit."""
+    limit(), real()
+    return float(np.median([seconds(limit) / seconds(real) for _ in range(ROUNDS)]))
+
+
+def set_up(count: int, compiled: bool = False):
+    """A model, count random images, and a function that trains one epoch on the first n of them."""
+    torch.manual_seed(0)
+    model = models.build(NAME, 2, SIZE).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, foreach=True)
+    images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
+    labels = torch.randint(0, 2, (count,))
+    state = {"rank": 0, "world": 1, "lr": 1e-3, "device": CPU, "dtype": torch.float32, "mean": 0.45, "std": 0.23}
+    state |= {"strength": data.AUGMENT["medium"], "weights": torch.ones(2), "train_size": SIZE}
+    args = argparse.Namespace(batch_size=BATCH, epochs=1, warmup_epochs=0, label_smoothing=0.0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
+    net = torch.compile(model) if compiled else model
+
+    def epoch(n: int = count) -> None:
+        order, draws = data.shuffle(n, 0, 1), data.draw(n, 0, 1)
+        train.train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws, state, 1, args)
+
+    return model, images, epoch
+
+
+def training() -> dict:
+    """The real loop over forward, backward and optimizer on one resident batch; the size that is fed is the same."""
+    _, _, epoch = set_up(STEPS * BATCH)
+    best = 0.0
+    for layout in (torch.channels_last, torch.contiguous_format):
+        bare = models.build(NAME, 2, SIZE).to(memory_format=layout).train()
+        bare_optimizer = create_optimizer_v2(bare, opt="adamw", lr=1e-3, weight_decay=0.05, foreach=True)
+        x, y = torch.randn(BATCH, 1, SIZE, SIZE).to(memory_format=layout), torch.randint(0, 2, (BATCH,))
+
+        def limit() -> None:
+            for _ in range(STEPS):
+                bare_optimizer.zero_grad(set_to_none=True)  # noqa: B023
+                F.cross_entropy(bare(x), y).backward()  # noqa: B023
+                bare_optimizer.step()  # noqa: B023
+
+        found = ratio(limit, epoch)
+        best = found if not best else min(best, found)  # the faster format is the stricter limit
+    return {"training / forward-backward-optimizer": best}
+
+
+def evaluation() -> dict:
+    model, images, _ = set_up(4 * 256)
+    model.eval()
+    batch = torch.randn(256, 1, SIZE, SIZE).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def limit() -> None:
+        for _ in range(4):
+            models.logits(model, batch)
+
+    index = torch.arange(len(images))
+    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index), 0.45, 0.23, CPU)
+    return {"evaluation / forward": ratio(limit, real)}
+
+
+def decoding(folder: Path) -> dict:
+    """First decode on all cores, cache file included, over cores times Pillow's own draft decode and resize on one."""
+    files = sorted(p for p in folder.rglob("*") if data.is_image(p))[:160]
+
+    def limit() -> None:
+        for path in files:
+            with Image.open(path) as image:
+                image.draft("L", (2 * SIZE, 2 * SIZE))
+                image.convert("L").resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+
+    with tempfile.TemporaryDirectory() as root:
+        records = [{"path": f"train/{i}.jpeg", "bytes": 0, "mtime": i} for i in range(len(files))]
+        (Path(root) / "train").mkdir()
+        for record, path in zip(records, files):
+            os.symlink(path.resolve(), Path(root) / record["path"])
+
+        def real() -> None:
+            shutil.rmtree(Path(root) / ".cache", ignore_errors=True)
+            data.load_images(Path(root), records, SIZE)
+
+        return {f"first decode of {len(files)} files / {data.CORES} cores x Pillow": ratio(limit, real) / data.CORES}
+
+
+def repeated(folder: Path, count: int) -> Path:
+    """A data folder of count small images: hard links to a few files."""
+    rng = np.random.default_rng(0)
+    for name in ("NORMAL", "PNEUMONIA"):
+        target = folder / "train" / name
+        target.mkdir(parents=True)
+        for i in range(count // 2):
+            path = target / f"person{i}_bacteria_{i}.jpeg"
+            if i < 20:
+                Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(path)
+            else:
+                os.link(target / f"person{i % 20}_bacteria_{i % 20}.jpeg", path)
+    return folder
+
+
+class Started(Exception):
+    """Raised in the place of the first step."""
+
+
+def start_and_memory(work: Path) -> dict:
+    """Seconds from the first statement to the first step, imports apart; resident growth from 5,000 to 50,000 images."""
+    result, grown = {}, []
+    for count in (5_000, 50_000):
+        root = repeated(work / str(count), count)
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.one_start({str(root)!r})"
+        for _ in range(2):  # the first one decodes
+            out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=work)
+        found = json.loads(out.stdout.splitlines()[-1])
+        grown.append(found["anonymous_mb"])
+        result[f"start of a second run, {count} images (s)"] = found["seconds"]
+    return result | {"memory at 50,000 / at 5,000 images, page cache apart": grown[1] / grown[0]}
+
+
+def one_start(root: str) -> None:
+    """Run train.py up to its first step and a little further; print seconds and the memory that is no page cache."""
+    original, start = train.train_epoch, time.perf_counter()
+    result = {}
+
+    def few_steps(net, model, ema, optimizer, scaler, images, labels, order, *rest) -> None:
+        result["seconds"] = time.perf_counter() - start
+        original(net, model, ema, optimizer, scaler, images, labels, order[:256], *rest)
+        raise Started
+
+    train.train_epoch = few_steps
+    arguments = ["--data", root, "--no-pretrained", "--img-size", str(SIZE), "--epochs", "1", "--output"]
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            train.run(train.make_parser().parse_args([*arguments, f"{folder}/run"]))
+    except Started:
+        status = Path("/proc/self/status").read_text()
+        result["anonymous_mb"] = int(status.split("RssAnon:")[1].split()[0]) / 1024
+    print(json.dumps(result))
+
+
+def scaling() -> dict:
+    """Seconds of an epoch at 1, 2, 4 and 8 thousand images, and the part that does not grow with them."""
+    _, _, epoch = set_up(8192)
+    counts = [1024, 2048, 4096, 8192]
+    epoch(256)
+    times = [seconds(lambda n=n: epoch(n)) for n in counts]
+    slope, constant = np.polyfit(counts, times, 1)
+    fit = 1 - np.var(times - (slope * np.array(counts) + constant)) / np.var(times)
+    each = {f"epoch of {n} images (s)": t for n, t in zip(counts, times)}
+    return each | {"constant part of an epoch (s)": float(constant), "linearity (R2)": float(fit)}
+
+
+def compilation() -> dict:
+    _, _, plain = set_up(STEPS * BATCH)
+    _, _, compiled = set_up(STEPS * BATCH, compiled=True)
+    warm_up = seconds(compiled)
+    return {"--compile: warm-up (s)": warm_up, "--compile: speed over plain": ratio(plain, compiled)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fullres", type=Path, metavar="DIR", help="folder of full-size JPEG files")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PART", help="training evaluation start scaling compilation decoding"
+    )
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        parts = {"training": training, "evaluation": evaluation, "start": lambda: start_and_memory(Path(work))}
+        parts |= {"scaling": scaling, "compilation": compilation}
+        if args.fullres:
+            parts["decoding"] = lambda: decoding(args.fullres)
+        result = {}
+        for name, part in parts.items():
+            if not args.only or name in args.only:
+                found = part()
+                result |= {k: round(v, 3) for k, v in found.items()}
+                for k, v in found.items():
+                    print(f"{k:62} {v:8.3f}", flush=True)
+    print(json.dumps({"cores": data.CORES, "torch": str(torch.__version__), **result}))
+
+
+if __name__ == "__main__":
+    main()

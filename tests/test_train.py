@@ -1,0 +1,261 @@
+"""train.py: its pure parts, and the real script: killed, resumed, in two processes, misused."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, run_script
+
+import models
+import train
+
+SHORT = ("--no-pretrained", "--img-size", "32", "--batch-size", "16", "--warmup-epochs", "0.5", "--threshold", "youden")
+
+
+def start(*arguments, cwd) -> subprocess.Popen:
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def weights_of(folder, name="ckpt.pt", key="state_dict"):
+    return models.load(folder / name, models.FORMAT if name == "ckpt.pt" else train.LAST_FORMAT)[key]
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def without_times(folder) -> dict:
+    """metrics.json but for what a clock or the folder's name decides."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    for entry in [metrics, *metrics["epochs"]]:
+        entry.pop("seconds", None), entry.pop("images_per_second", None)
+    return metrics
+
+
+def test_learning_rate_is_a_warm_up_and_a_cosine():
+    rates = [train.learning_rate(s, 100, 10, 2.0) for s in range(100)]
+    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and rates[10] == pytest.approx(2.0)
+    assert rates[55] == pytest.approx(1.0)
+    assert rates[99] < 0.001 and rates[9:] == sorted(rates[9:], reverse=True)
+    assert train.learning_rate(0, 10, 0, 1.0) == 1.0
+
+
+def test_class_weights_make_classes_count_the_same():
+    labels = torch.tensor([0, 1, 1, 1])
+    weights = train.class_weights(labels, 2, True)
+    assert weights.tolist() == pytest.approx([2.0, 2 / 3])
+    assert float(weights[labels].mean()) == pytest.approx(1)
+    assert train.class_weights(labels, 2, False).tolist() == [1.0, 1.0]
+
+
+def test_what_a_run_writes(run_folder, demo):
+    metrics = json.loads((run_folder / "metrics.json").read_text())
+    assert metrics["finished"] and [e["epoch"] for e in metrics["epochs"]] == [1, 2]
+    assert metrics["arguments"]["epochs"] == 2 and metrics["data"]["demo"] is True
+    assert metrics["weights"]["source"] == "random"
+    lines = (run_folder / "splits.csv").read_text().splitlines()
+    assert lines[0] == "path,class,patient,subtype,split"
+    assert len(lines) - 1 == sum(metrics["data"]["images"].values())
+    assert not any("test/" in line for line in lines)
+    ckpt = models.load(run_folder / "ckpt.pt")
+    best = metrics["epochs"][metrics["best_epoch"] - 1]
+    assert ckpt["epoch"] == metrics["best_epoch"]
+    assert best["val_auroc"] == max(e["val_auroc"] for e in metrics["epochs"])
+    assert ckpt["validation"]["val_auroc"] == best["val_auroc"]
+    assert 0 < ckpt["threshold"]["value"] < 1 and "stressed" in ckpt["threshold"]["from"]
+    assert ckpt["data"]["demo"] and ckpt["data"]["fingerprint"] == metrics["data"]["fingerprint"]
+    held_out = {line.split(",")[0] for line in lines if line.endswith(",val")}
+    assert set(ckpt["data"]["val"]) == held_out and held_out
+
+
+def test_repeatable_to_the_bit_and_seeds_differ(demo, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        done = run_script(
+            "train.py", "--data", demo, *SHORT, "--epochs", 1, "--seed", seed, "--output", name, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+    a, b, c = (tmp_path / n for n in "abc")
+    assert same(weights_of(a), weights_of(b)) and without_times(a) == without_times(b)
+    assert (a / "ckpt.pt").read_bytes() == (b / "ckpt.pt").read_bytes()
+    assert not same(weights_of(a), weights_of(c))
+
+
+def test_a_killed_run_ends_as_one_that_was_not(demo, tmp_path):
+    """SIGKILL at several moments, the first seconds and a save included; then --resume: the same bits everywhere."""
+    arguments = ("--data", demo, *SHORT, "--epochs", 4)
+    done = run_script("train.py", *arguments, "--output", "whole", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    process = start(*arguments, "--output", "cut", cwd=tmp_path)
+    for line in process.stdout:
+        if line.strip().startswith("2 "):
+            break
+    process.kill()
+    process.communicate()
+    # As if killed while saving: half a file under its temporary name, and a checkpoint newer than the state.
+    (tmp_path / "cut" / ".last.pt.1.tmp").write_bytes(b"half")
+    assert len(json.loads((tmp_path / "cut" / "metrics.json").read_text())["epochs"]) in (1, 2)
+    done = run_script("train.py", "--resume", "cut", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert without_times(whole) == without_times(cut)
+    assert (whole / "ckpt.pt").read_bytes() == (cut / "ckpt.pt").read_bytes()
+    assert (whole / "splits.csv").read_bytes() == (cut / "splits.csv").read_bytes()
+    for key in ("model", "ema"):
+        assert same(weights_of(whole, "last.pt", key), weights_of(cut, "last.pt", key))
+    assert weights_of(whole, "last.pt", "best") == weights_of(cut, "last.pt", "best")
+
+
+def test_a_run_killed_before_its_first_state_starts_again(run_folder, tmp_path):
+    """metrics.json comes first and holds the arguments: that is enough to resume."""
+    shutil.copytree(run_folder, tmp_path / "run")
+    for name in ("last.pt", "ckpt.pt", "splits.csv"):
+        (tmp_path / "run" / name).unlink()
+    done = run_script("train.py", "--resume", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == (run_folder / "ckpt.pt").read_bytes()
+
+
+def test_interruption_says_how_to_go_on(demo, tmp_path):
+    process = start("--data", demo, *SHORT, "--epochs", 50, "--output", "r", cwd=tmp_path)
+    for line in process.stdout:
+        if line.strip().startswith("1 "):
+            break
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "python train.py --resume r" in err and "Traceback" not in err
+
+
+def test_resume_takes_the_runs_arguments(run_folder, demo, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    for contradiction in (("--seed", "5"), ("--batch-size", "8"), ("--model", "resnet18"), ("--no-balance",)):
+        done = run_script("train.py", "--resume", "run", *contradiction, cwd=tmp_path)
+        assert done.returncode == 2 and contradiction[0].removeprefix("--no-") in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    done = run_script("train.py", "--resume", "run", "--epochs", "3", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"]) == 3
+    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
+    done = run_script("train.py", "--data", demo, *SHORT, "--output", "run", cwd=tmp_path)
+    assert done.returncode == 2 and "--resume run" in done.stderr
+    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+def test_two_processes_see_what_one_sees(demo, tmp_path):
+    """One image more or less would change the loss; ranks that drift apart would change the checkpoint's weights."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    arguments = ["--data", demo, "--no-pretrained", "--img-size", 32, "--epochs", 1, "--threshold", "0.5"]
+    arguments += ["--augment", "none", "--device", "cpu", "--warmup-epochs", 0, "--lr", 0]
+    one = run_script("train.py", *arguments, "--batch-size", 16, "--output", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    command += [str(ROOT / "train.py"), *map(str, arguments), "--batch-size", "8", "--output", "two"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    two = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert two.returncode == 0, two.stderr
+    assert len(list(tmp_path.iterdir())) == 2
+    a, b = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
+    # With a rate of zero only the statistics of the normalisation layers move: the validation count and data agree.
+    assert a["data"] == b["data"]
+    assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
+    assert math.isclose(a["epochs"][0]["train_loss"], b["epochs"][0]["train_loss"], abs_tol=0.02)
+    learnt = [weights_of(tmp_path / n, "last.pt", "model") for n in ("one", "two")]
+    for name, value in learnt[0].items():
+        if "running" not in name and "num_batches" not in name:
+            assert torch.equal(value, learnt[1][name]), name
+
+
+def test_ranks_share_a_batch_without_overlap():
+    order = torch.randperm(70)
+    for step in range(2):
+        whole = order[step * 32 : (step + 1) * 32]
+        parts = [whole[rank::2] for rank in range(2)]
+        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+
+
+def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    command += [str(ROOT / "train.py"), "--data", str(demo), *SHORT, "--epochs", "500", "--output", "r"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "ckpt.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    children = [int(p) for p, parent in (x.split() for x in listing.splitlines()[1:]) if int(parent) == process.pid]
+    os.kill(max(children), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere"], "nowhere does not exist"),
+        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--epochs", "x"], "invalid int value"),
+        (["--model", "mobilenetv3_smal_050", "--no-pretrained"], "mobilenetv3_small_050"),
+        (["--device", "cuda:77", "--no-pretrained"], "--device cuda:77"),
+        (["--weights", "none.pt"], "weights file none.pt does not exist"),
+        (["--weights", "x.pt", "--pretrained"], "exclude each other"),
+        (["--threshold", "best"], "--threshold must be"),
+        (["--lr", "-1"], "--lr must be"),
+        (["--resume", "nowhere"], "holds no run"),
+        (["--pretrained"], "no pretrained weights"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(arguments, message, demo, tmp_path):
+    where = [] if "--data" in arguments else ["--data", demo]
+    done = run_script("train.py", *where, *arguments, "--img-size", 32, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: DEMO")]
+    assert len(errors) == 1 and message in errors[0], done.stderr
+
+
+def test_a_loss_that_is_not_finite_is_named(demo, tmp_path):
+    done = run_script("train.py", "--data", demo, *SHORT, "--lr", "1e30", "--output", "r", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "not finite in epoch 1" in done.stderr and "Traceback" not in done.stderr
+    assert models.load(tmp_path / "r" / "last.pt", train.LAST_FORMAT)["history"] == []
+
+
+def test_a_full_disk_loses_nothing(demo, tmp_path):
+    """A limit on the size of files stands in for a full disk: what was saved before is still there and goes on."""
+    done = run_script("train.py", "--data", demo, *SHORT, "--epochs", 1, "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before = (tmp_path / "r" / "last.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000));"
+        f"sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['train.py', '--resume', 'r', '--epochs', '2'];"
+        "import train; train.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "go on with --resume r" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "r" / "last.pt").read_bytes() == before
+    assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_help_is_grouped_and_short():
+    parser = train.make_parser()
+    flags = [a for a in parser._actions if a.option_strings]
+    assert len(flags) <= 31
+    assert all(a.type is not bool for a in flags)
+    text = parser.format_help()
+    assert all(f"\n{group}:" in text for group in ("data", "model", "recipe", "run")) and "(default: 64)" in text
