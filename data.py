@@ -6,6 +6,7 @@ python data.py demo data/demo --images 1000  # the synthetic set that the script
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -260,7 +261,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
                 width, height = (height, width) if orientation >= 5 else (width, height)
             if mode[0] in "IF":
                 image = Image.fromarray(_to_8bit_range(np.asarray(image), inverted))
-            elif mode not in ("L", "1"):
+            elif mode not in ("L", "1") or "transparency" in image.info:
                 if "A" in mode or "transparency" in image.info:
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -343,7 +344,7 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pneumonia"
     folders = [root / ".cache", user_cache]
     for folder in folders:
-        if (folder / f"{kind}{key}.npy").exists():
+        with contextlib.suppress(OSError):  # not there, or just replaced by another process
             return _open_cache(folder / f"{kind}{key}.npy")
     for folder in folders:
         path = folder / f"{kind}{key}.npy"
@@ -376,8 +377,8 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
                 f"no image cache in {folder} ({e.strerror or e}); trying {'elsewhere' if folder != user_cache else 'memory'}"
             )
         finally:
-            if os.access(folder, os.W_OK):
-                temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
     pixels, digests, reasons = zip(*_decode_all(root, records, size))
     failed = {i: reason for i, reason in enumerate(reasons) if reason}
     return torch.from_numpy(np.stack(pixels)), torch.tensor(digests), failed

@@ -183,7 +183,7 @@ def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torc
     logits = []
     for batch in batches:
         x = data.normalise(batch.to(device, non_blocking=True), mean, std)
-        logits.append(models.logits(model, x.to(memory_format=torch.channels_last)))
+        logits.append(model(x.to(memory_format=torch.channels_last)).float())
     return torch.cat(logits).cpu().double().numpy()
 
 
@@ -202,25 +202,24 @@ def score_checkpoint(path: str, args: argparse.Namespace) -> dict:
     """Run a checkpoint over a split; what report() needs, with one row per image."""
     ckpt = models.load(path)
     root = data.find_root(args.data or ckpt["data"]["root"])
-    if root.resolve() == Path(ckpt["data"]["root"]).resolve() and data.is_demo(root):
+    if data.is_demo(root):
         data.warn_demo(root)
-    if args.split == "test":
-        records = data.scan(root, "test")
-    else:
+    own = root.resolve() == Path(ckpt["data"]["root"]).resolve()
+    if own and args.split != "test":
+        # All that training read, in its order: the same cache file serves.
         records = data.scan(root, "train") + (data.scan(root, "val") if (root / "val").is_dir() else [])
         held_out = set(ckpt["data"]["val"])
-        if not args.data or root.resolve() == Path(ckpt["data"]["root"]).resolve():
-            missing = held_out - {r["path"] for r in records}
-            if missing:
-                raise data.DataError(f"{len(missing)} validation images of {path} are gone from {root}")
-            records = [r for r in records if (r["path"] in held_out) == (args.split == "val")]
-        else:
-            records = data.scan(root, args.split)
+        if missing := held_out - {r["path"] for r in records}:
+            raise data.DataError(f"{len(missing)} validation images of {path} are gone from {root}")
+        wanted = [(r["path"] in held_out) == (args.split == "val") for r in records]
+    else:
+        records = data.scan(root, args.split)
+        wanted = [True] * len(records)
     if {r["class"] for r in records} - set(ckpt["classes"]):
         raise data.DataError(f"{path} knows the classes {', '.join(ckpt['classes'])}; {root} has others")
     images, digests, failed = data.load_images(root, records, ckpt["input_size"])
-    left_out = data.report_left_out(records, failed)
-    keep = [i for i in range(len(records)) if i not in failed]
+    left_out = data.report_left_out(records, {i: reason for i, reason in failed.items() if wanted[i]})
+    keep = [i for i in range(len(records)) if wanted[i] and i not in failed]
     records, index = [records[i] for i in keep], torch.tensor(keep)
     if not records:
         raise data.DataError(f"no image of {root}/{args.split} can be read")

@@ -233,11 +233,6 @@ def newest_checkpoint() -> Path:
     return found[-1]
 
 
-def logits(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """float32 [n, classes] from normalised images: the mean over each image and its mirror image."""
-    return ((model(x) + model(x.flip(3))) / 2).float()
-
-
 def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
     """Calibrated probabilities [n, classes] from logits [n, classes]; see Guo et al. 2017 for the temperature."""
     return F.softmax(logits.double() / temperature, dim=1)

@@ -96,7 +96,7 @@ def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], dev
         for ckpt, model in loaded:
             images = torch.from_numpy(np.stack([item[1][sizes.index(ckpt["input_size"])] for item in good]))
             x = data.normalise(images.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
-            p = models.probabilities(models.logits(model, x).cpu(), ckpt["temperature"])
+            p = models.probabilities(model(x).cpu(), ckpt["temperature"])
             mean = mean + p / len(loaded)
             unlike |= models.unlikeness(ckpt["input_check"], images) > ckpt["input_check"]["cut"]
     ckpt = loaded[0][0]

@@ -95,7 +95,7 @@ def evaluation() -> dict:
     @torch.inference_mode()
     def limit() -> None:
         for _ in range(4):
-            models.logits(model, batch)
+            model(batch)
 
     index = torch.arange(len(images))
     real = lambda: evaluate.infer(model, evaluate.in_batches(images, index), 0.45, 0.23, CPU)
