@@ -65,7 +65,8 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
     with np.errstate(divide="ignore", invalid="ignore"):
         auroc = (neg * (above - pos / 2)).sum(1) / (above[:, -1] * false[:, -1])
         precision = np.where(above + false > 0, above / (above + false), 0)
-        return {"auroc": auroc, "auprc": (pos * precision).sum(1) / above[:, -1]}
+        auprc = (pos * precision).sum(1) / above[:, -1]
+        return {"auroc": auroc, "auprc": np.where(false[:, -1] > 0, auprc, np.nan)}
 
 
 def draw_weights(patients: list[str], draws: int, seed: int) -> np.ndarray:
@@ -124,7 +125,8 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
 
 
 def separated(a: np.ndarray, b: np.ndarray) -> bool:
-    return bool(a.min() > b.max() or b.min() > a.max())
+    """No logistic regression has a finite slope: the two do not overlap, or all are equal."""
+    return bool(a.min() >= b.max() or b.min() >= a.max())
 
 
 def nll(positive: np.ndarray, z: np.ndarray) -> float:
@@ -171,7 +173,8 @@ def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
         i = int(np.argmax(sensitivity + specificity))
     else:
         i = int(np.argmax(sensitivity >= float(rule.split("=")[1]) - 1e-12))
-    return float(expit((score[i] + score[min(i + 1, len(score) - 1)]) / 2))
+    below = score[i + 1] if i + 1 < len(score) else score[i] - 1e-6  # rounding must not put the lowest score under it
+    return float(expit((score[i] + below) / 2))
 
 
 # --- scoring ---
@@ -561,7 +564,7 @@ def print_report(r: dict) -> None:
     prevalence = f", prevalence {d['prevalence']:.3f}" if "prevalence" in d else ""
     print(f"{d['images']} images of {d['patients']} patients{prevalence}; {len(d['left_out'])} left out")
     if t["value"] is not None:
-        print(f"threshold {t['value']:.4f} on the probability of {r['positive']} (rule {t['rule']}, from {t['from']})")
+        print(f"threshold {t['value']:.4f} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
     print(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients\n")
     if "at_half" not in r:
         for k, v in r["metrics"].items():
@@ -617,7 +620,7 @@ def print_comparison(c: dict) -> None:
             print(f"{TITLES.get(k, k):9} {show_interval(v)} p = {show(v['p'])}   {e['checkpoint']}")
     for s in c["over_seeds"]:
         figures = ", ".join(f"{TITLES.get(k, k)} {v['mean']:.3f} +- {v['sd']:.3f}" for k, v in s.items() if "mean" in v)
-        print(f"\n{s['model']} over seeds {', '.join(map(str, s['seeds']))} (mean +- sd): {figures}")
+        print(f"\n{s['model']} over seeds {', '.join(map(str, s['seeds']))}, mean +- sd\n  {figures}")
 
 
 def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: Path) -> None:
@@ -646,8 +649,9 @@ def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: 
 
     order = np.argsort(-p)
     a = ax[0, 0]
-    band = np.percentile([np.interp(grid, *roc(w[order])) for w in weights[:500]], (2.5, 97.5), axis=0)
-    a.fill_between(grid, *band, color="0.85", label="95 % interval")
+    if len(weights):
+        band = np.percentile([np.interp(grid, *roc(w[order])) for w in weights[:500]], (2.5, 97.5), axis=0)
+        a.fill_between(grid, *band, color="0.85", label="95 % interval")
     a.plot(*roc(np.ones(len(p))), "k-", label=f"AUROC {show(m['auroc']['value'])}")
     a.plot([0, 1], [0, 1], "k:", lw=1)
     if m["specificity"]["value"] is not None and m["sensitivity"]["value"] is not None:
@@ -746,8 +750,9 @@ def unit(text: str) -> float:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.bootstrap < 0:
-        raise data.DataError(f"--bootstrap {args.bootstrap} is negative")
+    for name in ("bootstrap", "seed"):
+        if getattr(args, name) < 0:
+            raise data.DataError(f"--{name} {getattr(args, name)} is negative")
     inputs = args.inputs or [str(models.newest_checkpoint())]
     scored = [score_csv(i, args) if i.endswith(".csv") else score_checkpoint(i, args) for i in inputs]
     for s in scored:
@@ -757,6 +762,8 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.output) if args.output else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
+    if args.plots and (len(scored) > 1 or len(scored[0]["classes"]) > 2):
+        raise data.DataError("--plots draws one checkpoint of two classes; leave it out here")
     if len(scored) > 1:
         result = compare(scored, args)
         if folder:
@@ -774,7 +781,7 @@ def run(args: argparse.Namespace) -> None:
         rows, columns = to_rows(s, result["threshold"]["value"])
         data.write_atomic(folder / f"{stem}.csv", data.to_csv(rows, columns))
     data.write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
-    if args.plots and len(s["classes"]) == 2:
+    if args.plots:
         metrics = Path(inputs[0]).parent / "metrics.json"
         history = json.loads(metrics.read_text())["epochs"] if metrics.exists() else []
         plot(s, result, weights, history, folder / f"{stem}.png")

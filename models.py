@@ -144,7 +144,8 @@ def _read_state(path: Path) -> dict[str, torch.Tensor]:
     try:
         state = load_state_dict(str(path), device="cpu", weights_only=True)
     except Exception as e:  # noqa: BLE001, unpicklers too
-        raise ModelError(f"{path} can't be read as weights: {str(e).splitlines()[0]}") from None
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise ModelError(f"{path} can't be read as weights: {reason}") from None
     if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ModelError(f"{path} does not hold a state dict of tensors")
     return dict(state)
@@ -209,8 +210,7 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
         raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
         raise ModelError(f"{path} is no {kind} checkpoint of this suite")
-    if checkpoint["format_version"] > FORMAT_VERSION:
-        found = checkpoint["format_version"]
+    if (found := checkpoint.get("format_version", 0)) > FORMAT_VERSION:
         raise ModelError(f"{path} has format version {found}, this code reads up to {FORMAT_VERSION}: update the code")
     return checkpoint
 
@@ -264,7 +264,7 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
 
     def one(x: torch.Tensor) -> torch.Tensor:
         with torch.enable_grad():
-            logits = model(x.requires_grad_())
+            logits = model(x.detach().requires_grad_())
             score = logits[:, target].sum() - logits.sum() / logits.shape[1]
             (gradient,) = torch.autograd.grad(score, kept["map"])
         features, gradient = (_to_nchw(model, t.detach().float()) for t in (kept["map"], gradient))

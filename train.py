@@ -174,7 +174,7 @@ def calibrate(model, logits: np.ndarray, images, val_index, labels, rule: str, s
         z = np.concatenate([z, evaluate.binary_logit(stressed, state["positive"])])
         blocks = np.array_split(positive, range(256, len(positive), 256))
         positive = np.concatenate([positive, *(np.tile(b, len(z) // len(positive) - 1) for b in blocks)])
-        rule, source = "youden", "validation images and their stressed copies"
+        rule, source = "youden", "validation and its stressed copies"
     value = evaluate.choose_threshold(rule, positive, z / temperature)
     return {"temperature": temperature, "threshold": {"value": value, "rule": rule, "from": source}}
 
