@@ -587,7 +587,7 @@ def print_report(r: dict) -> None:
     print(f"\nconfusion: {c['tp']} true and {c['fp']} false positives, {c['tn']} true and {c['fn']} false negatives")
     for title, c in (("calibration", r["calibration"]), ("  uncalibrated", r["calibration"]["before_temperature"])):
         figures = "  ".join(f"{k} {show(c[k])}" for k in ("brier", "nll", "ece", "slope", "intercept"))
-        print(f"{title:14} {figures}" + (f"  (temperature {c['temperature']:.3f})" if "temperature" in c else ""))
+        print(f"{title:14} {figures}" + (f"  (T = {c['temperature']:.3f})" if "temperature" in c else ""))
     for name, g in r["subgroups"].items():
         metric = "sensitivity" if "sensitivity" in g else "specificity"
         print(f"{name:14} {metric} {show_interval(g[metric])} {g['images']} images of {g['patients']} patients")
@@ -619,8 +619,8 @@ def print_comparison(c: dict) -> None:
         for k, v in e["difference"].items():
             print(f"{TITLES.get(k, k):9} {show_interval(v)} p = {show(v['p'])}   {e['checkpoint']}")
     for s in c["over_seeds"]:
-        figures = ", ".join(f"{TITLES.get(k, k)} {v['mean']:.3f} +- {v['sd']:.3f}" for k, v in s.items() if "mean" in v)
-        print(f"\n{s['model']} over seeds {', '.join(map(str, s['seeds']))}, mean +- sd\n  {figures}")
+        figures = ", ".join(f"{TITLES.get(k, k)} {v['mean']:.3f} ({v['sd']:.3f})" for k, v in s.items() if "mean" in v)
+        print(f"\n{s['model']} over seeds {', '.join(map(str, s['seeds']))}, mean (sd)\n  {figures}")
 
 
 def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: Path) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import difflib
 import io
 import os
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -185,7 +186,7 @@ def save(checkpoint: dict, path: Path) -> None:
     """Write a dict of plain types and tensors to a temporary name, then move it into place."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(_canonical(checkpoint), buffer)
     try:
         with open(temporary, "wb") as f:
             f.write(buffer.getbuffer())
@@ -194,6 +195,15 @@ def save(checkpoint: dict, path: Path) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _canonical(x):
+    """The same, with equal strings being one object: a pickle tells them apart, and equal runs shall give equal files."""
+    if isinstance(x, dict):
+        return {_canonical(k): _canonical(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [_canonical(v) for v in x]
+    return sys.intern(str(x)) if isinstance(x, str) else x
 
 
 def load(path: str | Path, kind: str = FORMAT) -> dict:

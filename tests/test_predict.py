@@ -148,10 +148,10 @@ def test_cam_is_the_radiograph_with_a_caption(run_folder, demo, tmp_path):
     original, overlay = Image.open(image), Image.open(written)
     assert overlay.width == max(original.width, 240) and overlay.height > original.height
     drawn = np.asarray(overlay)[: original.height, : original.width].astype(float)
-    # Where the map is zero the radiograph is untouched; where it is high it is coloured.
-    untouched = np.ptp(drawn, axis=2) == 0
-    assert np.abs(drawn[untouched][:, 0] - np.asarray(original)[untouched]).max() <= 1
-    assert np.ptp(drawn, axis=2).max() > 40
+    # The map adds red and takes blue away, at most half of it: the radiograph still shows through.
+    grey = np.asarray(original).astype(float)
+    assert (drawn[..., 0] >= grey - 1).all() and (drawn[..., 2] <= grey + 1).all()
+    assert (drawn[..., 2] >= grey / 2 - 1).all() and np.ptp(drawn, axis=2).max() > 40
 
 
 def test_closed_pipe_ends_quietly(run_folder, demo):
