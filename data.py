@@ -423,17 +423,17 @@ def draw(count: int, seed: int, epoch: int) -> torch.Tensor:
 
     A row depends on (seed, epoch, i) and count alone, so no batch size, rank or thread changes what an image becomes.
     """
-    return torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
+    return torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(mix(seed, epoch)))
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """A seed from several numbers, so that neighbours share nothing."""
     return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 def shuffle(count: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(_mix(seed, epoch, "order")))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, "order")))
 
 
 def augment(images: torch.Tensor, draws: torch.Tensor, strength: dict[str, float], size: int) -> torch.Tensor:

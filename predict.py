@@ -170,7 +170,11 @@ def save_cam(
     p = p[result["label"]] if isinstance(p, dict) else p
     font = ImageFont.load_default(max(12, width // 45))
     of = result["label"] if isinstance(result["probability"], dict) else loaded[0][0]["positive"]
-    lines = [Path(result["path"]).name, f"{result['label']}   P({of}) = {p:.3f}", *result["flags"]]
+    lines = [
+        Path(result["path"]).name,
+        f"{result['label']}   P({of}) = {p:.3f}   (map: what speaks for {result['label']})",
+    ]
+    lines += result["flags"]
     lines += ["DEMO MODEL, trained on synthetic phantoms"] if result["demo"] else []
     line = int(font.size * 1.35)
     canvas = Image.new("RGB", (max(width, 240), height + line * len(lines) + line // 2), "black")

@@ -7,7 +7,6 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
@@ -83,6 +82,13 @@ def sum_over_ranks(t: torch.Tensor, world: int) -> torch.Tensor:
     if world > 1:
         dist.all_reduce(t)
     return t
+
+
+def share(model: torch.nn.Module, world: int) -> None:
+    """Give every rank the weights and statistics of rank 0."""
+    if world > 1:
+        for t in model.state_dict().values():
+            dist.broadcast(t, 0)
 
 
 # --- the loop ---
@@ -366,11 +372,10 @@ def run(args: argparse.Namespace) -> Path:
             f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
         )
     model.to(device, memory_format=torch.channels_last)
-    if world > 1:  # random weights are alike by the seed, but a download may have worked on one machine alone
-        for t in model.state_dict().values():
-            dist.broadcast(t, 0)
+    share(model, world)  # a download may have worked on one machine alone
     peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
-    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True) if args.ema_decay else ModelEmaV3(model, decay=0.0)
+    # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
     auto = (
         (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
@@ -450,11 +455,12 @@ def run(args: argparse.Namespace) -> Path:
             say(f"no better validation AUROC in {args.patience} epochs: stopped")
             break
         start = time.perf_counter()
-        torch.manual_seed(mix(args.seed, epoch, rank))  # for dropout and the like
+        torch.manual_seed(data.mix(args.seed, epoch, rank))  # for dropout and the like
         order = index["train"][data.shuffle(len(index["train"]), args.seed, epoch)]
         draws = data.draw(len(records), args.seed, epoch)
         step = train_epoch(net, model, ema, optimizer, scaler, images, y_device, order, draws, state, epoch, args)
         trained = time.perf_counter() - start
+        share(ema.module, world)  # the statistics of normalisation layers are those of each rank's own images
         found = validate(ema.module, images, index["val"], labels, state)
         logits = found.pop("logits")
         if math.isnan(found["val_auroc"]) or math.isnan(found["val_loss"]):
@@ -525,10 +531,6 @@ def run(args: argparse.Namespace) -> Path:
     if world > 1:
         dist.destroy_process_group()
     return folder
-
-
-def mix(*numbers: int) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
 
 
 def main() -> None:
