@@ -61,9 +61,25 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        for stream in (sys.stdout, sys.stderr):  # file names need not be valid text
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="surrogateescape")
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+
+
+def within(kind: type, low: float, high: float = math.inf):
+    """An argparse type: a number in [low, high]."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    return parse
 
 
 def warn(message: str) -> None:
@@ -77,7 +93,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(content.encode() if isinstance(content, str) else content)
+            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
@@ -175,7 +191,8 @@ def named_patients(records: list[dict]) -> set[str]:
 
 def fingerprint(records: list[dict]) -> str:
     """SHA-256 over paths and sizes: the same for every copy of the same files."""
-    return hashlib.sha256("\n".join(f"{r['path']} {r['bytes']}" for r in records).encode()).hexdigest()
+    text = "\n".join(f"{r['path']} {r['bytes']}" for r in records)
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
 
 
 def split_by_patient(records: list[dict], seed: int, fraction: float) -> list[bool]:
@@ -238,8 +255,8 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
         uint8 array [size, size] (or [height, width]), and a dict: width, height, mode, and colour, the mean distance
         between the largest and the smallest of red, green and blue (0 to 255; 0 is grey).
 
-    16- and 32-bit images are scaled from the smallest usual bit depth (8, 10, 12, 14, 16, 32; float in [0, 1]) that
-    holds their maximum. Transparent pixels are black, EXIF rotation is applied.
+    16- and 32-bit images are scaled from the smallest usual bit depth (8, 12, 16, 32; float in [0, 1]) that holds
+    their maximum. Transparent pixels are black, EXIF rotation is applied.
 
     Raises:
         ImageError: the file is missing, empty, truncated, no image, or too large.
@@ -292,7 +309,7 @@ def _to_8bit_range(values: np.ndarray, inverted: bool) -> np.ndarray:
     values -= min(values.min(), 0)
     top = values.max()
     if integer or top > 1:
-        top = next((2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 32) if top < 2**bits), top)
+        top = next((2.0**bits - 1 for bits in (8, 12, 16, 32) if top < 2**bits), top)
     else:
         top = 1.0
     return ((top - values if inverted else values) * (255 / top)).astype(np.float32)
@@ -344,7 +361,7 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
     user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pneumonia"
     folders = [root / ".cache", user_cache]
     for folder in folders:
-        with contextlib.suppress(OSError):  # not there, or just replaced by another process
+        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, just replaced, or damaged
             return _open_cache(folder / f"{kind}{key}.npy")
     for folder in folders:
         path = folder / f"{kind}{key}.npy"
@@ -704,6 +721,8 @@ def check(root: Path) -> dict:
                 by_pixels[result.pop("digest")].append((row, split))
                 for key, value in (result | {"patients": row["patient"], "subtypes": row["subtype"]}).items():
                     stats[row["class"]][key].append(value)
+        for name in sorted({r["class"] for r in rows} - stats.keys()):
+            report["problems"].append(f"{split}/{name} holds no readable image")
         report["splits"][split] = {name: _summary(s) for name, s in stats.items()}
     report["named_patients"] = {s: len(named_patients(rows)) for s, rows in records.items()}
     report["duplicates"] = [
@@ -829,8 +848,8 @@ def main() -> None:
     sub.add_argument("dir", metavar="DIR", nargs="?", default="data", help="DIR/chest_xray is made")
     sub = commands.add_parser("demo", help="draw the synthetic set")
     sub.add_argument("dir", metavar="DIR")
-    sub.add_argument("--images", type=int, default=1000, help="how many")
-    sub.add_argument("--seed", type=int, default=0, help="every pixel is a function of it")
+    sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
+    sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
     args = parser.parse_args()
     try:
         if args.command == "check":

@@ -8,6 +8,7 @@ python evaluate.py predictions.csv              # what another program predicted
 
 import argparse
 import csv
+import importlib.util
 import json
 import math
 import sys
@@ -79,8 +80,8 @@ def draw_weights(patients: list[str], draws: int, seed: int) -> np.ndarray:
 
 def interval(values: np.ndarray) -> list[float] | None:
     """The 2.5 and 97.5 % points of a bootstrap; None where it is undefined in most draws or was not drawn."""
-    values = values[np.isfinite(values)]
-    return [number(v) for v in np.percentile(values, (2.5, 97.5))] if len(values) >= 20 else None
+    finite = values[np.isfinite(values)]
+    return np.percentile(finite, (2.5, 97.5)).tolist() if len(finite) >= max(20, len(values) / 2) else None
 
 
 def number(value: float) -> float | None:
@@ -117,7 +118,8 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     result = {"brier": float(np.mean((p - y) ** 2)), "nll": nll(positive, z), "ece": float(sum(gaps) / len(p))}
     slope = intercept = None
     if positive.any() and not positive.all() and not separated(z[positive], z[~positive]):
-        intercept = float(brentq(lambda a: float(np.mean(expit(z + a) - y)), -100, 100))
+        bound = float(np.abs(z).max()) + 50
+        intercept = float(brentq(lambda a: float(np.mean(expit(z + a) - y)), -bound, bound))
         scale = max(float(np.std(z)), 1e-12)
         fit = minimize(lambda b: -np.mean(log_expit(np.where(positive, 1, -1) * (b[0] + b[1] * z / scale))), [0.0, 1.0])
         slope = float(fit.x[1] / scale)
@@ -196,6 +198,15 @@ def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 256):
         yield images[index[i : i + size]]
 
 
+def infer_stressed(model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, *preprocessing) -> dict:
+    """{name of the stress: logits [len(index), classes]}; preprocessing is mean, std and device, as for infer."""
+    found = defaultdict(list)
+    for batch in in_batches(images, index):
+        for name, copy in data.stress(batch.cpu()):
+            found[name].append(infer(model, [copy], *preprocessing))
+    return {name: np.concatenate(logits) for name, logits in found.items()}
+
+
 def binary_logit(logits: np.ndarray, positive: int) -> np.ndarray:
     """The logit of the positive one of two classes."""
     return logits[:, positive] - logits[:, 1 - positive]
@@ -207,15 +218,16 @@ def score_checkpoint(path: str, args: argparse.Namespace) -> dict:
     root = data.find_root(args.data or ckpt["data"]["root"])
     if data.is_demo(root):
         data.warn_demo(root)
-    own = root.resolve() == Path(ckpt["data"]["root"]).resolve()
-    if own and args.split != "test":
+    wanted = None
+    if args.split != "test":
         # All that training read, in its order: the same cache file serves.
         records = data.scan(root, "train") + (data.scan(root, "val") if (root / "val").is_dir() else [])
-        held_out = set(ckpt["data"]["val"])
-        if missing := held_out - {r["path"] for r in records}:
-            raise data.DataError(f"{len(missing)} validation images of {path} are gone from {root}")
-        wanted = [(r["path"] in held_out) == (args.split == "val") for r in records]
-    else:
+        if data.fingerprint(records) == ckpt["data"]["fingerprint"]:
+            held_out = set(ckpt["data"]["val"])
+            wanted = [(r["path"] in held_out) == (args.split == "val") for r in records]
+        elif not args.data:
+            raise data.DataError(f"the images in {root} have changed since {path} was trained: its splits are gone")
+    if wanted is None:
         records = data.scan(root, args.split)
         wanted = [True] * len(records)
     if {r["class"] for r in records} - set(ckpt["classes"]):
@@ -233,13 +245,7 @@ def score_checkpoint(path: str, args: argparse.Namespace) -> dict:
     logits = infer(model, in_batches(images, index), *preprocessing)
     seconds = time.perf_counter() - start
     known_pixels, known_patients = set(ckpt["data"]["pixels"].tolist()), set(ckpt["data"]["patients"])
-    stressed = {}
-    if args.stress:
-        names = [name for name, _ in data.stress(images[index[:1]])]
-        for batch in in_batches(images, index):
-            for name, copy in data.stress(batch):
-                stressed.setdefault(name, []).append(infer(model, [copy], *preprocessing))
-        stressed = {name: np.concatenate(stressed[name]) for name in names}
+    stressed = infer_stressed(model, images, index, *preprocessing) if args.stress else {}
     return {
         "checkpoint": str(path),
         "model": ckpt["model"],
@@ -272,7 +278,7 @@ def score_csv(path: str, args: argparse.Namespace) -> dict:
             rows = list(csv.DictReader(f))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise data.DataError(f"{path} can't be read: {e}") from None
-    if not rows or not {"path", "label", "probability"} <= rows[0].keys():
+    if not rows or any(r.get(k) is None for r in rows for k in ("path", "label", "probability")):
         raise data.DataError(f"{path} needs a header with the columns path, label, probability, and one row per image")
     try:
         p = np.array([float(r["probability"]) for r in rows])
@@ -389,6 +395,7 @@ def report(scored: dict, weights: np.ndarray, args: argparse.Namespace) -> dict:
         result |= {"auroc_one_vs_rest": one, "sensitivity_per_class": recall}
         pairs = range(p.shape[1])
         result["confusion"] = [[int(((labels == i) & (predicted == j)).sum()) for j in pairs] for i in pairs]
+        result["failures"] = failures(scored, labels != predicted, p.max(1), p.max(1))
         return result
 
     positive, z = labels == scored["positive"], binary_logit(scored["logits"], scored["positive"])
@@ -426,11 +433,17 @@ def report(scored: dict, weights: np.ndarray, args: argparse.Namespace) -> dict:
                 result["subgroups"][name] = entry
     if scored["stressed"]:
         result["stress"] = stress_report(scored, positive, threshold["value"])
-    wrong = sorted(np.flatnonzero(positive != called), key=lambda i: -abs(score[i] - threshold["value"]))
-    result["failures"] = [
-        {"path": records[i]["path"], "label": records[i]["class"], "probability": float(score[i])} for i in wrong[:10]
-    ]
+    result["failures"] = failures(scored, called != positive, score, np.abs(score - threshold["value"]))
     return result
+
+
+def failures(scored: dict, wrong: np.ndarray, probability: np.ndarray, confidence: np.ndarray) -> list[dict]:
+    """The ten most confident mistakes."""
+    found = sorted(np.flatnonzero(wrong), key=lambda i: -confidence[i])[:10]
+    records = scored["records"]
+    return [
+        {"path": records[i]["path"], "label": records[i]["class"], "probability": float(probability[i])} for i in found
+    ]
 
 
 def stress_report(scored: dict, positive: np.ndarray, threshold: float) -> dict:
@@ -462,7 +475,7 @@ def to_rows(scored: dict, threshold: float | None) -> tuple[list[dict], list[str
         else:
             row |= {f"logit_{c}": f"{scored['logits'][i, j]:.9g}" for j, c in enumerate(classes)}
             row |= {f"probability_{c}": f"{p[i, j]:.9g}" for j, c in enumerate(classes)}
-        rows.append(row | {"prediction": classes[predicted[i]]})
+        rows.append(row | {"prediction": classes[predicted[i]]} | ({"demo": "phantom"} if scored["demo"] else {}))
     return rows, list(rows[0])
 
 
@@ -500,6 +513,7 @@ def compare(scored: list[dict], args: argparse.Namespace) -> dict:
     """All on the same images: a list sorted by AUROC, and paired differences to the best (patient bootstrap)."""
     align(scored)
     records = scored[0]["records"]
+    patients = len({r["patient"] for r in records})
     weights = draw_weights([r["patient"] for r in records], args.bootstrap, args.seed)
     entries = []
     for s in scored:
@@ -517,9 +531,9 @@ def compare(scored: list[dict], args: argparse.Namespace) -> dict:
             point, gaps = gaps[:1], gaps[1:][np.isfinite(gaps[1:])]
             tail = min((gaps <= 0).sum(), (gaps >= 0).sum())
             p_value = min(1.0, 2 * (tail + 1) / (len(gaps) + 1)) if len(gaps) else None
-            entry["difference"][k] = with_interval(point, gaps, 2) | {"p": p_value}
+            entry["difference"][k] = with_interval(point, gaps, patients) | {"p": p_value if patients > 1 else None}
     result = {"split": args.split, "images": len(records), "demo": any(s["demo"] for s in scored)}
-    result |= {"patients": len({r["patient"] for r in records}), "compared": [e[0] for e in entries]}
+    result |= {"patients": patients, "compared": [e[0] for e in entries]}
     result["over_seeds"] = over_seeds(result["compared"])
     for e in result["compared"]:
         del e["arguments"]
@@ -575,6 +589,7 @@ def print_report(r: dict) -> None:
         print("\nconfusion (rows: true class)")
         for c, row in zip(r["classes"], r["confusion"]):
             print(f"  {c:16}" + "".join(f"{v:8}" for v in row))
+        print_failures(r)
         return
     print(f"{'':18} {'at the threshold':24} at 0.5")
     for k in METRICS:
@@ -596,6 +611,10 @@ def print_report(r: dict) -> None:
         for name, row in r["stress"].items():
             print(f"{name:18} {show(row['auroc']):>7} {show(row['sensitivity']):>12}", end=" ")
             print(f"{show(row['specificity']):>12} {show(row['balanced_accuracy']):>11}")
+    print_failures(r)
+
+
+def print_failures(r: dict) -> None:
     if r["failures"]:
         print("\nmost confident mistakes (probability, true class, file)")
     for f in r["failures"]:
@@ -625,10 +644,8 @@ def print_comparison(c: dict) -> None:
 
 def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: Path) -> None:
     """One PNG, 1,600 pixels wide: ROC, precision-recall, reliability, confusion, scores, and the training curves."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise data.DataError("--plots needs matplotlib: pip install matplotlib") from None
+    import matplotlib  # an optional extra
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -729,31 +746,32 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--split", choices=SPLITS, default="test", help="which images")
     parser.add_argument("--data", metavar="DIR", help="another folder with the same classes")
     parser.add_argument(
-        "--threshold", type=unit, metavar="P", help="for exploring: another threshold than the stored one"
+        "--threshold",
+        type=data.within(float, 0, 1),
+        metavar="P",
+        help="for exploring: another threshold than the stored one",
     )
-    parser.add_argument("--prevalence", type=unit, metavar="P", help="PPV and NPV at this prevalence too")
+    parser.add_argument(
+        "--prevalence", type=data.within(float, 0, 1), metavar="P", help="PPV and NPV at this prevalence too"
+    )
     parser.add_argument("--stress", action="store_true", help="also under changed exposure, JPEG, blur and crop")
     parser.add_argument("--plots", action="store_true", help="write a PNG (needs matplotlib)")
-    parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="draws for the intervals")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    parser.add_argument(
+        "--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="draws for the intervals"
+    )
+    parser.add_argument("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the bootstrap")
     parser.add_argument("--output", metavar="DIR", help="folder for the files (beside the checkpoint)")
     parser.add_argument("--json", action="store_true", help="print JSON alone")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
 
-def unit(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1]")
-    return value
-
-
 def run(args: argparse.Namespace) -> None:
-    for name in ("bootstrap", "seed"):
-        if getattr(args, name) < 0:
-            raise data.DataError(f"--{name} {getattr(args, name)} is negative")
     inputs = args.inputs or [str(models.newest_checkpoint())]
+    if args.plots and len(inputs) > 1:
+        raise data.DataError("--plots draws one checkpoint; leave it out of a comparison")
+    if args.plots and not importlib.util.find_spec("matplotlib"):
+        raise data.DataError("--plots needs matplotlib: pip install matplotlib")
     scored = [score_csv(i, args) if i.endswith(".csv") else score_checkpoint(i, args) for i in inputs]
     for s in scored:
         if any(s["leaks"].values()):
@@ -762,8 +780,8 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.output) if args.output else None
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
-    if args.plots and (len(scored) > 1 or len(scored[0]["classes"]) > 2):
-        raise data.DataError("--plots draws one checkpoint of two classes; leave it out here")
+    if args.plots and len(scored[0]["classes"]) > 2:
+        raise data.DataError("--plots draws two classes; leave it out here")
     if len(scored) > 1:
         result = compare(scored, args)
         if folder:
@@ -773,11 +791,14 @@ def run(args: argparse.Namespace) -> None:
     s = scored[0]
     weights = draw_weights([r["patient"] for r in s["records"]], args.bootstrap, args.seed)
     result = report(s, weights, args)
-    stem = Path(inputs[0]).stem if inputs[0].endswith(".csv") else args.split
+    is_csv = inputs[0].endswith(".csv")
+    stem = (
+        f"{Path(inputs[0]).stem}.scored" if is_csv else args.split
+    )  # test.csv beside a run must not replace test.json
     if args.data:
         stem += f"-{data.find_root(args.data).resolve().name}"
     folder = folder or Path(inputs[0]).parent
-    if not inputs[0].endswith(".csv"):
+    if not is_csv:
         rows, columns = to_rows(s, result["threshold"]["value"])
         data.write_atomic(folder / f"{stem}.csv", data.to_csv(rows, columns))
     data.write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
@@ -789,11 +810,7 @@ def run(args: argparse.Namespace) -> None:
         print(json.dumps(result, indent=1))
     else:
         print_report(result)
-        print(
-            f"\nwritten: {folder / stem}.json"
-            + ("" if inputs[0].endswith(".csv") else ", .csv")
-            + (", .png" if args.plots else "")
-        )
+        print(f"\nwritten: {folder / stem}.json" + ("" if is_csv else ", .csv") + (", .png" if args.plots else ""))
 
 
 def main() -> None:

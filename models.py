@@ -82,6 +82,15 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     return model
 
 
+def check_size(model: nn.Module, size: int) -> None:
+    """Raise ModelError where the model can't take size x size pixels."""
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(2, 1, size, size))
+    except (RuntimeError, AssertionError, ValueError) as e:
+        raise ModelError(f"the model does not take {size} x {size} pixels ({e}); try another --img-size") from None
+
+
 def build_pretrained(name: str, classes: int, size: int, weights: str | None, insist: bool) -> tuple[nn.Module, dict]:
     """A model with weights from a file, or else timm's own from the hub or its cache.
 

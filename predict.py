@@ -9,6 +9,7 @@ find . -name '*.png' | python predict.py --json -       # a list of paths on std
 import argparse
 import csv
 import glob
+import itertools
 import json
 import os
 import sys
@@ -129,24 +130,12 @@ def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], dev
 
 def stream(paths, sizes: list[int], pool: ThreadPoolExecutor):
     """Yield batches of (path, images, info, reason), decoded ahead on all cores while the model works on the last one."""
-    ahead = deque()
-    paths = iter(paths)
-
-    def submit() -> None:
-        for path in paths:
-            ahead.append((path, pool.submit(read, path, sizes)))
-            return
-
-    for _ in range(3 * BATCH):
-        submit()
-    batch = []
+    jobs = ((path, pool.submit(read, path, sizes)) for path in paths)
+    ahead = deque(itertools.islice(jobs, 3 * BATCH))
     while ahead:
-        path, future = ahead.popleft()
-        batch.append((path, *future.result()))
-        submit()
-        if len(batch) == BATCH or not ahead:
-            yield batch
-            batch = []
+        batch = [ahead.popleft() for _ in range(min(BATCH, len(ahead)))]
+        ahead.extend(itertools.islice(jobs, BATCH))
+        yield [(path, *future.result()) for path, future in batch]
 
 
 def save_cam(
@@ -181,7 +170,7 @@ def save_cam(
     canvas.paste(Image.fromarray(out.round().clip(0, 255).astype(np.uint8)), (0, 0))
     for i, text in enumerate(lines):
         ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
-    name = "_".join(Path(result["path"]).with_suffix("").parts[-3:]).strip("/").replace("/", "_")
+    name = "_".join(Path(result["path"]).parts[-3:]).strip("/").replace("/", "_").replace(".", "_")
     canvas.save(folder / f"{name}_cam.png")
 
 
@@ -190,7 +179,6 @@ class Writer:
 
     def __init__(self, style: str, classes: list[str]) -> None:
         self.style, self.classes, self.header = style, classes, True
-        self.columns = ["probability"] if len(classes) == 2 else [f"probability_{c}" for c in classes]
 
     def row(self, result: dict) -> dict:
         p = result["probability"]

@@ -99,8 +99,9 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
 
     Args:
         net: what is called (model, perhaps wrapped or compiled); model: what holds the weights.
-        images: uint8 [n, side, side]; labels: int64 [n] on the device; draws: [n, DRAWS], see data.draw.
-        order: int64 indices of the training images in this epoch's order, the same on every rank.
+        images: uint8 [n, side, side]; labels: int64 [n]; draws: [n, DRAWS], see data.draw.
+        order: int64 indices of the training images in this epoch's order, the same on every rank. All four lie on one
+            device: an index from another one would make each step wait.
         state: what stays the same over the run: rank, world, device, weights, steps, strength, size and so on.
 
     Returns:
@@ -123,10 +124,9 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = order[step * batch : (step + 1) * batch][state["rank"] :: world]
-        x = images[index.to(images.device)].to(device, non_blocking=True)
-        x = data.augment(x, draws[index].to(device, non_blocking=True), state["strength"], state["train_size"])
+        x, u, y = (t[index].to(device, non_blocking=True) for t in (images, draws, labels))
+        x = data.augment(x, u, state["strength"], state["train_size"])
         x = data.normalise(x, state["mean"], state["std"]).to(memory_format=torch.channels_last)
-        y = labels[index].to(device, non_blocking=True)
         with torch.autocast(device.type, dtype=state["dtype"], enabled=state["dtype"] != torch.float32):
             logits = net(x)
         loss = F.cross_entropy(
@@ -175,11 +175,11 @@ def calibrate(model, logits: np.ndarray, images, val_index, labels, rule: str, s
     z, positive = evaluate.binary_logit(logits, state["positive"]), y == state["positive"]
     source = "validation"
     if rule == "stressed":
-        copies = (c for b in evaluate.in_batches(images, val_index.to(images.device)) for _, c in data.stress(b.cpu()))
-        stressed = evaluate.infer(model, copies, state["mean"], state["std"], state["device"])
-        z = np.concatenate([z, evaluate.binary_logit(stressed, state["positive"])])
-        blocks = np.array_split(positive, range(256, len(positive), 256))
-        positive = np.concatenate([positive, *(np.tile(b, len(z) // len(positive) - 1) for b in blocks)])
+        found = evaluate.infer_stressed(
+            model, images, val_index.to(images.device), state["mean"], state["std"], state["device"]
+        )
+        z = np.concatenate([z, *(evaluate.binary_logit(logits, state["positive"]) for logits in found.values())])
+        positive = np.tile(positive, len(found) + 1)
         rule, source = "youden", "validation and its stressed copies"
     value = evaluate.choose_threshold(rule, positive, z / temperature)
     return {"temperature": temperature, "threshold": {"value": value, "rule": rule, "from": source}}
@@ -207,28 +207,50 @@ def make_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     g.add_argument(
-        "--img-size", type=int, metavar="PX", help="side of the square input (160, or the one the model takes)"
+        "--img-size",
+        type=data.within(int, 1, 10_000),
+        metavar="PX",
+        help="side of the square input (160, or the one the model takes)",
     )
-    g.add_argument("--val-fraction", type=float, default=0.1, help="of the patients, for validation")
+    g.add_argument(
+        "--val-fraction", type=data.within(float, 0.01, 0.5), default=0.1, help="of the patients, for validation"
+    )
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
+    g = g.add_mutually_exclusive_group()
     g.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
     g.add_argument("--weights", metavar="FILE", help="weights from a .safetensors file or a torch state dict")
     g = parser.add_argument_group("recipe")
-    g.add_argument("--epochs", type=int, default=10, help="passes over the training images")
-    g.add_argument("--batch-size", type=int, default=64, help="images per step and process")
-    g.add_argument("--lr", type=float, help="peak learning rate of AdamW (0.001; from random weights 0.003)")
-    g.add_argument("--weight-decay", type=float, default=0.05, help="not on norms and biases")
-    g.add_argument("--warmup-epochs", type=float, default=1.0, help="linear warm-up, then cosine")
-    g.add_argument("--ema-decay", type=float, default=0.99, help="moving average of the weights, warmed up; 0: none")
-    g.add_argument("--label-smoothing", type=float, default=0.0, help="share of the label given to all classes")
+    g.add_argument("--epochs", type=data.within(int, 1), default=10, help="passes over the training images")
+    g.add_argument("--batch-size", type=data.within(int, 2), default=64, help="images per step and process")
+    g.add_argument(
+        "--lr", type=data.within(float, 0), help="peak learning rate of AdamW (0.001; from random weights 0.003)"
+    )
+    g.add_argument("--weight-decay", type=data.within(float, 0), default=0.05, help="not on norms and biases")
+    g.add_argument("--warmup-epochs", type=data.within(float, 0), default=1.0, help="linear warm-up, then cosine")
+    g.add_argument(
+        "--ema-decay",
+        type=data.within(float, 0, 0.99999),
+        default=0.99,
+        help="moving average of the weights, warmed up; 0: none",
+    )
+    g.add_argument(
+        "--label-smoothing",
+        type=data.within(float, 0, 0.9),
+        default=0.0,
+        help="share of the label given to all classes",
+    )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
     g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
     g.add_argument(
-        "--patience", type=int, default=20, help="stop after so many epochs without a better AUROC; 0: never"
+        "--patience",
+        type=data.within(int, 0),
+        default=20,
+        help="stop after so many epochs without a better AUROC; 0: never",
     )
     g.add_argument(
         "--threshold",
+        type=threshold_rule,
         default="stressed",
         metavar="RULE",
         help="youden, stressed (Youden's index, stressed copies of the validation images included), "
@@ -237,39 +259,27 @@ def make_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("run")
     g.add_argument("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
     g.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
-    g.add_argument("--seed", type=int, default=0, help="of the split and of everything random")
+    g.add_argument(
+        "--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the split and of everything random"
+    )
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     return parser
 
 
-def check_arguments(args: argparse.Namespace) -> None:
-    for name in ("epochs", "batch_size", "img_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise TrainError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(args, name)}")
-    for name, low, high in (("val_fraction", 0.01, 0.5), ("ema_decay", 0, 0.99999), ("label_smoothing", 0, 0.9)):
-        if not low <= getattr(args, name) <= high:
-            raise TrainError(f"--{name.replace('_', '-')} must lie in [{low}, {high}], not {getattr(args, name)}")
-    for name in ("lr", "weight_decay", "warmup_epochs", "patience"):
-        if getattr(args, name) is not None and not 0 <= getattr(args, name) < math.inf:
-            raise TrainError(f"--{name.replace('_', '-')} must be 0 or more, not {getattr(args, name)}")
-    rule = args.threshold.removeprefix("sensitivity=")
-    try:
-        if rule not in ("youden", "stressed") and not 0 < float(rule) < 1:
-            raise ValueError
-    except ValueError:
-        known = "youden, stressed, sensitivity=0.95 or a number in (0, 1)"
-        raise TrainError(f"--threshold must be {known}, not {args.threshold}") from None
-    if args.weights and args.pretrained is not None:
-        raise TrainError("--weights and --pretrained exclude each other")
+def threshold_rule(text: str) -> str:
+    """An argparse type: youden, stressed, sensitivity=X or X, with X in (0, 1)."""
+    value = text.removeprefix("sensitivity=")
+    if text not in ("youden", "stressed") and not 0 < float(value) < 1:
+        raise ValueError
+    return text
 
 
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; with --resume those of the run, which only --epochs and --device may contradict."""
     args = parser.parse_args()
     if not args.resume:
-        check_arguments(args)
         return args
     unset = object()
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset))))
@@ -288,26 +298,19 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
             raise TrainError(f"{flag} {value} contradicts the run in {args.resume}, which has {stored.get(name)}")
     if given["output"] is not unset and Path(args.output) != Path(args.resume):
         raise TrainError("--output and --resume name different folders")
-    args = argparse.Namespace(**(vars(args) | stored | {"resume": args.resume, "output": args.resume}))
-    check_arguments(args)
-    return args
+    return argparse.Namespace(**(vars(args) | stored | {"resume": args.resume, "output": args.resume}))
 
 
-def make_run_folder(args: argparse.Namespace, world: int, rank: int) -> Path:
-    """The run's folder, on rank 0; one that already holds a run is never overwritten."""
+def make_run_folder(args: argparse.Namespace) -> Path:
+    """The run's folder; one that already holds a run is never overwritten."""
     if args.resume:
+        for leftover in Path(args.resume).glob(".*.tmp"):  # of a process that was killed while saving
+            leftover.unlink()
         return Path(args.resume)
-    error, folder = "", None
-    if rank == 0:
-        name = f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"
-        folder = Path(args.output) if args.output else Path("runs") / name
-        if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
-            error = f"{folder} already holds a run; use --resume {folder} to go on, or another --output"
-        else:
-            folder.mkdir(parents=True, exist_ok=bool(args.output))
-    error, folder = from_first((error, folder), world)
-    if error:
-        raise TrainError(error)
+    folder = Path(args.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}")
+    if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+        raise TrainError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
+    folder.mkdir(parents=True, exist_ok=bool(args.output))
     return folder
 
 
@@ -318,7 +321,7 @@ def run(args: argparse.Namespace) -> Path:
     say = print if first else (lambda *_, **__: None)
     pre = models.preprocessing(args.model, args.img_size)
     root = from_first(data.find_root(args.data) if first else None, world)
-    folder = make_run_folder(args, world, rank)
+    folder = from_first(make_run_folder(args) if first else None, world)
     args.folder = folder
     arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "folder")}
     metrics = {"arguments": arguments, "environment": describe_environment(device), "finished": False, "epochs": []}
@@ -371,6 +374,7 @@ def run(args: argparse.Namespace) -> Path:
         data.warn(
             f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
         )
+    models.check_size(model, pre["input_size"])
     model.to(device, memory_format=torch.channels_last)
     share(model, world)  # a download may have worked on one machine alone
     peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
@@ -378,7 +382,7 @@ def run(args: argparse.Namespace) -> Path:
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
     auto = (
-        (torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
+        (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
         if device.type == "cuda"
         else torch.float32
     )
@@ -399,6 +403,7 @@ def run(args: argparse.Namespace) -> Path:
 
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         images = images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
+    targets = labels.to(images.device)
     fixed = timm.get_pretrained_cfg(args.model) and timm.get_pretrained_cfg(args.model).fixed_input_size
     # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
     small = max(round(pre["input_size"] * 0.75 / 32) * 32, 32)
@@ -426,8 +431,8 @@ def run(args: argparse.Namespace) -> Path:
     }
     metrics["weights"] = source
     if first:
-        columns = ["path", "class", "patient", "subtype", "split"]
-        data.write_atomic(folder / "splits.csv", data.to_csv(records, columns))
+        columns = ["path", "class", "patient", "subtype", "split"] + ["demo"] * demo
+        data.write_atomic(folder / "splits.csv", data.to_csv([r | {"demo": "phantom"} for r in records], columns))
     count = {s: f"{len(m)} images of {metrics['data']['patients'][s]} patients" for s, m in index.items()}
     say(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {source['note']}")
     say(f"{root}: {count['train']} to train, {count['val']} to validate; {pre['input_size']} px on {device}, {dtype}")
@@ -435,7 +440,7 @@ def run(args: argparse.Namespace) -> Path:
         f"{'epoch':>5}  {'train loss':>10}  {'val loss':>8}  {'val AUROC':>9}  {'val acc.':>8}  {'seconds':>7}  {'images/s':>8}"
     )
 
-    y_device, check = labels.to(device), None
+    check = None
 
     def save_last() -> None:
         if first:
@@ -446,7 +451,13 @@ def run(args: argparse.Namespace) -> Path:
                 "scaler": scaler.state_dict(),
             }
             content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
-            models.save(content | {"fingerprint": about_data["fingerprint"]}, state_file)
+            models.save(content | {"fingerprint": about_data["fingerprint"], "demo": demo}, state_file)
+
+    def record(finished: bool) -> None:
+        rate = float(np.median([e["images_per_second"] for e in history]))
+        metrics.update(epochs=history, best_epoch=best["epoch"], seconds=round(seconds, 3), finished=finished)
+        metrics.update(images_per_second=round(rate, 1))
+        write_metrics()
 
     if not saved:
         save_last()
@@ -456,9 +467,9 @@ def run(args: argparse.Namespace) -> Path:
             break
         start = time.perf_counter()
         torch.manual_seed(data.mix(args.seed, epoch, rank))  # for dropout and the like
-        order = index["train"][data.shuffle(len(index["train"]), args.seed, epoch)]
-        draws = data.draw(len(records), args.seed, epoch)
-        step = train_epoch(net, model, ema, optimizer, scaler, images, y_device, order, draws, state, epoch, args)
+        order = index["train"][data.shuffle(len(index["train"]), args.seed, epoch)].to(images.device)
+        draws = data.draw(len(records), args.seed, epoch).to(images.device)
+        step = train_epoch(net, model, ema, optimizer, scaler, images, targets, order, draws, state, epoch, args)
         trained = time.perf_counter() - start
         share(ema.module, world)  # the statistics of normalisation layers are those of each rank's own images
         found = validate(ema.module, images, index["val"], labels, state)
@@ -504,9 +515,7 @@ def run(args: argparse.Namespace) -> Path:
         history[-1] |= {"seconds": round(took, 3), "images_per_second": round(seen / trained, 1)}
         h = history[-1]
         save_last()
-        metrics |= {"epochs": history, "best_epoch": best["epoch"], "seconds": round(seconds, 3)}
-        metrics["images_per_second"] = round(float(np.median([e["images_per_second"] for e in history])), 1)
-        write_metrics()
+        record(finished=False)
         mark = " *" if best["epoch"] == epoch else ""
         say(
             f"{epoch:5}  {h['train_loss']:10.4f}  {h['val_loss']:8.4f}  {h['val_auroc']:9.4f}  "
@@ -521,8 +530,7 @@ def run(args: argparse.Namespace) -> Path:
         checkpoint |= calibrate(selected, logits, images, index["val"], labels, args.threshold, state)
         models.save(checkpoint, folder / "ckpt.pt")
         seconds += time.perf_counter() - start
-    metrics |= {"epochs": history, "best_epoch": best["epoch"], "seconds": round(seconds, 3), "finished": True}
-    write_metrics()
+    record(finished=True)
     if first:
         test = data.scan(root, "test")[0]["path"] if (root / "test").is_dir() else records[index["val"][0]]["path"]
         ckpt, image = shlex.quote(str(folder / "ckpt.pt")), shlex.quote(str(root / test))

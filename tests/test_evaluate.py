@@ -479,7 +479,7 @@ def test_what_is_undefined_is_null_and_a_dash(tmp_path, monkeypatch, capsys, kin
     assert run_main(monkeypatch, "edge.csv", "--bootstrap", "300", "--prevalence", "0.2") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    found = strict_json((tmp_path / "edge.json").read_text())
+    found = strict_json((tmp_path / "edge.scored.json").read_text())
     assert {k for k, v in found["metrics"].items() if v["value"] is None} == undefined
     assert all(v["ci95"] is None for v in found["metrics"].values() if v["value"] is None)
     if kind in ("one patient", "one image"):
@@ -577,7 +577,7 @@ def test_three_classes_get_what_is_defined_for_them(three, tmp_path, monkeypatch
     }
     assert {k: v["value"] for k, v in found["metrics"].items()} == pytest.approx(expected)
     assert found["confusion"] == sk.confusion_matrix(labels, predicted).tolist()
-    binary = {"positive", "at_half", "at_prevalence", "calibration", "subgroups", "failures"}
+    binary = {"positive", "at_half", "at_prevalence", "calibration", "subgroups"}
     assert not binary & found.keys()
     assert "prevalence" not in found["data"] and found["threshold"]["value"] is None
     for c in three.classes:
@@ -734,7 +734,7 @@ def test_files_have_the_keys_that_others_rely_on(evaluated, run, demo):
     assert r["parameters"] == sum(
         v.numel() for k, v in ckpt["state_dict"].items() if "running" not in k and "num_b" not in k
     )
-    assert list(evaluated.rows[0]) == ["path", "patient", "subtype", "label", "logit", "probability", "prediction"]
+    assert list(evaluated.rows[0]) == ["path", "patient", "subtype", "label", "logit", "probability", "prediction", "demo"]
 
 
 def test_every_figure_of_a_run_follows_from_its_csv(evaluated, demo):
@@ -880,7 +880,7 @@ def test_predictions_of_a_run_score_as_the_run_does(evaluated, tmp_path, monkeyp
     value = evaluated.json["threshold"]["value"]
     assert run_main(monkeypatch, "theirs.csv", "--json", "--threshold", value) == 0
     found = strict_json(capsys.readouterr().out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.csv", "theirs.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.csv", "theirs.scored.json"]
     for k, v in evaluated.json["metrics"].items():
         assert found["metrics"][k]["value"] == pytest.approx(v["value"]), k
         assert found["metrics"][k]["ci95"] == pytest.approx(v["ci95"]), k
@@ -902,7 +902,7 @@ BAD_CSV = {
     "no rows": ("path,label,probability\n", "one row per image"),
     "empty": ("", "path, label, probability"),
     "no number": ("path,label,probability\na,0,high\nb,1,0.5\n", "no number"),
-    "short row": ("path,label,probability\na,0,0.1\nb,1\n", "no number"),
+    "short row": ("path,label,probability\na,0,0.1\nb,1\n", "needs a header with the columns"),
     "not a number": ("path,label,probability\na,0,nan\nb,1,0.5\n", r"\[0, 1\]"),
     "above 1": ("path,label,probability\na,0,1.5\nb,1,0.5\n", r"\[0, 1\]"),
     "path twice": ("path,label,probability\na,0,0.1\na,1,0.5\n", "twice"),

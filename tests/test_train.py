@@ -66,7 +66,7 @@ def test_what_a_run_writes(run_folder, demo):
     assert metrics["arguments"]["epochs"] == 2 and metrics["data"]["demo"] is True
     assert metrics["weights"]["source"] == "random"
     lines = (run_folder / "splits.csv").read_text().splitlines()
-    assert lines[0] == "path,class,patient,subtype,split"
+    assert lines[0] == "path,class,patient,subtype,split,demo"
     assert len(lines) - 1 == sum(metrics["data"]["images"].values())
     assert not any("test/" in line for line in lines)
     ckpt = models.load(run_folder / "ckpt.pt")
@@ -76,7 +76,7 @@ def test_what_a_run_writes(run_folder, demo):
     assert ckpt["validation"]["val_auroc"] == best["val_auroc"]
     assert 0 < ckpt["threshold"]["value"] < 1 and "stressed" in ckpt["threshold"]["from"]
     assert ckpt["data"]["demo"] and ckpt["data"]["fingerprint"] == metrics["data"]["fingerprint"]
-    held_out = {line.split(",")[0] for line in lines if line.endswith(",val")}
+    held_out = {line.split(",")[0] for line in lines if line.endswith(",val,phantom")}
     assert set(ckpt["data"]["val"]) == held_out and held_out
 
 
@@ -208,21 +208,24 @@ def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
     ("arguments", "message"),
     [
         (["--data", "nowhere"], "nowhere does not exist"),
-        (["--epochs", "0"], "--epochs must be at least 1"),
+        (["--epochs", "0"], "--epochs: 0 is not in [1, inf]"),
         (["--epochs", "x"], "invalid int value"),
         (["--model", "mobilenetv3_smal_050", "--no-pretrained"], "mobilenetv3_small_050"),
         (["--device", "cuda:77", "--no-pretrained"], "--device cuda:77"),
         (["--weights", "none.pt"], "weights file none.pt does not exist"),
-        (["--weights", "x.pt", "--pretrained"], "exclude each other"),
-        (["--threshold", "best"], "--threshold must be"),
-        (["--lr", "-1"], "--lr must be"),
+        (["--weights", "x.pt", "--pretrained"], "not allowed with argument"),
+        (["--threshold", "best"], "--threshold"),
+        (["--threshold", "sensitivity=youden"], "--threshold"),
+        (["--seed", "-1"], "--seed"),
+        (["--model", "convnext_atto", "--no-pretrained", "--img-size", "4"], "does not take 4 x 4 pixels"),
+        (["--lr", "-1"], "--lr: -1 is not in"),
         (["--resume", "nowhere"], "holds no run"),
         (["--pretrained"], "no pretrained weights"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(arguments, message, demo, tmp_path):
     where = [] if "--data" in arguments else ["--data", demo]
-    done = run_script("train.py", *where, *arguments, "--img-size", 32, cwd=tmp_path)
+    done = run_script("train.py", *where, "--img-size", 32, *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: DEMO")]
     assert len(errors) == 1 and message in errors[0], done.stderr
