@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
-        for stream in (sys.stdout, sys.stderr):  # file names need not be valid text
+        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="surrogateescape")
 
@@ -132,6 +132,22 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and "__MACOSX" not in path.parts
 
 
+def walk(folder: Path):
+    """Yield the images under folder; links are followed, but each folder counts once, and one that can't be read not."""
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"folder {error.filename} can't be read ({error.strerror})")
+
+    for top, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        if (real := os.path.realpath(top)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        subfolders.sort()
+        yield from (p for p in sorted(Path(top, f) for f in files) if is_image(p))
+
+
 def find_root(data: str | None) -> Path:
     """The folder with train/ and test/. Without data: data/chest_xray, else the demo set, drawn where it is missing."""
     root = Path(data) if data is not None else DEFAULT_ROOT
@@ -140,7 +156,9 @@ def find_root(data: str | None) -> Path:
             draw_demo(DEMO_ROOT)
         root = DEMO_ROOT
     if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist; python data.py download fetches the public dataset")
+        raise DataError(
+            f"data folder {root} does not exist; name one with --data, or fetch one: python data.py download"
+        )
     if not (root / "train").is_dir() and not (root / "test").is_dir() and (root / "chest_xray").is_dir():
         root = root / "chest_xray"
     return root
@@ -171,9 +189,9 @@ def scan(root: Path, split: str) -> list[dict]:
         raise DataError(f"{folder} holds {found}; expected at least two, such as NORMAL/ and PNEUMONIA/")
     records = []
     for name in classes:
-        found = (Path(d, f) for d, _, files in os.walk(folder / name, followlinks=True) for f in files)
-        for path in sorted(p for p in found if is_image(p)):
-            relative, info = path.relative_to(root).as_posix(), path.stat()
+        for path in sorted(walk(folder / name)):
+            relative = path.relative_to(root).as_posix()
+            info = path.stat() if path.exists() else path.lstat()  # a broken link is named when it is read
             patient, subtype, _ = identify(path.name)
             records.append(
                 {"path": relative, "class": name, "patient": patient or relative, "subtype": subtype}
@@ -358,10 +376,10 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
     files = [[r["path"], r["bytes"], r["mtime"]] for r in records]
     key = hashlib.sha256(json.dumps([READER_VERSION, size, str(root.resolve()), files]).encode()).hexdigest()[:16]
     kind = f"{records[0]['path'].split('/')[0]}-{size}-"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "pneumonia"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
     folders = [root / ".cache", user_cache]
     for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError):  # not there, just replaced, or damaged
+        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):  # not there, just replaced, or damaged
             return _open_cache(folder / f"{kind}{key}.npy")
     for folder in folders:
         path = folder / f"{kind}{key}.npy"
@@ -561,6 +579,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
         raise DataError(f"{folder} exists and is not empty; choose another folder or remove it")
     if images < 40:
         raise DataError(f"a demo set needs at least 40 images, not {images}")
+    folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     temporary.chmod(0o755)

@@ -280,6 +280,8 @@ def score_csv(path: str, args: argparse.Namespace) -> dict:
         raise data.DataError(f"{path} can't be read: {e}") from None
     if not rows or any(r.get(k) is None for r in rows for k in ("path", "label", "probability")):
         raise data.DataError(f"{path} needs a header with the columns path, label, probability, and one row per image")
+    if {"flags", "error"} <= rows[0].keys():
+        raise data.DataError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     try:
         p = np.array([float(r["probability"]) for r in rows])
     except (TypeError, ValueError):

@@ -33,8 +33,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
+        torch.empty(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise ModelError(f"--device {name} can't be used here ({reason}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the batch that an image stood in
@@ -46,7 +46,11 @@ def pick_device(name: str) -> torch.device:
 
 def check_name(name: str) -> None:
     """Raise ModelError with the nearest names where timm has no such model."""
-    if not timm.is_model(name):
+    try:
+        known = timm.is_model(name) and bool(timm.get_pretrained_cfg(name) or "." not in name)
+    except RuntimeError:  # an unknown tag of a known model
+        known = False
+    if not known:
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         raise ModelError(f"timm has no model {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see its list"))
 
@@ -221,6 +225,8 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
     Raises:
         ModelError: missing, damaged, no checkpoint of this suite, or of a later format version.
     """
+    if Path(path).is_dir():
+        path = Path(path) / "ckpt.pt"
     if not Path(path).is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     try:
@@ -229,7 +235,10 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
         raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
         raise ModelError(f"{path} is no {kind} checkpoint of this suite")
-    if (found := checkpoint.get("format_version", 0)) > FORMAT_VERSION:
+    found = checkpoint.get("format_version")
+    if not isinstance(found, int):
+        raise ModelError(f"{path} has no format version: it is damaged")
+    if found > FORMAT_VERSION:
         raise ModelError(f"{path} has format version {found}, this code reads up to {FORMAT_VERSION}: update the code")
     return checkpoint
 
@@ -278,7 +287,10 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     """
     kept, total = {}, 0.0
     stage = -2 if getattr(model, "global_pool", "") == "token" else -1
-    layer = model.get_submodule(model.feature_info[stage]["module"])
+    try:
+        layer = model.get_submodule(model.feature_info[stage]["module"])
+    except (AttributeError, LookupError, TypeError):
+        raise ModelError("timm names no feature map of this model; leave out --cam") from None
     handle = layer.register_forward_hook(lambda _, __, output: kept.update(map=output))
 
     def one(x: torch.Tensor) -> torch.Tensor:
@@ -290,6 +302,9 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
         return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
 
     try:
+        model(x[:1])
+        if not isinstance(kept.get("map"), torch.Tensor) or kept["map"].ndim not in (3, 4):
+            raise ModelError("this model has no feature map to show; leave out --cam")
         # Also moved by half a cell of the coarse map to the right and down: that doubles its resolution.
         half = x.shape[-1] // (2 * one(x).shape[-1])
         for right, down in ((0, 0), (half, 0), (0, half), (half, half)):

@@ -9,6 +9,7 @@ find . -name '*.png' | python predict.py --json -       # a list of paths on std
 import argparse
 import csv
 import glob
+import hashlib
 import itertools
 import json
 import os
@@ -33,11 +34,9 @@ def find_inputs(inputs: list[str]):
     """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order."""
     for item in inputs:
         if item == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+            yield from (line.rstrip("\r\n") for line in sys.stdin or () if line.strip())
         elif os.path.isdir(item):
-            for folder, subfolders, files in os.walk(item):
-                subfolders.sort()
-                yield from (str(p) for p in sorted(Path(folder, f) for f in files) if data.is_image(p))
+            yield from map(str, data.walk(Path(item)))
         elif not os.path.exists(item) and glob.has_magic(item):
             yield from sorted(glob.glob(item, recursive=True)) or [item]
         else:
@@ -171,7 +170,8 @@ def save_cam(
     for i, text in enumerate(lines):
         ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
     name = "_".join(Path(result["path"]).parts[-3:]).strip("/").replace("/", "_").replace(".", "_")
-    canvas.save(folder / f"{name}_cam.png")
+    digest = hashlib.sha256(result["path"].encode(errors="surrogateescape")).hexdigest()[:6]
+    canvas.save(folder / f"{name[-120:]}_{digest}_cam.png")  # two images of one name keep a map each
 
 
 class Writer:
@@ -255,6 +255,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller
     try:
         code = run(args)
     except BrokenPipeError:  # the reader has enough

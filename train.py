@@ -279,14 +279,14 @@ def threshold_rule(text: str) -> str:
 def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; with --resume those of the run, which only --epochs and --device may contradict."""
     args = parser.parse_args()
-    if not args.resume:
+    if args.resume is None:
         return args
     unset = object()
     given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset))))
     metrics = Path(args.resume) / "metrics.json"
     try:
         stored = json.loads(metrics.read_text())["arguments"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise TrainError(f"--resume {args.resume} holds no run (no readable {metrics})") from None
     for name, value in given.items():
         if value is unset or name in ("resume", "output"):
@@ -303,12 +303,12 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def make_run_folder(args: argparse.Namespace) -> Path:
     """The run's folder; one that already holds a run is never overwritten."""
-    if args.resume:
+    if args.resume is not None:
         for leftover in Path(args.resume).glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
         return Path(args.resume)
     folder = Path(args.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}")
-    if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+    if (folder / "last.pt").exists() or (folder / "ckpt.pt").exists():
         raise TrainError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     folder.mkdir(parents=True, exist_ok=bool(args.output))
     return folder
@@ -359,6 +359,8 @@ def run(args: argparse.Namespace) -> Path:
     torch.manual_seed(args.seed)
     # The file is compared to the bit: a state that was saved needs no pretrained weights.
     state_file = folder / "last.pt"
+    if first and args.resume is not None and (folder / "ckpt.pt").exists() and not state_file.exists():
+        raise TrainError(f"{folder} has a ckpt.pt but no last.pt to go on from; start a new run")
     saved = from_first(
         models.load(state_file, LAST_FORMAT) if first and args.resume and state_file.exists() else None, world
     )
@@ -374,7 +376,13 @@ def run(args: argparse.Namespace) -> Path:
         data.warn(
             f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
         )
-    models.check_size(model, pre["input_size"])
+    fixed = timm.get_pretrained_cfg(args.model) and timm.get_pretrained_cfg(args.model).fixed_input_size
+    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+    small = max(round(pre["input_size"] * 0.75 / 32) * 32, 32)
+    whole = fixed or args.augment == "none"
+    train_size = pre["input_size"] if whole else min(small, pre["input_size"])
+    for size in {pre["input_size"], train_size}:
+        models.check_size(model, size)
     model.to(device, memory_format=torch.channels_last)
     share(model, world)  # a download may have worked on one machine alone
     peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
@@ -404,9 +412,6 @@ def run(args: argparse.Namespace) -> Path:
     if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         images = images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
     targets = labels.to(images.device)
-    fixed = timm.get_pretrained_cfg(args.model) and timm.get_pretrained_cfg(args.model).fixed_input_size
-    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
-    small = max(round(pre["input_size"] * 0.75 / 32) * 32, 32)
     state = {
         "rank": rank,
         "world": world,
@@ -419,7 +424,7 @@ def run(args: argparse.Namespace) -> Path:
         "mean": pre["mean"],
         "std": pre["std"],
         "weights": class_weights(labels[index["train"]], len(classes), args.balance).to(device),
-        "train_size": pre["input_size"] if fixed or args.augment == "none" else min(small, pre["input_size"]),
+        "train_size": train_size,
     }
     train_records = [records[i] for i in index["train"].tolist()]
     about_data = {"root": str(root.resolve()), "demo": demo, "fingerprint": data.fingerprint(records)}
@@ -553,7 +558,7 @@ def main() -> None:
     except KeyboardInterrupt:
         where = getattr(args, "folder", None)
         go_on = f"; go on with: python train.py --resume {shlex.quote(str(where))}" if where else ""
-        parser.exit(130, f"\ninterrupted{go_on}\n")
+        parser.exit(130, f"interrupted{go_on}\n")
 
 
 if __name__ == "__main__":

@@ -734,7 +734,16 @@ def test_files_have_the_keys_that_others_rely_on(evaluated, run, demo):
     assert r["parameters"] == sum(
         v.numel() for k, v in ckpt["state_dict"].items() if "running" not in k and "num_b" not in k
     )
-    assert list(evaluated.rows[0]) == ["path", "patient", "subtype", "label", "logit", "probability", "prediction", "demo"]
+    assert list(evaluated.rows[0]) == [
+        "path",
+        "patient",
+        "subtype",
+        "label",
+        "logit",
+        "probability",
+        "prediction",
+        "demo",
+    ]
 
 
 def test_every_figure_of_a_run_follows_from_its_csv(evaluated, demo):
