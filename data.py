@@ -221,9 +221,14 @@ def split_by_patient(records: list[dict], seed: int, fraction: float) -> list[bo
     folds = min(round(1 / fraction), min(patients.values()))
     if folds < 2:
         raise DataError(f"class {min(patients, key=patients.get)} has too few patients to hold some out for validation")
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    labels, groups = [r["class"] for r in records], [r["patient"] for r in records]
-    held_out = set(next(splitter.split(labels, labels, groups))[1].tolist())
+    # Patients get random numbers and the fold is drawn here: the splitter's own shuffle unbalanced the classes up to
+    # scikit-learn 1.7, and differs between versions.
+    rng = np.random.default_rng(seed)
+    names = sorted({r["patient"] for r in records})
+    numbers = dict(zip(names, rng.permutation(len(names)).tolist()))
+    labels, groups = [r["class"] for r in records], [numbers[r["patient"]] for r in records]
+    splits = list(StratifiedGroupKFold(folds).split(labels, labels, groups))
+    held_out = set(splits[rng.integers(folds)][1].tolist())
     return [i in held_out for i in range(len(records))]
 
 
