@@ -693,10 +693,10 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
                 rx, ry = 0.34, visit.uniform(0.5, 0.65)
             spot = soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 - 1 + 0.5 * _smooth(visit, (h, w), (9, 9)), 0.35)
             if subtype == "bacterial":
-                shade += spot * visit.uniform(0.14, 0.36) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
+                shade += spot * visit.uniform(0.2, 0.4) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
             else:
                 streaks = _smooth(visit, (h, w), (26, 16)) + _smooth(visit, (h, w), (16, 26))
-                shade += spot * visit.uniform(0.12, 0.3) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
+                shade += spot * visit.uniform(0.16, 0.34) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
             # From body to image: undo scale, turn and shift.
             px = ox * sx * math.cos(turn) - oy * sy * math.sin(turn) + cx
             py = ox * sx * math.sin(turn) + oy * sy * math.cos(turn) + cy
@@ -706,7 +706,7 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
     # Exposure: mean and spread are drawn, so that neither tells the class.
     image = (image - image.mean()) / image.std() * visit.uniform(42, 62) + visit.uniform(95, 145)
     out = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-    zoom = visit.uniform(2, 4)
+    zoom = visit.uniform(1.6, 3)
     out = out.resize((int(w * zoom), int(h * zoom)), Image.Resampling.BICUBIC)
     if visit.random() < 0.7:
         mark = visit.integers(0, 2)
