@@ -602,8 +602,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
         for split in ("train", "test"):
             for name in ("NORMAL", "PNEUMONIA"):
                 (temporary / split / name).mkdir(parents=True)
-        with ThreadPoolExecutor(CORES) as pool:
-            rows = [row for result in pool.map(lambda job: _draw_job(temporary, *job), jobs) for row in result]
+        rows = [row for job in jobs for row in _draw_job(temporary, *job)]  # threads would wait for each other
         (temporary / "opacities.csv").write_text(to_csv(rows, ["path", "x", "y", "rx", "ry"]))
         mark = {"demo": True, "version": DEMO_VERSION, "images": images, "seed": seed}
         (temporary / DEMO_MARK).write_text(json.dumps(mark) + "\n")
