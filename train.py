@@ -338,10 +338,10 @@ def run(args: argparse.Namespace) -> Path:
     records = data.find_training(root, args.seed, args.val_fraction)
     classes = sorted({r["class"] for r in records})
     positive = classes.index("PNEUMONIA") if "PNEUMONIA" in classes else len(classes) - 1
-    if first:  # decodes what is not in the cache yet
-        data.load_images(root, records, pre["input_size"])
+    # The first process decodes what is not in the cache yet; the others wait for that.
+    loaded = data.load_images(root, records, pre["input_size"]) if first else None
     from_first(None, world)
-    images, digests, failed = data.load_images(root, records, pre["input_size"])
+    images, digests, failed = loaded or data.load_images(root, records, pre["input_size"])
     left_out = data.report_left_out(records, failed)
     for i in failed:
         records[i]["split"] = "left out"
