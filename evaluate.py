@@ -794,18 +794,18 @@ def run(args: argparse.Namespace) -> None:
     weights = draw_weights([r["patient"] for r in s["records"]], args.bootstrap, args.seed)
     result = report(s, weights, args)
     is_csv = inputs[0].endswith(".csv")
-    stem = (
-        f"{Path(inputs[0]).stem}.scored" if is_csv else args.split
-    )  # test.csv beside a run must not replace test.json
+    # Scoring the test.csv of a run must not replace its test.json.
+    stem = f"{Path(inputs[0]).stem}.scored" if is_csv else args.split
     if args.data:
         stem += f"-{data.find_root(args.data).resolve().name}"
-    folder = folder or Path(inputs[0]).parent
+    beside = Path(inputs[0]) if Path(inputs[0]).is_dir() else Path(inputs[0]).parent  # a run folder names its ckpt.pt
+    folder = folder or beside
     if not is_csv:
         rows, columns = to_rows(s, result["threshold"]["value"])
         data.write_atomic(folder / f"{stem}.csv", data.to_csv(rows, columns))
     data.write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
     if args.plots:
-        metrics = Path(inputs[0]).parent / "metrics.json"
+        metrics = beside / "metrics.json"
         history = json.loads(metrics.read_text())["epochs"] if metrics.exists() else []
         plot(s, result, weights, history, folder / f"{stem}.png")
     if args.json:

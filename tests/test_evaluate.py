@@ -994,3 +994,12 @@ def test_the_plot_is_a_png_1600_pixels_wide(run, named, tmp_path, monkeypatch, c
     with Image.open(path) as image:
         assert image.width == 1600 and image.height >= 600
         assert image.convert("L").getextrema() == (0, 255)
+
+
+def test_a_run_folder_stands_for_its_checkpoint(run_folder, tmp_path):
+    """The report lands in the folder itself, not beside it."""
+    shutil.copytree(run_folder, tmp_path / "runs" / "a")
+    (tmp_path / "runs" / "a" / "test.json").unlink(missing_ok=True)
+    assert run_script("evaluate.py", tmp_path / "runs" / "a", cwd=tmp_path).returncode == 0
+    assert (tmp_path / "runs" / "a" / "test.json").exists()
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
