@@ -10,6 +10,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -207,10 +208,17 @@ def named_patients(records: list[dict]) -> set[str]:
     return {r["patient"] for r in records if r["patient"] != r["path"]}
 
 
+def hash_lines(lines) -> str:
+    """SHA-256 of lines of text, none of which is kept."""
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(line.encode(errors="surrogateescape") + b"\n")
+    return found.hexdigest()
+
+
 def fingerprint(records: list[dict]) -> str:
     """SHA-256 over paths and sizes: the same for every copy of the same files."""
-    text = "\n".join(f"{r['path']} {r['bytes']}" for r in records)
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return hash_lines(f"{r['path']} {r['bytes']}" for r in records)
 
 
 def split_by_patient(records: list[dict], seed: int, fraction: float) -> list[bool]:
@@ -259,9 +267,9 @@ def find_training(root: Path, seed: int, fraction: float) -> list[dict]:
     if unnamed := sum(r["patient"] == r["path"] for r in train + val):
         warn(f"{unnamed} of {len(train + val)} file names tell no patient: each of these images counts as its own")
     held_out = [False] * len(train) if val else split_by_patient(train, seed, fraction)
-    return [r | {"split": "val" if v else "train"} for r, v in zip(train, held_out)] + [
-        r | {"split": "val"} for r in val
-    ]
+    for record, is_val in zip(train + val, held_out + [True] * len(val)):
+        record["split"] = "val" if is_val else "train"
+    return train + val
 
 
 # --- read ---
@@ -378,8 +386,8 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
         uint8 tensor [len(records), size, size]; int64 tensor [len(records)] of pixel digests; and for each image
         that can't be read its index with the reason (its pixels are zeros).
     """
-    files = [[r["path"], r["bytes"], r["mtime"]] for r in records]
-    key = hashlib.sha256(json.dumps([READER_VERSION, size, str(root.resolve()), files]).encode()).hexdigest()[:16]
+    files = (f"{r['path']} {r['bytes']} {r['mtime']}" for r in records)
+    key = hash_lines(itertools.chain([f"{READER_VERSION} {size} {root.resolve()}"], files))[:16]
     kind = f"{records[0]['path'].split('/')[0]}-{size}-"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
     folders = [root / ".cache", user_cache]
@@ -400,7 +408,7 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
                 np.lib.format.write_array_header_1_0(f, shape)
                 digests, failed = [], {}
                 for i, (pixels, digest, reason) in enumerate(_decode_all(root, records, size)):
-                    f.write(pixels.tobytes())
+                    f.write(pixels)
                     digests.append(digest)
                     if reason:
                         failed[i] = reason
