@@ -329,19 +329,27 @@ def _to_nchw(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
 
 # --- know what it has not seen ---
 
-GRID = 16
+GRID, FINE = 16, 4  # cells along a side
 
 
 def layout(images: torch.Tensor) -> torch.Tensor:
-    """What an image looks like at a glance, float32 [n, GRID * GRID + 18], from uint8 [n, side, side].
+    """What an image looks like at a glance, float32 [n, GRID ** 2 + FINE ** 2 + 2], from uint8 [n, side, side].
 
-    Standardised grey levels on a coarse grid, the fine structure on a 4 x 4 grid, brightness and contrast.
+    Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness.
     """
     x = images.unsqueeze(1).float()
     coarse = F.adaptive_avg_pool2d(x, GRID).flatten(1)
-    fine = F.adaptive_avg_pool2d((x - F.avg_pool2d(x, 3, 1, 1)).abs(), 4).flatten(1)
+    across, down = (x[..., 1:] - x[..., :-1]).abs_(), (x[..., 1:, :] - x[..., :-1, :]).abs_()
+    fine = sum(F.adaptive_avg_pool2d(d, FINE).flatten(1) for d in (across, down)) / 2
     mean, std = coarse.mean(1, keepdim=True), coarse.std(1, keepdim=True)
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
+
+
+def upside_down(v: torch.Tensor) -> torch.Tensor:
+    """The layout of images turned upside down, from their layout [n, ...]: the rows of both grids in reverse."""
+    coarse, fine, rest = v.split([GRID**2, FINE**2, 2], 1)
+    turned = [grid.unflatten(1, (side, side)).flip(1).flatten(1) for grid, side in ((coarse, GRID), (fine, FINE))]
+    return torch.cat([*turned, rest], 1)
 
 
 def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | float]:
@@ -371,7 +379,6 @@ def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
     The distance of the layout, weighed against that of the image turned upside down: where that one is the nearer,
     something stands on its head.
     """
-    here, turned = (
-        ((layout(x) - check["mean"]) @ check["whiten"]).norm(dim=1) for x in (images.cpu(), images.cpu().flip(1))
-    )
+    v = layout(images.cpu())
+    here, turned = (((t - check["mean"]) @ check["whiten"]).norm(dim=1) for t in (v, upside_down(v)))
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import data
 import models
 
-BATCH = 32
+BATCH = 16
 COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
 
 
@@ -63,23 +63,24 @@ def load_models(paths: list[str], device: torch.device) -> list[tuple[dict, torc
     return loaded
 
 
-def read(path: str, sizes: list[int]) -> tuple[list[np.ndarray] | None, dict, str]:
+def read(path: str, loaded: list[tuple[dict, torch.nn.Module]]) -> tuple[dict[int, np.ndarray], dict, str]:
     """The image at each model's input size, what read_image tells of it, and the reason where it can't be read."""
+    images, info = {}, {}
     try:
-        images, info = [], {}
-        for size in sizes:
-            pixels, info = data.read_image(path, size)
-            images.append(pixels)
-        return images, info, ""
+        for size in {ckpt["input_size"] for ckpt, _ in loaded}:
+            images[size], info = data.read_image(path, size)
     except data.ImageError as e:
-        return None, {}, str(e)
+        return {}, {}, str(e)
+    return images, info, ""
 
 
 def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
     """What a person should know of an image before trusting the label."""
+    levels = np.sort(pixels[::4, ::4], axis=None)
+    tail = len(levels) // 50  # 2 % at either end may be a letter or an edge
     found = {
         "colour image": info["colour"] > COLOUR,
-        "near-constant image": float(np.ptp(np.percentile(pixels, (2, 98)))) < CONSTANT,
+        "near-constant image": int(levels[-1 - tail]) - int(levels[tail]) < CONSTANT,
         "under 64 pixels": min(info["width"], info["height"]) < SMALL,
         "unlike training images": unlike,
     }
@@ -87,66 +88,71 @@ def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
 
 
 @torch.inference_mode()
-def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device):
-    """Yield a result per (path, images, info, reason) of the batch: path, label, probability, flags, error ..."""
-    good = [item for item in batch if item[1] is not None]
+def classify(paths: list[str], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device) -> list[tuple]:
+    """Read and classify a batch of files.
+
+    Returns:
+        for each path a dict (path, label, probability, threshold, flags, error, demo) and its images by size.
+    """
+    batch = [(path, *read(path, loaded)) for path in paths]
+    good = [images for _, images, _, _ in batch if images]
     mean, unlike = 0.0, torch.zeros(len(good), dtype=torch.bool)
-    if good:
-        sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
-        for ckpt, model in loaded:
-            images = torch.from_numpy(np.stack([item[1][sizes.index(ckpt["input_size"])] for item in good]))
-            x = data.normalise(images.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
-            p = models.probabilities(model(x).cpu(), ckpt["temperature"])
-            mean = mean + p / len(loaded)
-            unlike |= models.unlikeness(ckpt["input_check"], images) > ckpt["input_check"]["cut"]
-    ckpt = loaded[0][0]
-    classes, positive = ckpt["classes"], ckpt["classes"].index(ckpt["positive"])
-    threshold = None
+    for ckpt, model in loaded if good else ():
+        pixels = torch.from_numpy(np.stack([images[ckpt["input_size"]] for images in good]))
+        x = data.normalise(pixels.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
+        mean = mean + models.probabilities(model(x).cpu(), ckpt["temperature"]) / len(loaded)
+        unlike |= models.unlikeness(ckpt["input_check"], pixels) > ckpt["input_check"]["cut"]
+    classes, threshold = loaded[0][0]["classes"], None
+    positive = classes.index(loaded[0][0]["positive"])
     if len(classes) == 2:
-        threshold = sum(c["threshold"]["value"] for c, _ in loaded) / len(loaded)
-    k = 0
+        threshold = sum(ckpt["threshold"]["value"] for ckpt, _ in loaded) / len(loaded)
+    demo = any(ckpt["data"]["demo"] for ckpt, _ in loaded)
+    results, found = [], zip(mean.tolist() if good else (), unlike.tolist())
     for path, images, info, reason in batch:
-        result = {
-            "path": path,
-            "label": None,
-            "probability": None,
-            "threshold": threshold,
-            "flags": [],
-            "error": reason,
-        }
-        if images is not None:
-            p = mean[k].tolist()
-            called = (
-                (positive if p[positive] >= threshold else 1 - positive) if len(classes) == 2 else int(np.argmax(p))
-            )
+        result = {"path": path, "label": None, "probability": None, "threshold": threshold, "flags": []}
+        result |= {"error": reason, "demo": demo}
+        if images:
+            p, odd = next(found)
+            called = int(np.argmax(p))
+            if len(classes) == 2:
+                called = positive if p[positive] >= threshold else 1 - positive
             result["label"] = classes[called]
             result["probability"] = p[positive] if len(classes) == 2 else dict(zip(classes, p))
-            result["flags"] = flags(info, images[0], bool(unlike[k]))
-            k += 1
-        result["demo"] = any(c["data"]["demo"] for c, _ in loaded)
-        yield result, images
+            result["flags"] = flags(info, next(iter(images.values())), odd)
+        results.append((result, images))
+    return results
 
 
-def stream(paths, sizes: list[int], pool: ThreadPoolExecutor):
-    """Yield batches of (path, images, info, reason), decoded ahead on all cores while the model works on the last one."""
-    jobs = ((path, pool.submit(read, path, sizes)) for path in paths)
-    ahead = deque(itertools.islice(jobs, 3 * BATCH))
-    while ahead:
-        batch = [ahead.popleft() for _ in range(min(BATCH, len(ahead)))]
-        ahead.extend(itertools.islice(jobs, BATCH))
-        yield [(path, *future.result()) for path, future in batch]
+def stream(paths, work, workers: int):
+    """Yield work(batch of paths) in order, workers of them at a time and a few ahead, however many paths there are.
+
+    Each worker reads and classifies a batch of its own with one thread, so that decoding and the model never wait for
+    each other; where there are fewer files than that takes, the model gets the spare cores.
+    """
+    paths = iter(paths)
+    head = list(itertools.islice(paths, workers * BATCH))
+    workers = max(1, min(workers, len(head)))
+    size = max(1, min(BATCH, -(-len(head) // workers)))
+    torch.set_num_threads(max(1, data.CORES // workers))
+    paths = itertools.chain(head, paths)
+    pool = ThreadPoolExecutor(workers)
+    try:
+        jobs = (pool.submit(work, batch) for batch in iter(lambda: list(itertools.islice(paths, size)), []))
+        ahead = deque(itertools.islice(jobs, 2 * workers))
+        while ahead:
+            yield ahead.popleft().result()
+            ahead.extend(itertools.islice(jobs, 1))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def save_cam(
-    result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: list[np.ndarray], folder: Path, device
-) -> None:
+def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: dict, folder: Path, device) -> None:
     """Write the radiograph at its own resolution with the heat map of its label laid over it, and a caption."""
-    sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
     heat = 0.0
     picture, _ = data.read_image(result["path"], None)
     height, width = picture.shape
     for ckpt, model in loaded:
-        pixels = torch.from_numpy(images[sizes.index(ckpt["input_size"])])[None].to(device)
+        pixels = torch.from_numpy(images[ckpt["input_size"]])[None].to(device)
         x = data.normalise(pixels, ckpt["mean"], ckpt["std"])
         cam = models.grad_cam(model, x, ckpt["classes"].index(result["label"]))[0].cpu().numpy()
         cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BICUBIC)
@@ -178,7 +184,7 @@ class Writer:
     """Prints results as they come: a table for people, CSV, or a JSON object a line."""
 
     def __init__(self, style: str, classes: list[str]) -> None:
-        self.style, self.classes, self.header = style, classes, True
+        self.style, self.classes, self.header, self.width = style, classes, True, 0
 
     def row(self, result: dict) -> dict:
         p = result["probability"]
@@ -201,14 +207,14 @@ class Writer:
                 writer.writeheader()
             writer.writerows(self.row(r) for r in results)
         else:
-            width = max(len(r["path"]) for r in results)
+            self.width = max(self.width, *(len(r["path"]) for r in results))
             name = max(len(c) for c in self.classes)
             for r in results:
                 p = r["probability"]
                 shown = p[r["label"]] if isinstance(p, dict) else p
                 notes = "; ".join(r["flags"] + (["DEMO MODEL"] if r["demo"] else []))
                 text = f"error: {r['error']}" if r["error"] else f"{r['label']:{name}}  {shown:.4f}  {notes}"
-                out.write(f"{r['path']:{width}}  {text}".rstrip() + "\n")
+                out.write(f"{r['path']:{self.width}}  {text}".rstrip() + "\n")
         self.header = False
         out.flush()
 
@@ -228,25 +234,25 @@ def make_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     device = models.pick_device(args.device)
     loaded = load_models(args.ckpt or [str(models.newest_checkpoint())], device)
-    sizes = sorted({ckpt["input_size"] for ckpt, _ in loaded})
     if args.cam:
         Path(args.cam).mkdir(parents=True, exist_ok=True)
     writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
+    workers = 1 if args.cam else data.CORES  # a heat map hooks into the model, which others must not use meanwhile
     failed = count = 0
-    pool = ThreadPoolExecutor(data.CORES)
-    try:
-        with tqdm(unit="img", leave=False, disable=None) as bar:
-            for batch in stream(find_inputs(args.inputs), sizes, pool):
-                results = list(classify(batch, loaded, device))
-                for result, images in results:
-                    count += 1
-                    failed += images is None
-                    if args.cam and images is not None:
-                        save_cam(result, loaded, images, Path(args.cam), device)
-                bar.update(len(batch))
-                writer.write([r for r, _ in results], sys.stdout)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+
+    def work(batch: list[str]) -> list[dict]:
+        done = classify(batch, loaded, device)
+        for result, images in done:
+            if args.cam and images:
+                save_cam(result, loaded, images, Path(args.cam), device)
+        return [result for result, _ in done]
+
+    with tqdm(unit="img", leave=False, disable=None) as bar:
+        for results in stream(find_inputs(args.inputs), work, workers):
+            count += len(results)
+            failed += sum(bool(r["error"]) for r in results)
+            bar.update(len(results))
+            writer.write(results, sys.stdout)
     if not count:
         raise data.DataError(f"no image found in {' '.join(args.inputs)}")
     return 1 if failed else 0

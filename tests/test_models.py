@@ -545,6 +545,14 @@ def test_the_check_does_not_depend_on_batches_or_mirroring(check, phantoms):
     torch.testing.assert_close(models.unlikeness(other, test), models.unlikeness(check, test), rtol=1e-3, atol=1e-2)
 
 
+@pytest.mark.parametrize("size", [64, 90])
+def test_upside_down_is_the_layout_of_the_turned_image(size):
+    images = torch.randint(0, 256, (3, size, size), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
+    turned = models.layout(images.flip(1))
+    torch.testing.assert_close(models.upside_down(models.layout(images)), turned, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(models.layout(images), turned, atol=0.1)
+
+
 def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
     g = torch.Generator().manual_seed(8)
     images = nn.functional.interpolate(torch.rand(1200, 1, 6, 6, generator=g) * 255, (32, 32), mode="bicubic")

@@ -111,9 +111,7 @@ def test_flags(loaded, tmp_path):
     for name, pixels in pictures.items():
         path = tmp_path / f"{name}.png"
         Image.fromarray(pixels.astype(np.uint8)).save(path)
-        size = loaded[0][0]["input_size"]
-        batch = [(str(path), *predict.read(str(path), [size]))]
-        ((result, _),) = predict.classify(batch, loaded, torch.device("cpu"))
+        ((result, _),) = predict.classify([str(path)], loaded, torch.device("cpu"))
         assert name in result["flags"]
         assert (result["label"] == "PNEUMONIA") == (result["probability"] >= result["threshold"])
 
@@ -161,22 +159,28 @@ def test_closed_pipe_ends_quietly(run_folder, demo):
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
 
 
-def test_memory_of_the_stream_is_bounded(monkeypatch):
-    """No more images are ever decoded ahead than a few batches, however many paths there are."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    taken = []
+@pytest.mark.parametrize("count", [0, 1, 5, 1000])
+def test_stream_keeps_order_and_little_in_memory(count):
+    """However many paths there are, no more than a few batches are ever taken ahead of what came out."""
+    taken, out = [], []
 
     def paths():
-        for i in range(1000):
+        for i in range(count):
             taken.append(i)
             yield str(i)
 
-    monkeypatch.setattr(predict, "read", lambda path, sizes: (None, {}, "x"))
-    with ThreadPoolExecutor(2) as pool:
-        for n, batch in enumerate(predict.stream(paths(), [8], pool), 1):
-            assert len(taken) <= (n + 3) * predict.BATCH + 1
-    assert len(taken) == 1000 and n == -(-1000 // predict.BATCH)
+    for batch in predict.stream(paths(), lambda batch: batch, 3):
+        out += batch
+        assert 0 < len(batch) <= predict.BATCH and len(taken) <= len(out) + 6 * predict.BATCH
+    assert out == [str(i) for i in range(count)]
+
+
+def test_an_error_in_a_worker_is_not_swallowed():
+    def work(batch):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        list(predict.stream(map(str, range(100)), work, 2))
 
 
 @pytest.mark.parametrize(
