@@ -66,6 +66,12 @@ def preprocessing(name: str, size: int | None) -> dict:
     return {"input_size": size or (config.input_size[-1] if config.fixed_input_size else 160), "mean": mean, "std": std}
 
 
+def takes_one_size(name: str) -> bool:
+    """Whether the architecture is built for one input size, as models of tokens are for their position table."""
+    config = timm.get_pretrained_cfg(name)
+    return bool(config and config.fixed_input_size)
+
+
 def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     """A timm model with one input channel and classes logits; kwargs go to timm.create_model.
 
@@ -73,8 +79,7 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
         ModelError: unknown name, or an input size that the architecture does not take.
     """
     check_name(name)
-    config = timm.get_pretrained_cfg(name)
-    if config and config.fixed_input_size:  # token models build their position table for one size
+    if takes_one_size(name):
         kwargs["img_size"] = size
     try:
         model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)

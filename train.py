@@ -7,6 +7,8 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 """
 
 import argparse
+import functools
+import itertools
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import subprocess
 import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import sklearn
@@ -152,7 +155,7 @@ def validate(model, images, val_index, labels, state) -> dict:
     mine = torch.arange(len(val_index))[state["rank"] :: world]
     logits = torch.zeros(len(val_index), state["classes"], dtype=torch.float64)
     if len(mine):
-        batches = evaluate.in_batches(images, val_index[mine].to(images.device))
+        batches = evaluate.in_batches(images, val_index[mine])
         logits[mine] = torch.from_numpy(evaluate.infer(model, batches, state["mean"], state["std"], device))
     if world > 1:
         logits = sum_over_ranks(logits.to(device if device.type == "cuda" else "cpu"), world).cpu()
@@ -175,9 +178,7 @@ def calibrate(model, logits: np.ndarray, images, val_index, labels, rule: str, s
     z, positive = evaluate.binary_logit(logits, state["positive"]), y == state["positive"]
     source = "validation"
     if rule == "stressed":
-        found = evaluate.infer_stressed(
-            model, images, val_index.to(images.device), state["mean"], state["std"], state["device"]
-        )
+        found = evaluate.infer_stressed(model, images, val_index, state["mean"], state["std"], state["device"])
         z = np.concatenate([z, *(evaluate.binary_logit(logits, state["positive"]) for logits in found.values())])
         positive = np.tile(positive, len(found) + 1)
         rule, source = "youden", "validation and its stressed copies"
@@ -202,66 +203,42 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
-    yes_no = argparse.BooleanOptionalAction
+    parser, number, yes_no = data.Parser(prog="train.py"), data.within, argparse.BooleanOptionalAction
+    parser.description = "Fine-tune a timm model on chest radiographs."
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     g.add_argument(
-        "--img-size",
-        type=data.within(int, 1, 10_000),
-        metavar="PX",
-        help="side of the square input (160, or the one the model takes)",
+        "--img-size", type=number(int, 1, 10_000), metavar="PX", help="side of the input (160, or the model's)"
     )
-    g.add_argument(
-        "--val-fraction", type=data.within(float, 0.01, 0.5), default=0.1, help="of the patients, for validation"
-    )
+    g.add_argument("--val-fraction", type=number(float, 0.01, 0.5), default=0.1, help="of the patients, for validation")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
     g = g.add_mutually_exclusive_group()
     g.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
     g.add_argument("--weights", metavar="FILE", help="weights from a .safetensors file or a torch state dict")
     g = parser.add_argument_group("recipe")
-    g.add_argument("--epochs", type=data.within(int, 1), default=10, help="passes over the training images")
-    g.add_argument("--batch-size", type=data.within(int, 2), default=64, help="images per step and process")
+    g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
+    g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
+    g.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (0.001; from random weights 0.003)")
+    g.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
+    g.add_argument("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
     g.add_argument(
-        "--lr", type=data.within(float, 0), help="peak learning rate of AdamW (0.001; from random weights 0.003)"
-    )
-    g.add_argument("--weight-decay", type=data.within(float, 0), default=0.05, help="not on norms and biases")
-    g.add_argument("--warmup-epochs", type=data.within(float, 0), default=1.0, help="linear warm-up, then cosine")
-    g.add_argument(
-        "--ema-decay",
-        type=data.within(float, 0, 0.99999),
-        default=0.99,
-        help="moving average of the weights, warmed up; 0: none",
+        "--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none"
     )
     g.add_argument(
-        "--label-smoothing",
-        type=data.within(float, 0, 0.9),
-        default=0.0,
-        help="share of the label given to all classes",
+        "--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes"
     )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
     g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
     g.add_argument(
-        "--patience",
-        type=data.within(int, 0),
-        default=20,
-        help="stop after so many epochs without a better AUROC; 0: never",
+        "--patience", type=number(int, 0), default=20, help="epochs without a better AUROC to stop after; 0: no"
     )
-    g.add_argument(
-        "--threshold",
-        type=threshold_rule,
-        default="stressed",
-        metavar="RULE",
-        help="youden, stressed (Youden's index, stressed copies of the validation images included), "
-        "sensitivity=0.95, or a number",
-    )
+    rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
+    g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
     g = parser.add_argument_group("run")
     g.add_argument("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
     g.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
-    g.add_argument(
-        "--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the split and of everything random"
-    )
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of everything random")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -314,6 +291,60 @@ def make_run_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
+def read_data(root: Path, size: int, args: argparse.Namespace, first: bool, world: int) -> SimpleNamespace:
+    """The training and validation images, and all that a run says of them.
+
+    Returns:
+        images: uint8 [n, size, size]; digests: int64 [n]; labels: int64 [n]; index: {"train", "val"} of int64 indices;
+        records (see data.find_training, with the split "left out" too), classes, positive (an index), left_out, demo.
+    """
+    d = SimpleNamespace(
+        root=root, demo=data.is_demo(root), records=data.find_training(root, args.seed, args.val_fraction)
+    )
+    # The first process decodes what is not in the cache yet; the others wait for that.
+    loaded = data.load_images(root, d.records, size) if first else None
+    from_first(None, world)
+    d.images, d.digests, failed = loaded or data.load_images(root, d.records, size)
+    d.left_out = data.report_left_out(d.records, failed)
+    for i in failed:
+        d.records[i]["split"] = "left out"
+    d.classes = sorted({r["class"] for r in d.records})
+    d.positive = d.classes.index("PNEUMONIA") if "PNEUMONIA" in d.classes else len(d.classes) - 1
+    d.labels = torch.tensor([d.classes.index(r["class"]) for r in d.records])
+    d.index = {s: torch.tensor([i for i, r in enumerate(d.records) if r["split"] == s]) for s in ("train", "val")}
+    for (split, members), (i, name) in itertools.product(d.index.items(), enumerate(d.classes)):
+        if not len(members) or not (d.labels[members] == i).any():
+            purpose = {"train": "training", "val": "validation"}[split]
+            raise data.DataError(f"class {name} has no readable image for {purpose}")
+    if len(d.index["train"]) < 2 * world:
+        raise data.DataError(f"{len(d.index['train'])} training images are too few for {world} processes")
+    return d
+
+
+def start_model(args: argparse.Namespace, classes: int, pre: dict, saved: dict | None) -> tuple[torch.nn.Module, dict]:
+    """The model to train and where its weights come from; a saved state brings its own, so that none are fetched."""
+    torch.manual_seed(args.seed)
+    what = args.model, classes, pre["input_size"]
+    if saved:
+        model, source = models.build(*what), saved["weights_source"]
+    elif args.weights or args.pretrained is not False:
+        model, source = models.build_pretrained(*what, args.weights, insist=args.pretrained is True)
+    else:
+        model, source = models.build(*what), {"source": "random", "note": "random weights, as asked", "failed": ""}
+    if source["failed"]:
+        data.warn(
+            f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
+        )
+    return model, source
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: float32 is none."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
 def run(args: argparse.Namespace) -> Path:
     """Train as the arguments say; returns the run folder."""
     rank, world, device = start_processes(args)
@@ -321,66 +352,34 @@ def run(args: argparse.Namespace) -> Path:
     say = print if first else (lambda *_, **__: None)
     pre = models.preprocessing(args.model, args.img_size)
     root = from_first(data.find_root(args.data) if first else None, world)
-    folder = from_first(make_run_folder(args) if first else None, world)
-    args.folder = folder
+    args.folder = folder = from_first(make_run_folder(args) if first else None, world)
     arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "folder")}
     metrics = {"arguments": arguments, "environment": describe_environment(device), "finished": False, "epochs": []}
 
-    def write_metrics() -> None:
+    def write_metrics(**entries) -> None:
+        metrics.update(entries)
         if first:
             data.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
 
     if not args.resume:
-        write_metrics()
-    demo = data.is_demo(root)
-    if demo:
+        write_metrics()  # the arguments are all that --resume needs until the first state is saved
+    if data.is_demo(root):
         data.warn_demo(root)
-    records = data.find_training(root, args.seed, args.val_fraction)
-    classes = sorted({r["class"] for r in records})
-    positive = classes.index("PNEUMONIA") if "PNEUMONIA" in classes else len(classes) - 1
-    # The first process decodes what is not in the cache yet; the others wait for that.
-    loaded = data.load_images(root, records, pre["input_size"]) if first else None
-    from_first(None, world)
-    images, digests, failed = loaded or data.load_images(root, records, pre["input_size"])
-    left_out = data.report_left_out(records, failed)
-    for i in failed:
-        records[i]["split"] = "left out"
-    labels = torch.tensor([classes.index(r["class"]) for r in records])
-    index = {s: torch.tensor([i for i, r in enumerate(records) if r["split"] == s]) for s in ("train", "val")}
-    for split, members in index.items():
-        for i, name in enumerate(classes):
-            if not len(members) or not (labels[members] == i).any():
-                raise data.DataError(
-                    f"class {name} has no readable image for {'training' if split == 'train' else 'validation'}"
-                )
-    if len(index["train"]) < 2 * world:
-        raise data.DataError(f"{len(index['train'])} training images are too few for {world} processes")
+    d = read_data(root, pre["input_size"], args, first, world)
+    about_data = {"root": str(root.resolve()), "demo": d.demo, "fingerprint": data.fingerprint(d.records)}
 
-    torch.manual_seed(args.seed)
-    # The file is compared to the bit: a state that was saved needs no pretrained weights.
-    state_file = folder / "last.pt"
-    if first and args.resume is not None and (folder / "ckpt.pt").exists() and not state_file.exists():
+    state_file, saved = folder / "last.pt", None
+    if first and args.resume and state_file.exists():
+        saved = models.load(state_file, LAST_FORMAT)
+    elif first and args.resume and (folder / "ckpt.pt").exists():
         raise TrainError(f"{folder} has a ckpt.pt but no last.pt to go on from; start a new run")
-    saved = from_first(
-        models.load(state_file, LAST_FORMAT) if first and args.resume and state_file.exists() else None, world
-    )
-    if saved:
-        model, source = models.build(args.model, len(classes), pre["input_size"]), saved["weights_source"]
-    elif args.weights or args.pretrained is not False:
-        insist = args.pretrained is True
-        model, source = models.build_pretrained(args.model, len(classes), pre["input_size"], args.weights, insist)
-    else:
-        model = models.build(args.model, len(classes), pre["input_size"])
-        source = {"source": "random", "note": "random weights, as asked", "failed": ""}
-    if source["failed"]:
-        data.warn(
-            f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
-        )
-    fixed = timm.get_pretrained_cfg(args.model) and timm.get_pretrained_cfg(args.model).fixed_input_size
+    saved = from_first(saved, world)
+    if saved and saved["fingerprint"] != about_data["fingerprint"]:
+        raise TrainError(f"the images in {root} are not those that the run in {folder} was started with")
+    model, source = start_model(args, len(d.classes), pre, saved)
     # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
-    small = max(round(pre["input_size"] * 0.75 / 32) * 32, 32)
-    whole = fixed or args.augment == "none"
-    train_size = pre["input_size"] if whole else min(small, pre["input_size"])
+    small = min(max(round(pre["input_size"] * 0.75 / 32) * 32, 32), pre["input_size"])
+    train_size = pre["input_size"] if args.augment == "none" or models.takes_one_size(args.model) else small
     for size in {pre["input_size"], train_size}:
         models.check_size(model, size)
     model.to(device, memory_format=torch.channels_last)
@@ -389,80 +388,66 @@ def run(args: argparse.Namespace) -> Path:
     # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
     optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
-    auto = (
-        (torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16)
-        if device.type == "cuda"
-        else torch.float32
-    )
-    dtype = {"auto": auto, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    dtype = pick_dtype(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     net = torch.compile(net) if args.compile else net
-
     history, best, seconds = [], {"epoch": 0, "key": [-1.0, 0.0]}, 0.0
+    parts = {"model": model, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
     if saved:
-        model.load_state_dict(saved["model"])
-        ema.module.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         history, best, seconds = saved["history"], saved["best"], saved["seconds"]
-        if saved["fingerprint"] != data.fingerprint(records):
-            raise TrainError(f"the images in {root} are not those that the run in {folder} was started with")
 
-    if device.type == "cuda" and images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        images = images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
-    targets = labels.to(images.device)
-    state = {
-        "rank": rank,
-        "world": world,
-        "lr": peak,
-        "device": device,
-        "dtype": dtype,
-        "classes": len(classes),
-        "positive": positive,
-        "strength": data.AUGMENT[args.augment],
-        "mean": pre["mean"],
-        "std": pre["std"],
-        "weights": class_weights(labels[index["train"]], len(classes), args.balance).to(device),
-        "train_size": train_size,
-    }
-    train_records = [records[i] for i in index["train"].tolist()]
-    about_data = {"root": str(root.resolve()), "demo": demo, "fingerprint": data.fingerprint(records)}
-    metrics["data"] = about_data | {
-        "classes": classes,
-        "images": {s: len(m) for s, m in index.items()},
-        "patients": {s: len({records[i]["patient"] for i in m.tolist()}) for s, m in index.items()},
-        "left_out": left_out,
-    }
-    metrics["weights"] = source
+    if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        d.images = d.images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
+    labels, val = d.labels.to(d.images.device), d.index["val"].to(d.images.device)
+    state = {"rank": rank, "world": world, "lr": peak, "device": device, "dtype": dtype, "train_size": train_size}
+    state |= {"classes": len(d.classes), "positive": d.positive, "mean": pre["mean"], "std": pre["std"]}
+    state["weights"] = class_weights(d.labels[d.index["train"]], len(d.classes), args.balance).to(device)
+    state["strength"] = data.AUGMENT[args.augment]
+    train_records = [d.records[i] for i in d.index["train"].tolist()]
+    images_of = {s: len(members) for s, members in d.index.items()}
+    patients_of = {s: len({d.records[i]["patient"] for i in members.tolist()}) for s, members in d.index.items()}
+    metrics["data"] = about_data | {"classes": d.classes, "images": images_of, "patients": patients_of}
+    metrics["data"]["left_out"], metrics["weights"] = d.left_out, source
     if first:
-        columns = ["path", "class", "patient", "subtype", "split"] + ["demo"] * demo
-        data.write_atomic(folder / "splits.csv", data.to_csv([r | {"demo": "phantom"} for r in records], columns))
-    count = {s: f"{len(m)} images of {metrics['data']['patients'][s]} patients" for s, m in index.items()}
+        columns = ["path", "class", "patient", "subtype", "split"] + ["demo"] * d.demo
+        data.write_atomic(folder / "splits.csv", data.to_csv([r | {"demo": "phantom"} for r in d.records], columns))
+    count = {s: f"{images_of[s]} images of {patients_of[s]} patients" for s in d.index}
     say(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {source['note']}")
     say(f"{root}: {count['train']} to train, {count['val']} to validate; {pre['input_size']} px on {device}, {dtype}")
-    say(
-        f"{'epoch':>5}  {'train loss':>10}  {'val loss':>8}  {'val AUROC':>9}  {'val acc.':>8}  {'seconds':>7}  {'images/s':>8}"
-    )
-
-    check = None
+    say("epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s")
 
     def save_last() -> None:
+        content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "demo": d.demo}
+        content |= {name: part.state_dict() for name, part in parts.items()}
+        content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
         if first:
-            content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "model": model.state_dict()}
-            content |= {
-                "ema": ema.module.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scaler": scaler.state_dict(),
-            }
-            content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
-            models.save(content | {"fingerprint": about_data["fingerprint"], "demo": demo}, state_file)
+            models.save(content | {"fingerprint": about_data["fingerprint"]}, state_file)
 
-    def record(finished: bool) -> None:
-        rate = float(np.median([e["images_per_second"] for e in history]))
-        metrics.update(epochs=history, best_epoch=best["epoch"], seconds=round(seconds, 3), finished=finished)
-        metrics.update(images_per_second=round(rate, 1))
-        write_metrics()
+    def save_checkpoint(epoch: int, found: dict, chosen: dict) -> None:
+        checkpoint = {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "model": args.model}
+        checkpoint |= {"state_dict": ema.module.state_dict(), "classes": d.classes, "positive": d.classes[d.positive]}
+        checkpoint |= {**pre, **chosen, "validation": found, "epoch": epoch, "input_check": input_check()}
+        patients = sorted(data.named_patients(train_records))
+        checkpoint["data"] = about_data | {"patients": patients, "pixels": d.digests[d.index["train"]].clone()}
+        checkpoint["data"]["val"] = [d.records[i]["path"] for i in d.index["val"].tolist()]
+        checkpoint |= {"arguments": arguments, "environment": metrics["environment"]}
+        models.save(checkpoint, folder / "ckpt.pt")
+
+    @functools.cache
+    def input_check() -> dict:
+        return models.fit_input_check(*(evaluate.in_batches(d.images, d.index[s].to(d.images.device)) for s in d.index))
+
+    def progress() -> dict:
+        median = round(float(np.median([h["images_per_second"] for h in history])), 1)
+        return {
+            "epochs": history,
+            "best_epoch": best["epoch"],
+            "seconds": round(seconds, 3),
+            "images_per_second": median,
+        }
 
     if not saved:
         save_last()
@@ -472,73 +457,44 @@ def run(args: argparse.Namespace) -> Path:
             break
         start = time.perf_counter()
         torch.manual_seed(data.mix(args.seed, epoch, rank))  # for dropout and the like
-        order = index["train"][data.shuffle(len(index["train"]), args.seed, epoch)].to(images.device)
-        draws = data.draw(len(records), args.seed, epoch).to(images.device)
-        step = train_epoch(net, model, ema, optimizer, scaler, images, targets, order, draws, state, epoch, args)
-        trained = time.perf_counter() - start
+        order = d.index["train"][data.shuffle(len(d.index["train"]), args.seed, epoch)].to(d.images.device)
+        draws = data.draw(len(d.records), args.seed, epoch).to(d.images.device)
+        step = train_epoch(net, model, ema, optimizer, scaler, d.images, labels, order, draws, state, epoch, args)
+        rate = step.pop("images") / (time.perf_counter() - start)
         share(ema.module, world)  # the statistics of normalisation layers are those of each rank's own images
-        found = validate(ema.module, images, index["val"], labels, state)
+        found = validate(ema.module, d.images, val, labels, state)
         logits = found.pop("logits")
         if math.isnan(found["val_auroc"]) or math.isnan(found["val_loss"]):
             raise TrainError(f"the validation loss is not finite in epoch {epoch}; try a lower --lr")
-        seen = step.pop("images")
-        history.append({"epoch": epoch} | step | found)
         key = [found["val_auroc"], -found["val_loss"]]  # AUROC saturates: the loss decides between equals
         if key > best["key"]:
             best = {"epoch": epoch, "key": key}
             if first:
-                check = check or models.fit_input_check(
-                    *(evaluate.in_batches(images, index[s].to(images.device)) for s in ("train", "val"))
-                )
                 # Stressed copies cost as much as nine validations: they wait for the end of the run.
                 rule = "youden" if args.threshold == "stressed" else args.threshold
-                chosen = calibrate(ema.module, logits, images, index["val"], labels, rule, state)
-                checkpoint = {
-                    "format": models.FORMAT,
-                    "format_version": models.FORMAT_VERSION,
-                    "model": args.model,
-                    "state_dict": ema.module.state_dict(),
-                    "classes": classes,
-                    "positive": classes[positive],
-                    **pre,
-                    **chosen,
-                    "validation": found,
-                    "epoch": epoch,
-                    "data": about_data
-                    | {
-                        "val": [records[i]["path"] for i in index["val"].tolist()],
-                        "patients": sorted(data.named_patients(train_records)),
-                        "pixels": digests[index["train"]].clone(),
-                    },
-                    "input_check": check,
-                    "arguments": arguments,
-                    "environment": metrics["environment"],
-                }
-                models.save(checkpoint, folder / "ckpt.pt")
+                save_checkpoint(epoch, found, calibrate(ema.module, logits, d.images, val, labels, rule, state))
         took = time.perf_counter() - start
         seconds += took
-        history[-1] |= {"seconds": round(took, 3), "images_per_second": round(seen / trained, 1)}
-        h = history[-1]
+        h = {"epoch": epoch} | step | found | {"seconds": round(took, 3), "images_per_second": round(rate, 1)}
+        history.append(h)
         save_last()
-        record(finished=False)
-        mark = " *" if best["epoch"] == epoch else ""
-        say(
-            f"{epoch:5}  {h['train_loss']:10.4f}  {h['val_loss']:8.4f}  {h['val_auroc']:9.4f}  "
-            f"{h['val_accuracy']:8.4f}  {took:7.1f}  {h['images_per_second']:8.1f}{mark}",
-            flush=True,
+        write_metrics(**progress())
+        line = (
+            f"{epoch:5}  {h['train_loss']:10.4f}  {h['val_loss']:8.4f}  {h['val_auroc']:9.4f}  {h['val_accuracy']:8.4f}"
         )
+        say(f"{line}  {took:7.1f}  {h['images_per_second']:8.1f}{' *' * (best['epoch'] == epoch)}", flush=True)
     if first and args.threshold == "stressed":
         start = time.perf_counter()
         checkpoint = models.load(folder / "ckpt.pt")
         selected = models.from_checkpoint(checkpoint, device)
-        logits = validate(selected, images, index["val"], labels, state | {"rank": 0, "world": 1})["logits"]
-        checkpoint |= calibrate(selected, logits, images, index["val"], labels, args.threshold, state)
+        logits = validate(selected, d.images, val, labels, state | {"rank": 0, "world": 1})["logits"]
+        checkpoint |= calibrate(selected, logits, d.images, val, labels, args.threshold, state)
         models.save(checkpoint, folder / "ckpt.pt")
         seconds += time.perf_counter() - start
-    record(finished=True)
+    write_metrics(**progress(), finished=True)
     if first:
-        test = data.scan(root, "test")[0]["path"] if (root / "test").is_dir() else records[index["val"][0]]["path"]
-        ckpt, image = shlex.quote(str(folder / "ckpt.pt")), shlex.quote(str(root / test))
+        an_image = data.scan(root, "test")[0] if (root / "test").is_dir() else d.records[d.index["val"][0]]
+        ckpt, image = shlex.quote(str(folder / "ckpt.pt")), shlex.quote(str(root / an_image["path"]))
         say(f"\nbest epoch {best['epoch']} of {len(history)}, {seconds:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
         say(f"python evaluate.py {ckpt}\npython predict.py --ckpt {ckpt} {image}")
     if world > 1:

@@ -106,9 +106,10 @@ def test_a_killed_run_ends_as_one_that_was_not(demo, tmp_path):
     # As if killed while saving: half a file under its temporary name, and a checkpoint newer than the state.
     (tmp_path / "cut" / ".last.pt.1.tmp").write_bytes(b"half")
     assert len(json.loads((tmp_path / "cut" / "metrics.json").read_text())["epochs"]) in (1, 2)
-    done = run_script("train.py", "--resume", "cut", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    for _ in range(2):  # a run that is finished stays as it is
+        done = run_script("train.py", "--resume", "cut", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     assert without_times(whole) == without_times(cut)
     assert (whole / "ckpt.pt").read_bytes() == (cut / "ckpt.pt").read_bytes()
     assert (whole / "splits.csv").read_bytes() == (cut / "splits.csv").read_bytes()
@@ -159,7 +160,8 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     arguments = ["--data", demo, "--no-pretrained", "--img-size", 32, "--epochs", 1, "--threshold", "0.5"]
-    arguments += ["--augment", "none", "--device", "cpu", "--warmup-epochs", 0, "--lr", 0]
+    # A model whose output for an image does not depend on the others of its batch: the losses must agree closely.
+    arguments += ["--model", "convnext_atto", "--augment", "none", "--device", "cpu", "--warmup-epochs", 0, "--lr", 0]
     one = run_script("train.py", *arguments, "--batch-size", 16, "--output", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
@@ -171,14 +173,13 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
     assert two.returncode == 0, two.stderr
     assert len(list(tmp_path.iterdir())) == 2
     a, b = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
-    # With a rate of zero only the statistics of the normalisation layers move: the validation count and data agree.
     assert a["data"] == b["data"]
     assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
-    assert math.isclose(a["epochs"][0]["train_loss"], b["epochs"][0]["train_loss"], abs_tol=0.02)
+    assert math.isclose(a["epochs"][0]["val_loss"], b["epochs"][0]["val_loss"], rel_tol=1e-5)
+    assert math.isclose(a["epochs"][0]["train_loss"], b["epochs"][0]["train_loss"], rel_tol=1e-5)
     learnt = [weights_of(tmp_path / n, "last.pt", "model") for n in ("one", "two")]
     for name, value in learnt[0].items():
-        if "running" not in name and "num_batches" not in name:
-            assert torch.equal(value, learnt[1][name]), name
+        assert torch.equal(value, learnt[1][name]), name
 
 
 def test_ranks_share_a_batch_without_overlap():
