@@ -57,7 +57,7 @@ def simple_rows(labels, probabilities, **columns) -> list[dict]:
 
 def report_of(path: Path, *words) -> dict:
     args = arguments(*words)
-    scored = evaluate.score_csv(str(path), args)
+    scored = evaluate.score_csv(str(path))
     return evaluate.report(scored, evaluate.draw_weights([r["patient"] for r in scored["records"]], 200, 0), args)
 
 
@@ -101,7 +101,8 @@ def test_ranking_by_hand():
 def test_ranking_without_both_classes_is_undefined(label):
     found = evaluate.ranking(np.full(4, label), np.array([0.1, 0.4, 0.4, 0.8]), np.ones((1, 4)))
     assert math.isnan(found["auroc"][0]) and math.isnan(found["auprc"][0])
-    assert math.isnan(evaluate.auroc(np.full(4, label), np.arange(4.0)))
+    p = np.linspace(0.1, 0.9, 4)
+    assert math.isnan(evaluate.macro_auroc(np.full(4, int(label)), np.stack([1 - p, p], 1), 1))
 
 
 def test_rates_by_hand():
@@ -180,8 +181,11 @@ def test_an_interval_counts_patients_and_not_images(tmp_path, images):
 
 
 def test_intervals_are_null_where_too_few_draws_define_them():
-    assert evaluate.interval(np.array([np.nan] * 100 + [0.5] * 5)) is None
-    assert evaluate.interval(np.append(np.linspace(0, 1, 1001), np.nan)) == pytest.approx([0.025, 0.975])
+    def interval(drawn: np.ndarray) -> list[float] | None:
+        return evaluate.with_interval(np.array([0.5]), drawn, patients=2)["ci95"]
+
+    assert interval(np.array([np.nan] * 100 + [0.5] * 5)) is None
+    assert interval(np.append(np.linspace(0, 1, 1001), np.nan)) == pytest.approx([0.025, 0.975])
 
 
 # --- calibration, temperature, threshold ---
@@ -375,7 +379,7 @@ def test_every_figure_follows_from_the_csv(named, threshold):
 
 def test_intervals_follow_from_the_csv(named):
     args = arguments("--seed", 5)
-    scored = evaluate.score_csv(str(named), args)
+    scored = evaluate.score_csv(str(named))
     patients = [r["patient"] for r in scored["records"]]
     weights = evaluate.draw_weights(patients, 30, 5)
     found = evaluate.report(scored, weights, args)["metrics"]
@@ -417,7 +421,7 @@ def test_ppv_at_another_prevalence_by_hand(tmp_path, capsys):
 
 def test_temperature_scales_the_calibrated_figures_alone(named):
     args = arguments()
-    scored = evaluate.score_csv(str(named), args) | {"temperature": 2.0}
+    scored = evaluate.score_csv(str(named)) | {"temperature": 2.0}
     found = evaluate.report(scored, np.ones((0, len(NAMED))), args)
     y, p = np.array([n[1] == "PNEUMONIA" for n in NAMED]), np.array([n[2] for n in NAMED])
     assert found["calibration"]["nll"] == pytest.approx(sk.log_loss(y, expit(logit(p) / 2)))
@@ -606,7 +610,7 @@ def rivals(tmp_path) -> list[Path]:
 
 def compare(paths, *words) -> dict:
     args = arguments("--bootstrap", "400", *words)
-    return evaluate.compare([evaluate.score_csv(str(p), args) for p in paths], args)
+    return evaluate.compare([evaluate.score_csv(str(p)) for p in paths], args)
 
 
 def test_comparison_is_sorted_and_paired(rivals, capsys):
@@ -635,6 +639,16 @@ def test_a_model_does_not_differ_from_itself_in_another_order(rivals, tmp_path):
     found = compare([rivals[0], same])["compared"][1]["difference"]
     for k in ("auroc", "accuracy"):
         assert found[k] == {"value": pytest.approx(0, abs=1e-12), "ci95": pytest.approx([0, 0], abs=1e-12), "p": 1}
+
+
+def test_stressed_copies_are_compared_in_the_order_of_the_first(rivals, tmp_path):
+    """Rows in another order must bring their stressed logits along."""
+    other = write_csv(tmp_path / "other.csv", read_csv(rivals[1].read_text())[::-1])
+    scored = [evaluate.score_csv(str(p)) for p in (rivals[0], other)]
+    scored[1]["stressed"] = {"blur": scored[1]["logits"]}  # a stress that changes nothing
+    best = evaluate.compare(scored, arguments("--bootstrap", "0"))["compared"][0]
+    assert best["model"] == "other"
+    assert best["stress"]["mean"]["auroc"] == pytest.approx(best["metrics"]["auroc"]["value"])
 
 
 def test_equally_good_models_are_not_told_apart(tmp_path):
