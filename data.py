@@ -15,12 +15,11 @@ import json
 import math
 import os
 import re
-import shutil
 import socket
 import sys
 import tempfile
+import textwrap
 import time
-import urllib.error
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -30,18 +29,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 READER_VERSION = 1  # part of the cache key: raise it when read_image gives other pixels
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
+SPLITS = ("train", "val", "test")
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
-URL = (
-    "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
-    "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
-)
+URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
+URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -57,11 +55,16 @@ class ImageError(DataError):
     """One file that can't be used as an image; the message is the reason."""
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with defaults in its help and one-line errors (exit code 2)."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
         for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="surrogateescape")
@@ -89,17 +92,24 @@ def warn(message: str) -> None:
         print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name and move into place: no reader ever sees half a file."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A binary file to write, moved to path once it is complete: no reader ever sees half of one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write the whole file, or leave the one that is there."""
+    with replacing(path) as f:
+        f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
 
 
 def to_csv(rows: list[dict], columns: list[str]) -> str:
@@ -134,7 +144,7 @@ def is_image(path: Path) -> bool:
 
 
 def walk(folder: Path):
-    """Yield the images under folder; links are followed, but each folder counts once, and one that can't be read not."""
+    """Yield the images under folder; links are followed, each folder counts once, an unreadable one is an error."""
     seen = set()
 
     def refuse(error: OSError) -> None:
@@ -153,13 +163,11 @@ def find_root(data: str | None) -> Path:
     """The folder with train/ and test/. Without data: data/chest_xray, else the demo set, drawn where it is missing."""
     root = Path(data) if data is not None else DEFAULT_ROOT
     if data is None and not root.exists():
-        if not (DEMO_ROOT / DEMO_MARK).exists():
-            draw_demo(DEMO_ROOT)
         root = DEMO_ROOT
+        if not is_demo(root):
+            draw_demo(root)
     if not root.is_dir():
-        raise DataError(
-            f"data folder {root} does not exist; name one with --data, or fetch one: python data.py download"
-        )
+        raise DataError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
     if not (root / "train").is_dir() and not (root / "test").is_dir() and (root / "chest_xray").is_dir():
         root = root / "chest_xray"
     return root
@@ -178,8 +186,8 @@ def warn_demo(root: Path) -> None:
 def scan(root: Path, split: str) -> list[dict]:
     """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them; no file is opened.
 
-    Each is a dict: path (relative to root, posix), class, patient, subtype, bytes, mtime (ns). An image whose name
-    tells no patient is its own patient, and its path is the key.
+    Each is a dict: path (relative to root, posix), split, class, patient, subtype, bytes, mtime (ns). An image whose
+    name tells no patient is its own patient, and its path is the key.
     """
     folder = root / split
     if not folder.is_dir():
@@ -191,21 +199,41 @@ def scan(root: Path, split: str) -> list[dict]:
     records = []
     for name in classes:
         for path in sorted(walk(folder / name)):
-            relative = path.relative_to(root).as_posix()
+            relative, (patient, subtype, _) = path.relative_to(root).as_posix(), identify(path.name)
             info = path.stat() if path.exists() else path.lstat()  # a broken link is named when it is read
-            patient, subtype, _ = identify(path.name)
-            records.append(
-                {"path": relative, "class": name, "patient": patient or relative, "subtype": subtype}
-                | {"bytes": info.st_size, "mtime": info.st_mtime_ns}
-            )
+            record = {"path": relative, "split": split, "class": name, "patient": patient or relative}
+            records.append(record | {"subtype": subtype, "bytes": info.st_size, "mtime": info.st_mtime_ns})
         if not records or records[-1]["class"] != name:
             raise DataError(f"{folder / name} holds no readable image")
+    return records
+
+
+def scan_all(root: Path, required: tuple = ()) -> list[dict]:
+    """scan of train/, val/ and test/, where there is one or it is required; the split of a small val/ is train."""
+    records = [r for s in SPLITS if s in required or (root / s).is_dir() for r in scan(root, s)]
+    classes = defaultdict(set)
+    for r in records:
+        classes[r["split"]].add(r["class"])
+    for a, b in itertools.pairwise(classes):
+        if classes[a] != classes[b]:
+            raise DataError(f"{root}/{b} has other classes than {root}/{a}")
+    val = [r for r in records if r["split"] == "val"]
+    if len(val) < SMALL_VAL:
+        for r in val:
+            r["split"] = "train"
     return records
 
 
 def named_patients(records: list[dict]) -> set[str]:
     """Patients that the file names tell."""
     return {r["patient"] for r in records if r["patient"] != r["path"]}
+
+
+def shared_patients(records: list[dict]) -> dict[str, list[str]]:
+    """Patients on both sides of a split, where file names tell: {"train and test": [patient, ...]}."""
+    named = {s: named_patients([r for r in records if r["split"] == s]) for s in SPLITS}
+    pairs = itertools.combinations(SPLITS, 2)
+    return {f"{a} and {b}": sorted(named[a] & named[b]) for a, b in pairs if named[a] & named[b]}
 
 
 def hash_lines(lines) -> str:
@@ -245,31 +273,21 @@ def find_training(root: Path, seed: int, fraction: float) -> list[dict]:
 
     Test images are looked at by name only.
     """
-    train, val, test = scan(root, "train"), [], []
-    if (root / "val").is_dir():
-        val = scan(root, "val")
-    if (root / "test").is_dir():
-        test = scan(root, "test")
-    for split in (val, test):
-        if split and {r["class"] for r in split} != {r["class"] for r in train}:
-            raise DataError(f"{root}/{split[0]['path'].split('/')[0]} has other classes than {root}/train")
-    if val and len(val) < SMALL_VAL:
-        warn(f"{root}/val holds only {len(val)} images: they are used for training; validation is drawn by patient")
-        train, val = train + val, []
-    for a, b in ((train, val), (train, test), (val, test)):
-        if shared := sorted(named_patients(a) & named_patients(b)):
-            sides = f"{a[0]['path'].split('/')[0]} and {b[0]['path'].split('/')[0]}"
-            some = ", ".join(shared[:3]) + (" ..." if len(shared) > 3 else "")
-            raise DataError(
-                f"{len(shared)} patients are in both {sides} of {root} ({some}), so no result would hold; "
-                f"remove them from one side (python data.py check {root} lists them)"
-            )
-    if unnamed := sum(r["patient"] == r["path"] for r in train + val):
-        warn(f"{unnamed} of {len(train + val)} file names tell no patient: each of these images counts as its own")
-    held_out = [False] * len(train) if val else split_by_patient(train, seed, fraction)
-    for record, is_val in zip(train + val, held_out + [True] * len(val)):
-        record["split"] = "val" if is_val else "train"
-    return train + val
+    records = scan_all(root, required=("train",))
+    for sides, shared in shared_patients(records).items():
+        raise DataError(
+            f"{len(shared)} patients are in both {sides} of {root} ({', '.join(shared[:3])}), so no result would hold; "
+            f"remove them from one side (python data.py check {root} lists them)"
+        )
+    records = [r for r in records if r["split"] != "test"]
+    if small := sum(r["split"] == "train" and r["path"].startswith("val/") for r in records):
+        warn(f"{root}/val holds only {small} images: they are used for training; validation is drawn by patient")
+    if unnamed := sum(r["patient"] == r["path"] for r in records):
+        warn(f"{unnamed} of {len(records)} file names tell no patient: each of these images counts as its own")
+    if all(r["split"] == "train" for r in records):
+        for record, held_out in zip(records, split_by_patient(records, seed, fraction)):
+            record["split"] = "val" if held_out else "train"
+    return records
 
 
 # --- read ---
@@ -318,17 +336,12 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
             image = image if image.mode == "F" else image.convert("L")
             if size and image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.BICUBIC)
-            pixels = np.array(image)  # a copy: Pillow's own memory is read-only
-            if pixels.dtype != np.uint8:
-                pixels = pixels.round().clip(0, 255).astype(np.uint8)
+            pixels = np.asarray(image).round().clip(0, 255).astype(np.uint8)
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError("no such file") from None
-    except Image.UnidentifiedImageError:
-        raise ImageError("not an image that Pillow can read") from None
     except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
-        raise ImageError(f"cannot be decoded: {e}") from None
+        known = {FileNotFoundError: "no such file", Image.UnidentifiedImageError: "not an image that Pillow can read"}
+        raise ImageError(known.get(type(e), f"cannot be decoded: {e}")) from None
     return pixels, {"width": width, "height": height, "mode": mode, "colour": colour}
 
 
@@ -339,44 +352,34 @@ def _to_8bit_range(values: np.ndarray, inverted: bool) -> np.ndarray:
         raise ImageError("holds values that are not finite")
     values -= min(values.min(), 0)
     top = values.max()
-    if integer or top > 1:
-        top = next((2.0**bits - 1 for bits in (8, 12, 16, 32) if top < 2**bits), top)
-    else:
-        top = 1.0
-    return ((top - values if inverted else values) * (255 / top)).astype(np.float32)
+    full = next((2.0**bits - 1 for bits in (8, 12, 16, 32) if top < 2**bits), top) if integer or top > 1 else 1.0
+    return ((full - values if inverted else values) * (255 / full)).astype(np.float32)
 
 
 # --- cache ---
 
 
-def _decode(root: Path, record: dict, size: int) -> tuple[np.ndarray, int, str]:
-    """Pixels, their 64-bit digest, and the reason where there are none."""
+def _parallel(work, items: list, name: str):
+    """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
+    chunks = (items[i : i + 512] for i in range(0, len(items), 512))
+    with ThreadPoolExecutor(CORES) as pool:
+        results = (result for chunk in chunks for result in pool.map(work, chunk))
+        yield from tqdm(results, name, len(items), leave=False, unit="img", disable=None)
+
+
+def _decode(path: Path, size: int | None) -> tuple[np.ndarray, dict]:
+    """read_image; its dict with brightness and digest (64-bit BLAKE2b, signed), or with the reason where it fails."""
     try:
-        pixels, _ = read_image(root / record["path"], size)
+        pixels, info = read_image(path, size)
     except ImageError as e:
-        return np.zeros((size, size), np.uint8), 0, str(e)
-    return pixels, pixel_digest(pixels), ""
-
-
-def pixel_digest(pixels: np.ndarray) -> int:
-    """64-bit BLAKE2b of the pixels, as a signed integer."""
-    return int.from_bytes(hashlib.blake2b(np.ascontiguousarray(pixels), digest_size=8).digest(), "big", signed=True)
-
-
-def _decode_all(root: Path, records: list[dict], size: int):
-    """Yield _decode of each record in order, on all cores, with a progress bar; a bounded number in memory."""
-    with (
-        ThreadPoolExecutor(CORES) as pool,
-        tqdm(total=len(records), desc="decoding", unit="img", leave=False, disable=None) as bar,
-    ):
-        for start in range(0, len(records), 512):
-            for item in pool.map(lambda r: _decode(root, r, size), records[start : start + 512]):
-                yield item
-                bar.update()
+        return np.zeros((size or 1, size or 1), np.uint8), {"digest": 0, "reason": str(e)}
+    digest = int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
+    return pixels, info | {"brightness": float(pixels.mean()), "digest": digest}
 
 
 def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-    """The records' images, decoded once and kept in one memory-mapped cache file beside the data.
+    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, where that can't be
+    written in the user's cache folder, else in memory.
 
     Args:
         records: from scan or find_training; the file is rebuilt when a path, size or time of one of them changes.
@@ -386,59 +389,43 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
         uint8 tensor [len(records), size, size]; int64 tensor [len(records)] of pixel digests; and for each image
         that can't be read its index with the reason (its pixels are zeros).
     """
+
+    def build(f) -> None:  # pixels and notes in one file, so that they can't disagree
+        digests, failed = [], []
+        for i, (pixels, info) in enumerate(_parallel(lambda r: _decode(root / r["path"], size), records, "decoding")):
+            f.write(pixels)
+            digests.append(info["digest"])
+            if "reason" in info:
+                failed.append([i, info["reason"]])
+        f.write(json.dumps([digests, failed]).encode())
+
+    def take(built: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+        pixels, notes = np.split(built, [len(records) * size**2])
+        digests, failed = json.loads(notes.tobytes())
+        return torch.from_numpy(pixels.reshape(-1, size, size)), torch.tensor(digests), dict(failed)
+
     files = (f"{r['path']} {r['bytes']} {r['mtime']}" for r in records)
-    key = hash_lines(itertools.chain([f"{READER_VERSION} {size} {root.resolve()}"], files))[:16]
     kind = f"{records[0]['path'].split('/')[0]}-{size}-"
+    name = f"{kind}{hash_lines(itertools.chain([str(READER_VERSION)], files))[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
-    folders = [root / ".cache", user_cache]
-    for folder in folders:
-        with contextlib.suppress(OSError, ValueError, KeyError, EOFError):  # not there, just replaced, or damaged
-            return _open_cache(folder / f"{kind}{key}.npy")
-    for folder in folders:
-        path = folder / f"{kind}{key}.npy"
-        temporary = folder / f".{path.name}.{os.getpid()}.tmp"
+    paths = [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
+    for path in paths:
+        with contextlib.suppress(OSError, ValueError):  # not there, just replaced, or damaged
+            return take(np.memmap(path, mode="c"))  # copy-on-write: torch takes no read-only arrays
+    for path, otherwise in zip(paths, ("trying the user's cache folder", "keeping the images in memory")):
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for old in folder.glob(f".{kind}*.tmp"):  # what a killed build left behind
-                if time.time() - old.stat().st_mtime > 86400:
-                    old.unlink(missing_ok=True)
-            with open(temporary, "wb") as f:
-                # One file, so that pixels and notes can't disagree: an .npy array, and JSON after its end.
-                shape = {"descr": "|u1", "fortran_order": False, "shape": (len(records), size, size)}
-                np.lib.format.write_array_header_1_0(f, shape)
-                digests, failed = [], {}
-                for i, (pixels, digest, reason) in enumerate(_decode_all(root, records, size)):
-                    f.write(pixels)
-                    digests.append(digest)
-                    if reason:
-                        failed[i] = reason
-                f.write(json.dumps({"digests": digests, "failed": failed}).encode())
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, path)
-            for old in folder.glob(f"{kind}*.npy"):
-                if folder != user_cache and old != path:
-                    old.unlink(missing_ok=True)
-            return _open_cache(path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as f:
+                build(f)
+            for old in path.parent.glob(f"*{kind}*"):  # outdated, or left behind by a build that was killed
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
+                        old.unlink()
+            return take(np.memmap(path, mode="c"))
         except OSError as e:
-            warn(
-                f"no image cache in {folder} ({e.strerror or e}); trying {'elsewhere' if folder != user_cache else 'memory'}"
-            )
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-    pixels, digests, reasons = zip(*_decode_all(root, records, size))
-    failed = {i: reason for i, reason in enumerate(reasons) if reason}
-    return torch.from_numpy(np.stack(pixels)), torch.tensor(digests), failed
-
-
-def _open_cache(path: Path) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-    array = np.load(path, mmap_mode="c")  # copy-on-write: torch takes no read-only arrays
-    with open(path, "rb") as f:
-        f.seek(array.offset + array.nbytes)
-        notes = json.load(f)
-    failed = {int(i): reason for i, reason in notes["failed"].items()}
-    return torch.from_numpy(array), torch.tensor(notes["digests"]), failed
+            warn(f"no image cache in {path.parent} ({e.strerror or e}); {otherwise}")
+    build(memory := io.BytesIO())
+    return take(np.frombuffer(memory.getbuffer(), np.uint8))
 
 
 def report_left_out(records: list[dict], failed: dict[int, str]) -> list[dict]:
@@ -543,12 +530,6 @@ def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     return x.sub_(mean).div_(std)
 
 
-def _jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
-    return np.asarray(Image.open(buffer))
-
-
 def stress(images: torch.Tensor):
     """Yield (name, copy) of uint8 images [batch, height, width] under nine changes that leave the diagnosis as it is.
 
@@ -559,6 +540,10 @@ def stress(images: torch.Tensor):
     def to_uint8(x: torch.Tensor) -> torch.Tensor:
         return x.mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
+    def jpeg(image: Image.Image) -> Image.Image:
+        image.save(buffer := io.BytesIO(), "JPEG", quality=30)
+        return Image.open(buffer)
+
     size = images.shape[-1]
     x = images.float() / 255
     mean = x.mean((1, 2), keepdim=True)
@@ -567,9 +552,10 @@ def stress(images: torch.Tensor):
         yield f"contrast x {factor}", to_uint8((x - mean) * factor + mean)
     for exponent in (0.7, 1.4):
         yield f"gamma {exponent}", to_uint8(x**exponent)
-    yield "JPEG quality 30", torch.from_numpy(np.stack([_jpeg(i, 30) for i in images.numpy()]))
     blur = ImageFilter.GaussianBlur(size / 224)
-    yield "blur", torch.from_numpy(np.stack([np.asarray(Image.fromarray(i).filter(blur)) for i in images.numpy()]))
+    for name, change in (("JPEG quality 30", jpeg), ("blur", lambda image: image.filter(blur))):
+        changed = [np.asarray(change(Image.fromarray(i))) for i in images.numpy()]
+        yield name, torch.from_numpy(np.stack(changed))
     edge = round(size * 0.075)
     crop = x[:, None, edge : size - edge, edge : size - edge]
     yield "crop of 85 %", to_uint8(F.interpolate(crop, (size, size), mode="bilinear", align_corners=False)[:, 0])
@@ -577,7 +563,7 @@ def stress(images: torch.Tensor):
 
 # --- the demo set ---
 
-DEMO_VERSION = 1
+DEMO_VERSION = 2
 
 
 def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
@@ -590,60 +576,41 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     """
     if folder.exists() and any(folder.iterdir()):
         raise DataError(f"{folder} exists and is not empty; choose another folder or remove it")
-    if images < 40:
-        raise DataError(f"a demo set needs at least 40 images, not {images}")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    temporary.chmod(0o755)
-    try:
-        jobs, patient = [], 0
-        for split, count in (("train", images - images // 5), ("test", images // 5)):
-            done = 0
-            while done < count:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        new, patient, rows = Path(temporary, folder.name), 0, ["path,x,y,rx,ry"]
+        for split, left in (("train", images - images // 5), ("test", images // 5)):
+            while left:
                 patient += 1
-                rng = np.random.default_rng([seed, patient])
                 subtype = ("", "bacterial", "viral")[patient % 3]
-                for visit in range(min(int(rng.integers(1, 4)), count - done)):
-                    done += 1
-                    jobs.append((split, subtype, patient, visit, [seed, patient, visit]))
-        for split in ("train", "test"):
-            for name in ("NORMAL", "PNEUMONIA"):
-                (temporary / split / name).mkdir(parents=True)
-        rows = [row for job in jobs for row in _draw_job(temporary, *job)]  # threads would wait for each other
-        (temporary / "opacities.csv").write_text(to_csv(rows, ["path", "x", "y", "rx", "ry"]))
+                visits = min(int(np.random.default_rng([seed, patient]).integers(1, 4)), left)
+                left -= visits
+                for visit in range(1, visits + 1):
+                    path = f"{split}/{'PNEUMONIA' if subtype else 'NORMAL'}/{_demo_name(subtype, patient, visit)}"
+                    anatomy, today = (np.random.default_rng([seed, patient, v]) for v in (0, visit))
+                    image, ellipses = _draw_phantom(anatomy, today, subtype)
+                    (new / path).parent.mkdir(parents=True, exist_ok=True)
+                    image.save(new / path, quality=90)
+                    rows += [",".join([path, *(f"{v:.4f}" for v in ellipse)]) for ellipse in ellipses]
+        (new / "opacities.csv").write_text("\n".join([*rows, ""]))
         mark = {"demo": True, "version": DEMO_VERSION, "images": images, "seed": seed}
-        (temporary / DEMO_MARK).write_text(json.dumps(mark) + "\n")
-        if folder.exists():
-            folder.rmdir()
+        (new / DEMO_MARK).write_text(json.dumps(mark) + "\n")
         try:
-            os.rename(temporary, folder)
+            os.rename(new, folder)
         except OSError:
-            if not (folder / DEMO_MARK).exists():  # else another process was first, with the same pixels
+            if not is_demo(folder):  # else another process was first, with the same pixels
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _draw_job(folder: Path, split: str, subtype: str, patient: int, visit: int, seed: list[int]) -> list[dict]:
-    """Draw and save one phantom; its opacities as rows for opacities.csv."""
-    if patient % 4 == 0:  # the naming scheme of the newer copies
-        kind = {"": "NORMAL", "bacterial": "BACTERIA", "viral": "VIRUS"}[subtype]
-        name = f"{kind}-{1000000 + patient}-{visit + 1:04d}.jpeg"
-    elif subtype:
-        name = f"person{patient}_{subtype.replace('bacterial', 'bacteria').replace('viral', 'virus')}_{visit + 1}.jpeg"
-    else:
-        name = f"{'NORMAL2-' if patient % 2 else ''}IM-{patient:04d}-{visit + 1:04d}.jpeg"
-    path = f"{split}/{'PNEUMONIA' if subtype else 'NORMAL'}/{name}"
-    image, opacities = _draw_phantom(np.random.default_rng(seed[:2]), np.random.default_rng([*seed, 1]), subtype)
-    image.save(folder / path, quality=90)
-    return [dict(zip(("path", "x", "y", "rx", "ry"), (path, *(f"{v:.4f}" for v in o)))) for o in opacities]
-
-
-def _smooth(rng: np.random.Generator, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
-    """Smooth noise in [-1, 1] with about cells bumps down and across."""
-    grid = Image.fromarray(rng.uniform(-1, 1, (cells[0] + 2, cells[1] + 2)).astype(np.float32))
-    return np.asarray(grid.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+def _demo_name(subtype: str, patient: int, visit: int) -> str:
+    """By one of the schemes that identify knows; every fourth patient by that of the newer copies."""
+    new, old = {"": ("NORMAL", "IM"), "bacterial": ("BACTERIA", "bacteria"), "viral": ("VIRUS", "virus")}[subtype]
+    if patient % 4 == 0:
+        return f"{new}-{1000000 + patient}-{visit:04d}.jpeg"
+    if subtype:
+        return f"person{patient}_{old}_{visit}.jpeg"
+    return f"{'NORMAL2-' if patient % 2 else ''}{old}-{patient:04d}-{visit:04d}.jpeg"
 
 
 def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subtype: str):
@@ -651,74 +618,65 @@ def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subt
 
     anatomy draws what stays the same for a patient; visit draws exposure, pose, size and disease.
     """
+
+    def soft(distance: np.ndarray, edge: float) -> np.ndarray:  # 1 inside (distance < 0), 0 outside
+        return (0.5 - distance / (2 * edge)).clip(0, 1)
+
+    def bell(distance: np.ndarray) -> np.ndarray:
+        return np.exp(-distance * distance)
+
+    def smooth(rng: np.random.Generator, down: int, across: int) -> np.ndarray:  # noise in [-1, 1], with so many bumps
+        grid = Image.fromarray(rng.uniform(-1, 1, (down + 2, across + 2)).astype(np.float32))
+        return np.asarray(grid.resize((w, h), Image.Resampling.BICUBIC))
+
     w = int(visit.integers(110, 150))
     h = int(w * visit.uniform(0.75, 1.0))
-    sx, sy = visit.uniform(0.82, 1.0), visit.uniform(0.82, 1.0)
-    turn, cx, cy = visit.uniform(-0.08, 0.08), visit.uniform(-0.06, 0.06), visit.uniform(-0.06, 0.06)
-    gx, gy = np.meshgrid(np.linspace(-1, 1, w, dtype=np.float32), np.linspace(-1, 1, h, dtype=np.float32))
-    x = ((gx - cx) * math.cos(turn) + (gy - cy) * math.sin(turn)) / sx
-    y = ((gy - cy) * math.cos(turn) - (gx - cx) * math.sin(turn)) / sy
-
-    def soft(distance: np.ndarray, width: float) -> np.ndarray:  # 1 inside (distance < 0), 0 outside
-        return np.clip(0.5 - distance / (2 * width), 0, 1)
+    sx, sy, turn = visit.uniform(0.82, 1.0), visit.uniform(0.82, 1.0), visit.uniform(-0.08, 0.08)
+    cx, cy, cos, sin = visit.uniform(-0.06, 0.06), visit.uniform(-0.06, 0.06), math.cos(turn), math.sin(turn)
+    gx, gy = np.linspace(-1, 1, w, dtype=np.float32) - cx, np.linspace(-1, 1, h, dtype=np.float32)[:, None] - cy
+    x, y = gx * (cos / sx) + gy * (sin / sx), gy * (cos / sy) - gx * (sin / sy)  # of the body, from image coordinates
+    side = np.abs(x)
 
     wide, heart, arch = anatomy.uniform(0.8, 0.95), anatomy.uniform(0.28, 0.4), anatomy.uniform(0.25, 0.4)
-    body = soft(np.abs(x) - wide - 0.25 * np.clip(-0.55 - y, 0, 1) * 3, 0.05)
-    image = 0.62 * body + 0.1 * soft(np.abs(x) - 0.2, 0.15) * body
-    lungs = np.zeros_like(x)
-    dome = anatomy.uniform(0.45, 0.6)
-    for side in (-1, 1):
-        lx, ly = (side * x - 0.43) / 0.34, (y + 0.12) / 0.72
-        field = soft(lx**2 + np.where(ly < 0, ly**2, 0.5 * ly**2) - 1, 0.25)
-        floor = dome + 0.25 * (side * x - 0.42) ** 2 - (0.06 if side < 0 else 0)
-        lungs = np.maximum(lungs, field * soft(y - floor, 0.03))
-    image -= 0.34 * lungs
-    phase, spacing = anatomy.uniform(0, 1), anatomy.uniform(0.17, 0.2)
-    bend = np.abs(x) - 0.35
-    wave = (y - arch * 1.4 * bend * np.abs(bend) - 0.3 * bend) / spacing + phase
-    ribs = np.exp(-(((wave % 1) - 0.5) ** 2) / 0.012) * soft(np.abs(x) - 0.8, 0.03) * soft(np.abs(y) - 0.82, 0.1)
-    image += 0.09 * ribs * (np.abs(x) > 0.1)
-    spine = soft(np.abs(x) - 0.085, 0.02)
-    image += spine * (0.12 + 0.03 * np.sin(y * 34 + phase * 6))
+    dome, phase, spacing = anatomy.uniform(0.45, 0.6), anatomy.uniform(0, 1), anatomy.uniform(0.17, 0.2)
+    body = soft(side - wide + 0.75 * (y + 0.55).clip(-1, 0), 0.05)
+    image = body * (0.62 + 0.1 * soft(side - 0.2, 0.15))
+    height = np.where(y < -0.12, np.float32(0.72), np.float32(1.02))  # from the hilum to the apex, and to the base
+    lungs = soft(((side - 0.43) / 0.34) ** 2 + ((y + 0.12) / height) ** 2 - 1, 0.25)
+    lungs *= soft(y - dome - 0.25 * (side - 0.42) ** 2 + 0.06 * (x < 0), 0.03)  # down to the diaphragm
+    hila = np.exp(-(((side - 0.2) / 0.16) ** 2) - ((y + 0.02) / 0.25) ** 2)
+    image += lungs * ((0.04 + 0.05 * hila) * (1 + smooth(anatomy, 10, 12)) - 0.34)  # vessels in the air
+    bend = side - 0.35
+    wave = (y - bend * (0.3 + arch * 1.4 * np.abs(bend))) / spacing + phase
+    ribs = bell((wave - np.floor(wave) - 0.5) / 0.11) * (side > 0.1)  # % would take ten times as long
+    image += 0.09 * ribs * soft(side - 0.8, 0.03) * soft(np.abs(y) - 0.82, 0.1)
+    image += 0.14 * bell((y + 0.7 + 0.22 * side) / 0.028) * (np.abs(side - 0.42) < 0.34)  # collar bones
+    image += soft(side - 0.085, 0.02) * (0.12 + 0.03 * np.sin(y * 34 + phase * 6))  # spine
     image += 0.2 * soft(((x - 0.16) / heart) ** 2 + ((y - 0.28) / 0.34) ** 2 - 1, 0.25) * soft(y - dome - 0.1, 0.05)
-    for side in (-1, 1):  # collar bones
-        image += (
-            0.14 * np.exp(-(((y + 0.72 + 0.22 * (side * x - 0.1)) / 0.028) ** 2)) * (np.abs(side * x - 0.42) < 0.34)
-        )
-    hila = np.exp(-(((np.abs(x) - 0.2) / 0.16) ** 2) - ((y + 0.02) / 0.25) ** 2)
-    image += lungs * (0.04 + 0.05 * hila) * (1 + _smooth(anatomy, (h, w), (10, 12)))  # vessels
 
-    opacities, shade = [], np.zeros_like(x)
-    if subtype:
-        side = int(visit.choice([-1, 1]))
-        spots = [(side * visit.uniform(0.36, 0.5), visit.uniform(-0.35, 0.2))]
-        if subtype == "viral":
-            spots = [(-0.43, visit.uniform(-0.2, 0.1)), (0.43, visit.uniform(-0.2, 0.1))]
-        for ox, oy in spots:
-            rx, ry = visit.uniform(0.26, 0.34), visit.uniform(0.3, 0.45)
-            if subtype == "viral":
-                rx, ry = 0.34, visit.uniform(0.5, 0.65)
-            spot = soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 - 1 + 0.5 * _smooth(visit, (h, w), (9, 9)), 0.35)
-            if subtype == "bacterial":
-                shade += spot * visit.uniform(0.2, 0.4) * (0.8 + 0.8 * _smooth(visit, (h, w), (26, 26)))
-            else:
-                streaks = _smooth(visit, (h, w), (26, 16)) + _smooth(visit, (h, w), (16, 26))
-                shade += spot * visit.uniform(0.16, 0.34) * (0.4 + np.exp(-((streaks / 0.3) ** 2)))
-            # From body to image: undo scale, turn and shift.
-            px = ox * sx * math.cos(turn) - oy * sy * math.sin(turn) + cx
-            py = ox * sx * math.sin(turn) + oy * sy * math.cos(turn) + cy
-            opacities.append(((px + 1) / 2, (py + 1) / 2, 1.15 * rx * sx / 2, 1.15 * ry * sy / 2))
-    image += shade * lungs
-    image += 0.02 * _smooth(visit, (h, w), (h // 2, w // 2)) + 0.04 * _smooth(visit, (h, w), (3, 3)) * body
+    spots, ellipses = [], []  # x, y, rx, ry, opacity: one patchy spot, or streaks on both sides
+    if subtype == "bacterial":
+        place = (-1, 1)[visit.integers(2)] * visit.uniform(0.36, 0.5), visit.uniform(-0.35, 0.2)
+        spots = [(*place, visit.uniform(0.26, 0.34), visit.uniform(0.3, 0.45), visit.uniform(0.2, 0.4))]
+        texture = 0.8 + 0.8 * smooth(visit, 26, 26)
+    elif subtype == "viral":
+        places = [(s * 0.43, visit.uniform(-0.2, 0.1), 0.34) for s in (-1, 1)]
+        spots = [(*place, visit.uniform(0.5, 0.65), visit.uniform(0.16, 0.34)) for place in places]
+        texture = 0.4 + bell((smooth(visit, 26, 16) + smooth(visit, 16, 26)) / 0.3)
+    rough = 0.5 * smooth(visit, 9, 9) - 1  # outline
+    for ox, oy, rx, ry, opacity in spots:
+        image += opacity * texture * lungs * soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 + rough, 0.35)
+        px, py = ox * sx * cos - oy * sy * sin + cx, ox * sx * sin + oy * sy * cos + cy  # from body to image
+        ellipses.append(((px + 1) / 2, (py + 1) / 2, 1.15 * rx * sx / 2, 1.15 * ry * sy / 2))
+
+    image += 0.02 * smooth(visit, h // 2, w // 2) + 0.04 * smooth(visit, 3, 3) * body
     # Exposure: mean and spread are drawn, so that neither tells the class.
-    image = (image - image.mean()) / image.std() * visit.uniform(42, 62) + visit.uniform(95, 145)
-    out = Image.fromarray(image.clip(0, 255).astype(np.uint8))
-    zoom = visit.uniform(1.6, 3)
-    out = out.resize((int(w * zoom), int(h * zoom)), Image.Resampling.BICUBIC)
-    if visit.random() < 0.7:
-        mark = visit.integers(0, 2)
-        ImageDraw.Draw(out).text((out.width * (0.04 if mark else 0.93), out.height * 0.07), "RL"[1 - mark], fill=235)
-    return out, opacities
+    image = (image - image.mean()) * (visit.uniform(42, 62) / float(image.std())) + visit.uniform(95, 145)
+    if visit.random() < 0.35:  # a lead L at the patient's left
+        row, column = int(0.07 * h), int(0.92 * w)
+        image[row : row + 6, column] = image[row + 5, column : column + 4] = 235
+    out, zoom = Image.fromarray(image.clip(0, 255).astype(np.uint8)), visit.uniform(1.6, 3)
+    return out.resize((int(w * zoom), int(h * zoom)), Image.Resampling.BICUBIC), ellipses
 
 
 # --- check ---
@@ -728,101 +686,75 @@ def check(root: Path) -> dict:
     """The health of a data folder: counts, shapes and what would invalidate a result.
 
     Returns:
-        dict: splits (per split and class: images, patients, subtypes, width, height, aspect, brightness, modes),
-        unreadable, duplicates (groups of paths with the same pixels), shared_patients, and problems: one line for
-        each thing that makes a result invalid.
+        dict: root; demo; folders: for each SPLIT/CLASS what _summary tells of it; unreadable: path and reason;
+        duplicates: groups of paths with the same pixels, across splits, across classes, and within one of each;
+        shared_patients; problems: one line for each thing that makes a result invalid. A small val/ counts as train.
     """
-    splits = [s for s in ("train", "val", "test") if (root / s).is_dir()]
-    if not splits:
+    records = scan_all(root)
+    if not records:
         raise DataError(f"{root} has none of the folders train/, val/, test/")
-    records = {s: scan(root, s) for s in splits}
-    report = {"root": str(root), "demo": is_demo(root), "splits": {}, "unreadable": [], "problems": []}
-    by_pixels = defaultdict(list)
-    for split, rows in records.items():
-        stats = defaultdict(lambda: defaultdict(list))
-        with (
-            ThreadPoolExecutor(CORES) as pool,
-            tqdm(total=len(rows), desc=split, unit="img", leave=False, disable=None) as bar,
-        ):
-            for row, result in zip(rows, pool.map(lambda r: _inspect(root / r["path"]), rows)):
-                bar.update()
-                if isinstance(result, str):
-                    report["unreadable"].append({"path": row["path"], "reason": result})
-                    continue
-                by_pixels[result.pop("digest")].append((row, split))
-                for key, value in (result | {"patients": row["patient"], "subtypes": row["subtype"]}).items():
-                    stats[row["class"]][key].append(value)
-        for name in sorted({r["class"] for r in rows} - stats.keys()):
-            report["problems"].append(f"{split}/{name} holds no readable image")
-        report["splits"][split] = {name: _summary(s) for name, s in stats.items()}
-    report["named_patients"] = {s: len(named_patients(rows)) for s, rows in records.items()}
-    report["duplicates"] = [
-        {
-            "paths": [r["path"] for r, _ in g],
-            "splits": len({s for _, s in g}),
-            "classes": len({r["class"] for r, _ in g}),
-        }
-        for g in by_pixels.values()
-        if len(g) > 1
-    ]
-    # A small val folder is folded into train, so what the two share harms nobody.
-    if len(records.get("val", [])) < SMALL_VAL:
-        records["train"] = records.get("train", []) + records.pop("val", [])
-    report["shared_patients"] = {}
-    names = list(records)
-    for a, b in ((a, b) for i, a in enumerate(names) for b in names[i + 1 :]):
-        if shared := sorted(named_patients(records[a]) & named_patients(records[b])):
-            report["shared_patients"][f"{a}/{b}"] = shared
-            report["problems"].append(f"{len(shared)} patients are in both {a} and {b}, such as {shared[0]}")
-    home = {r["path"]: s for s, rows in records.items() for r in rows}
-    if across := [d["paths"] for d in report["duplicates"] if len({home[p] for p in d["paths"]}) > 1]:
-        report["problems"].append(f"{len(across)} images are on both sides of a split, such as {', '.join(across[0])}")
-    if across := [d["paths"] for d in report["duplicates"] if d["classes"] > 1]:
-        report["problems"].append(f"{len(across)} images are under two classes, such as {', '.join(across[0])}")
-    return report
-
-
-def _inspect(path: Path) -> dict | str:
-    try:
-        pixels, info = read_image(path, None)
-    except ImageError as e:
-        return str(e)
-    digest = (pixels.shape, pixel_digest(pixels))
-    return info | {"aspect": info["width"] / info["height"], "brightness": float(pixels.mean()), "digest": digest}
-
-
-def _summary(stats: dict[str, list]) -> dict:
-    """One class of one split: counts, and [5th percentile, median, 95th] of what a model could take a shortcut by."""
-    spread = {
-        k: np.percentile(stats[k], (5, 50, 95)).round(2).tolist() for k in ("width", "height", "aspect", "brightness")
+    folders, by_pixels, unreadable = {}, defaultdict(list), []
+    for record, info in zip(records, _parallel(lambda r: _decode(root / r["path"], None)[1], records, "checking")):
+        rows = folders.setdefault("/".join(record["path"].split("/")[:2]), [])
+        if "reason" in info:
+            unreadable.append({"path": record["path"], "reason": info["reason"]})
+        else:
+            rows.append(record | info | {"aspect": info["width"] / info["height"]})
+            by_pixels[info["width"], info["height"], info["digest"]].append(record)
+    groups = [group for group in by_pixels.values() if len(group) > 1]
+    by_kind = {
+        "across splits": [g for g in groups if len({r["split"] for r in g}) > 1],
+        "across classes": [g for g in groups if len({r["class"] for r in g}) > 1],
+        "within": [g for g in groups if len({(r["split"], r["class"]) for r in g}) == 1],
     }
-    counts = {k: dict(Counter(v for v in stats[k] if v).most_common()) for k in ("subtypes", "mode")}
-    colour = sum(c > 0 for c in stats["colour"])
-    return {"images": len(stats["width"]), "patients": len(set(stats["patients"])), "colour": colour} | counts | spread
+    duplicates = {kind: [[r["path"] for r in g] for g in found] for kind, found in by_kind.items()}
+    shared = shared_patients(records)
+    problems = [f"{folder} holds no readable image" for folder, rows in folders.items() if not rows]
+    problems += [f"{len(p)} patients are in both {sides}, such as {p[0]}" for sides, p in shared.items()]
+    for kind, what in (("across splits", "on both sides of a split"), ("across classes", "under two classes")):
+        if found := duplicates[kind]:
+            problems.append(f"{len(found)} images are {what}, such as {', '.join(found[0])}")
+    report = {"root": str(root), "demo": is_demo(root), "unreadable": unreadable, "duplicates": duplicates}
+    report["folders"] = {folder: _summary(rows) for folder, rows in folders.items() if rows}
+    return report | {"shared_patients": shared, "problems": problems}
+
+
+def _summary(rows: list[dict]) -> dict:
+    """Counts of images (unnamed: their names tell no patient), and [5th percentile, median, 95th] of their shapes."""
+    unnamed = sum(r["patient"] == r["path"] for r in rows)
+    summary = {"images": len(rows), "patients": len({r["patient"] for r in rows}), "unnamed": unnamed}
+    summary |= {name: sum(r["subtype"] == name for r in rows) for name in ("bacterial", "viral")}
+    for key in ("width", "height", "aspect", "brightness"):
+        summary[key] = np.percentile([r[key] for r in rows], (5, 50, 95)).round(2).tolist()
+    return summary | {f"mode {mode}": n for mode, n in Counter(r["mode"] for r in rows).most_common()}
 
 
 def print_check(report: dict) -> None:
-    head = f"{'split':6} {'class':10} {'images':>6} {'patients':>8}  {'width':^16} {'height':^16} {'aspect':^16} {'brightness':^14}"
-    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n\n{head}  modes, subtypes")
-    for split, classes in report["splits"].items():
-        for name, s in classes.items():
-            spread = [
-                " ".join(f"{v:{f}}" for v in s[k])
-                for k, f in (("width", "5.0f"), ("height", "5.0f"), ("aspect", "5.2f"), ("brightness", "4.0f"))
-            ]
-            counts = ", ".join(f"{k} {n}" for k, n in (s["mode"] | s["subtypes"]).items())
-            print(f"{split:6} {name:10} {s['images']:6} {s['patients']:8}  {'  '.join(spread)}  {counts}")
-    print("(5th percentile, median, 95th; where these differ between classes, a model can take them for the disease)\n")
-    print(f"unreadable files   {len(report['unreadable'])}")
-    for item in report["unreadable"]:
-        print(f"  {item['path']}: {item['reason']}")
-    print(f"exact duplicates   {len(report['duplicates'])} groups")
-    for item in report["duplicates"][:20]:
-        print(f"  {' = '.join(item['paths'])}")
-    print(f"shared patients    {sum(map(len, report['shared_patients'].values()))}")
+    """The report as a table, a column for each folder, and lists of what was found, in 120 columns."""
+    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n")
+    folders = list(report["folders"].items())
+    for start in range(0, len(folders), 6):  # columns that fit beside each other
+        names, columns = zip(*folders[start : start + 6])
+        print(" " * 16, *(f"{name:>16}" for name in names))
+        for key in dict.fromkeys(key for column in columns for key in column):
+            values = [column.get(key, 0) for column in columns]
+            cells = [" ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in v) if isinstance(v, list) else v for v in values]
+            print(f"{key:16}", *(f"{cell:>16}" for cell in cells))
+        print()
+    print("unnamed: the file name tells no patient, so that the image counts as one. Three numbers: 5th percentile,")
+    print("median, 95th. Where these or the modes differ between classes, a model can take them for the disease.\n")
+    findings = {"unreadable files": [f"{u['path']}: {u['reason']}" for u in report["unreadable"]]}
+    findings |= {f"duplicates {kind}": [" = ".join(g) for g in groups] for kind, groups in report["duplicates"].items()}
+    findings["shared patients"] = [f"{p} in {sides}" for sides, ps in report["shared_patients"].items() for p in ps]
+    wrap = textwrap.TextWrapper(120, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
+    for title, lines in findings.items():
+        print(f"{title:26} {len(lines)}")
+        more = [f"... and {len(lines) - 20} more; --json lists all"] if len(lines) > 20 else []
+        for line in lines[:20] + more:
+            print(wrap.fill(line))
     for line in report["problems"]:
         print(f"PROBLEM: {line}")
-    print("no problem found" if not report["problems"] else "a result on this folder would not be valid")
+    print("a result on this folder would not be valid" if report["problems"] else "no problem found")
 
 
 # --- download ---
@@ -838,34 +770,29 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    by_hand = (
-        f"by hand: fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "
-        f"{target}/train and {target}/test exist"
-    )
+    timeout = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
-        timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(60)  # a dead connection must not hang for ever
         try:
             torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
-        except (RuntimeError, OSError, urllib.error.URLError) as e:
-            raise DataError(f"the download failed ({e}); try again, or {by_hand}") from None
-        finally:
-            socket.setdefaulttimeout(timeout)
-        try:
             with zipfile.ZipFile(archive) as z:
                 for member in z.infolist():
-                    path = Path(member.filename)
-                    if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                    path, parts = Path(member.filename), Path(member.filename).parts
+                    if path.is_absolute() or ".." in parts or "\\" in member.filename:
                         raise DataError(f"the archive would write outside of {folder} ({path}); nothing was unpacked")
-                    inside = len(path.parts) == 4 and path.parts[0] == "chest_xray" and is_image(path)
-                    if inside and path.parts[1] in ("train", "val", "test"):
+                    if len(parts) == 4 and parts[0] == "chest_xray" and parts[1] in SPLITS and is_image(path):
                         z.extract(member, unpacked)
-        except zipfile.BadZipFile as e:
-            raise DataError(f"the archive is damaged ({e}); try again, or {by_hand}") from None
-        if not (unpacked / "chest_xray" / "train").is_dir():
-            raise DataError(f"the archive does not hold chest_xray/train; {by_hand}")
-        os.replace(unpacked / "chest_xray", target)
+            if not (unpacked / "chest_xray" / "train").is_dir():
+                raise RuntimeError("the archive does not hold chest_xray/train")
+            os.replace(unpacked / "chest_xray", target)
+        except (RuntimeError, OSError, zipfile.BadZipFile) as e:
+            raise DataError(
+                f"the download failed or is damaged ({e}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
+            ) from None
+        finally:
+            socket.setdefaulttimeout(timeout)
     return target
 
 
@@ -888,8 +815,7 @@ def main() -> None:
             print(json.dumps(report, indent=1)) if args.json else print_check(report)
             sys.exit(1 if report["problems"] else 0)
         elif args.command == "download":
-            existed = (Path(args.dir) / "chest_xray").exists()
-            print(f"{download(Path(args.dir))} {'is there already' if existed else 'is ready'}")
+            print(f"{download(Path(args.dir))} is there")
         else:
             draw_demo(Path(args.dir), args.images, args.seed)
             print(f"{args.dir}: {args.images} synthetic phantoms; they are no radiographs")

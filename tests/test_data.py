@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import struct
 import threading
 import time
@@ -340,6 +341,20 @@ def test_second_call_decodes_nothing(tmp_path, monkeypatch):
         load(root)
 
 
+@pytest.mark.parametrize("keep", [0, 900, -3])  # of 6 x 256 bytes of pixels, and notes after them
+def test_a_damaged_cache_is_rebuilt(tmp_path, capsys, keep):
+    root = tree(tmp_path / "d")
+    want, digests = expected(root), load(root)[2]
+    (path,) = (root / ".cache").iterdir()
+    path.write_bytes(path.read_bytes()[:keep])
+    (leftover := root / ".cache" / f".{path.name}.1.tmp").write_bytes(b"x")  # of a build that was killed
+    os.utime(leftover, (0, 0))
+    _, images, again, failed = load(root)
+    np.testing.assert_array_equal(images, want)
+    assert torch.equal(again, digests) and not failed and not capsys.readouterr().err
+    assert list((root / ".cache").iterdir()) == [path]
+
+
 def repaint(root):
     """Other pixels under the same name and in as many bytes: the time alone tells."""
     path = next((root / "train/NORMAL").iterdir())
@@ -404,7 +419,7 @@ def test_two_processes_build_at_once(tmp_path, monkeypatch, capfd):
     assert [p.exitcode for p in processes] == [0, 0]
     assert [results.get(), results.get()] == [want, want]
     assert "WARNING" not in capfd.readouterr().err
-    assert [p.suffix for p in (root / ".cache").iterdir()] == [".npy"]
+    assert [p.suffix for p in (root / ".cache").iterdir()] == [".bin"]
 
 
 @pytest.mark.parametrize("user_cache", [True, False])
@@ -415,7 +430,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, capsys, user_cache):
     np.testing.assert_array_equal(load(root)[1], expected(root))
     warnings = capsys.readouterr().err.splitlines()
     assert len(warnings) == (1 if user_cache else 2) and all("no image cache in" in w for w in warnings)
-    assert len(list(tmp_path.glob("user-cache/pneumonia/*.npy"))) == user_cache
+    assert len(list(tmp_path.glob("user-cache/pneumonia/*/*.bin"))) == user_cache
 
 
 def test_unreadable_files_are_reported_by_both_calls(tmp_path, capsys, monkeypatch):
@@ -576,14 +591,17 @@ def test_check_counts(tmp_path):
     report = data.check(root)
     assert report["problems"] == [] and report["shared_patients"] == {}
     assert report["unreadable"] == [{"path": "train/NORMAL/broken.jpeg", "reason": "not an image that Pillow can read"}]
-    assert [set(d["paths"]) for d in report["duplicates"]] == [
-        {"test/PNEUMONIA/IM-dup.bmp", "test/PNEUMONIA/person4_virus_1.png"}  # one side, one class: harmless
-    ]
-    s = report["splits"]["train"]["PNEUMONIA"]
-    assert (s["images"], s["patients"], s["subtypes"], s["mode"]) == (3, 2, {"bacterial": 2, "viral": 1}, {"L": 3})
+    twins = ["test/PNEUMONIA/IM-dup.bmp", "test/PNEUMONIA/person4_virus_1.png"]  # one side, one class: harmless
+    assert report["duplicates"] == {"across splits": [], "across classes": [], "within": [twins]}
+    s = report["folders"]["train/PNEUMONIA"]
+    assert {k: v for k, v in s.items() if isinstance(v, int)} == (
+        {"images": 3, "patients": 2, "unnamed": 0, "bacterial": 2, "viral": 1, "mode L": 3}
+    )
     assert s["width"] == [30, 30, 30] and s["height"] == [20, 20, 20] and s["aspect"] == [1.5, 1.5, 1.5]
     assert s["brightness"][1] == pytest.approx(np.median([noise(i).mean() for i in (1, 2, 3)]), abs=0.01)
-    assert report["splits"]["train"]["NORMAL"]["images"] == 1  # the broken one doesn't count
+    assert report["folders"]["train/NORMAL"]["images"] == 1  # the broken one doesn't count
+    assert report["folders"]["test/PNEUMONIA"]["unnamed"] == 1  # IM-dup
+    assert list(report["folders"]) == [f"{s}/{c}" for s in ("train", "val", "test") for c in ("NORMAL", "PNEUMONIA")]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
@@ -592,6 +610,36 @@ def test_check_finds(tmp_path, problem):
     problems = data.check(save(sound(tmp_path), extra))["problems"]
     assert len(problems) == 1
     assert re.search(message, problems[0])
+
+
+def test_check_prints_what_it_found_in_120_columns(tmp_path, capsys):
+    root, twins = sound(tmp_path), [f"train/PNEUMONIA/deep/person{100 + i}-{'x' * 30}_virus_1.png" for i in range(3)]
+    save(
+        root,
+        {p: noise(60) for p in twins} | {f"test/NORMAL/IM-9-{i // 2}-{i}.png": noise(i // 2) for i in range(180, 230)},
+    )
+    touch(root, "train/NORMAL/broken.jpeg")
+    save(root, PROBLEMS["a patient on both sides"][0])
+    data.print_check(data.check(root))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    table = {line[:16].strip(): line[16:].split() for line in lines[2:] if line.strip()}
+    assert table[""] == [f"{s}/{c}" for s in ("train", "val", "test") for c in ("NORMAL", "PNEUMONIA")]
+    assert table["images"] == ["1", "6", "1", "1", "51", "3"] and table["unnamed"] == ["0", "3", "0", "0", "0", "1"]
+    assert table["viral"] == ["0", "1", "0", "1", "0", "1"] and table["aspect"] == ["1.50"] * 18
+    text = " ".join(" ".join(lines).split())
+    assert "unreadable files 1 train/NORMAL/broken.jpeg: not an image" in text and " = ".join(twins) in text
+    assert "duplicates across splits 0" in text and "duplicates within 27" in text and "... and 7 more" in text
+    assert "shared patients 1 bacteria-1 in train and test PROBLEM: 1 patients" in text
+
+
+def test_check_without_a_split_or_classes(tmp_path):
+    with pytest.raises(data.DataError, match="none of the folders"):
+        data.check(tmp_path)
+    save(tmp_path, {f"test/{c}/x.png": noise(i) for i, c in enumerate("AB")})
+    assert data.check(tmp_path)["problems"] == []
+    touch(tmp_path, "val/A/broken.png", "val/B/broken.png")
+    assert data.check(tmp_path)["problems"] == [f"val/{c} holds no readable image" for c in "AB"]
 
 
 def test_check_script(tmp_path):
@@ -695,6 +743,17 @@ def test_demo_overwrites_nothing(tmp_path):
     with pytest.raises(data.DataError, match="not empty"):
         data.draw_demo(tmp_path / "demo", images=40)
     assert list(contents(tmp_path)) == ["demo/mine.txt"]
+
+
+def test_two_processes_draw_the_demo_set_at_once(tmp_path, monkeypatch):
+    def late(source, target):  # the other one has finished in the meantime
+        shutil.copytree(source, target)
+        rename(source, target)
+
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", late)
+    data.draw_demo(tmp_path / "demo", images=40)
+    assert data.is_demo(tmp_path / "demo") and [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
 def test_demo_is_sound(demo):
