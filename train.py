@@ -105,7 +105,7 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
         images: uint8 [n, side, side]; labels: int64 [n]; draws: [n, DRAWS], see data.draw.
         order: int64 indices of the training images in this epoch's order, the same on every rank. All four lie on one
             device: an index from another one would make each step wait.
-        state: what stays the same over the run: rank, world, device, weights, steps, strength, size and so on.
+        state: what stays the same over the run: rank, world, device, dtype, class weights, strength, sizes and so on.
 
     Returns:
         train_loss (mean over the epoch), lr (of the last step), images (seen by all processes).
@@ -123,7 +123,7 @@ def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws
     )
     for step in bar:
         done = (epoch - 1) * steps + step
-        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), state["lr"])
+        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), args.lr)
         for group in optimizer.param_groups:
             group["lr"] = lr
         index = order[step * batch : (step + 1) * batch][state["rank"] :: world]
@@ -219,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     g = parser.add_argument_group("recipe")
     g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
-    g.add_argument("--lr", type=number(float, 0), help="peak learning rate of AdamW (0.001; from random weights 0.003)")
+    g.add_argument("--lr", type=number(float, 0), default=0.003, help="peak rate of AdamW; transformers want less")
     g.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
     g.add_argument("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
     g.add_argument(
@@ -384,10 +384,9 @@ def run(args: argparse.Namespace) -> Path:
         models.check_size(model, size)
     model.to(device, memory_format=torch.channels_last)
     share(model, world)  # a download may have worked on one machine alone
-    peak = args.lr if args.lr is not None else 3e-3 if source["source"] == "random" else 1e-3
     # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=peak, weight_decay=args.weight_decay, foreach=True)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
     dtype = pick_dtype(args.precision, device)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
@@ -402,7 +401,7 @@ def run(args: argparse.Namespace) -> Path:
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
     labels, val = d.labels.to(d.images.device), d.index["val"].to(d.images.device)
-    state = {"rank": rank, "world": world, "lr": peak, "device": device, "dtype": dtype, "train_size": train_size}
+    state = {"rank": rank, "world": world, "device": device, "dtype": dtype, "train_size": train_size}
     state |= {"classes": len(d.classes), "positive": d.positive, "mean": pre["mean"], "std": pre["std"]}
     state["weights"] = class_weights(d.labels[d.index["train"]], len(d.classes), args.balance).to(device)
     state["strength"] = data.AUGMENT[args.augment]

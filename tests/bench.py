@@ -52,9 +52,9 @@ def set_up(count: int, compiled: bool = False):
     optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, foreach=True)
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     labels = torch.randint(0, 2, (count,))
-    state = {"rank": 0, "world": 1, "lr": 1e-3, "device": CPU, "dtype": torch.float32, "mean": 0.45, "std": 0.23}
+    state = {"rank": 0, "world": 1, "device": CPU, "dtype": torch.float32, "mean": 0.45, "std": 0.23}
     state |= {"strength": data.AUGMENT["medium"], "weights": torch.ones(2), "train_size": SIZE}
-    args = argparse.Namespace(batch_size=BATCH, epochs=1, warmup_epochs=0, label_smoothing=0.0)
+    args = argparse.Namespace(lr=1e-3, batch_size=BATCH, epochs=1, warmup_epochs=0, label_smoothing=0.0)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
     net = torch.compile(model) if compiled else model
