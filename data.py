@@ -73,6 +73,22 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 
+def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
+    """End the process as work() tells: its exit code, one line and 2 for what the user can mend, 130 for Ctrl-C."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller
+    try:
+        code = work()
+        sys.stdout.flush()  # here a closed pipe can still be caught
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except (DataError, OSError, *errors) as e:
+        parser.error(str(e))
+    except KeyboardInterrupt:
+        parser.exit(130, "interrupted; nothing half-written is left\n")
+    sys.exit(code or 0)
+
+
 def within(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number in [low, high]."""
 
@@ -143,14 +159,14 @@ def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and "__MACOSX" not in path.parts
 
 
-def walk(folder: Path):
-    """Yield the images under folder; links are followed, each folder counts once, an unreadable one is an error."""
+def refuse_folder(error: OSError) -> None:
+    raise DataError(f"folder {error.filename} can't be read ({error.strerror})")
+
+
+def walk(folder: Path, onerror=refuse_folder):
+    """Yield the images under folder; links are followed, each folder counts once; onerror is told of unreadable ones."""
     seen = set()
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"folder {error.filename} can't be read ({error.strerror})")
-
-    for top, subfolders, files in os.walk(folder, onerror=refuse, followlinks=True):
+    for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
         if (real := os.path.realpath(top)) in seen:
             subfolders.clear()
             continue
@@ -368,13 +384,13 @@ def _parallel(work, items: list, name: str):
 
 
 def _decode(path: Path, size: int | None) -> tuple[np.ndarray, dict]:
-    """read_image; its dict with brightness and digest (64-bit BLAKE2b, signed), or with the reason where it fails."""
+    """read_image; its dict with the pixels' digest (64-bit BLAKE2b, signed), or with the reason where it fails."""
     try:
         pixels, info = read_image(path, size)
     except ImageError as e:
         return np.zeros((size or 1, size or 1), np.uint8), {"digest": 0, "reason": str(e)}
     digest = int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
-    return pixels, info | {"brightness": float(pixels.mean()), "digest": digest}
+    return pixels, info | {"digest": digest}
 
 
 def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
@@ -418,7 +434,7 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
             with replacing(path) as f:
                 build(f)
             for old in path.parent.glob(f"*{kind}*"):  # outdated, or left behind by a build that was killed
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                with contextlib.suppress(OSError):  # another process was faster, or uses it
                     if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
                         old.unlink()
             return take(np.memmap(path, mode="c"))
@@ -693,8 +709,13 @@ def check(root: Path) -> dict:
     records = scan_all(root)
     if not records:
         raise DataError(f"{root} has none of the folders train/, val/, test/")
+
+    def inspect(record: dict) -> dict:
+        pixels, info = _decode(root / record["path"], None)
+        return info | {"brightness": float(pixels.mean())}
+
     folders, by_pixels, unreadable = {}, defaultdict(list), []
-    for record, info in zip(records, _parallel(lambda r: _decode(root / r["path"], None)[1], records, "checking")):
+    for record, info in zip(records, _parallel(inspect, records, "checking")):
         rows = folders.setdefault("/".join(record["path"].split("/")[:2]), [])
         if "reason" in info:
             unreadable.append({"path": record["path"], "reason": info["reason"]})
@@ -809,20 +830,20 @@ def main() -> None:
     sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
     sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
     args = parser.parse_args()
-    try:
+
+    def work() -> int:
         if args.command == "check":
             report = check(find_root(args.dir))
             print(json.dumps(report, indent=1)) if args.json else print_check(report)
-            sys.exit(1 if report["problems"] else 0)
-        elif args.command == "download":
+            return 1 if report["problems"] else 0
+        if args.command == "download":
             print(f"{download(Path(args.dir))} is there")
         else:
             draw_demo(Path(args.dir), args.images, args.seed)
             print(f"{args.dir}: {args.images} synthetic phantoms; they are no radiographs")
-    except (DataError, OSError) as e:
-        parser.error(str(e))
-    except KeyboardInterrupt:
-        parser.exit(130, "interrupted; nothing half-written is left\n")
+        return 0
+
+    run_script(parser, work)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import importlib.util
 import io
 import json
 import math
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -241,10 +240,14 @@ def score_checkpoint(path: str, args: argparse.Namespace) -> dict:
         drawn = data.fingerprint(records) == ckpt["data"]["fingerprint"]
         if not drawn and not args.data:
             raise data.DataError(f"the images in {root} have changed since {path} was trained: its splits are gone")
-    if not drawn:
-        records = data.scan(root, args.split)
+    else:
+        records = data.scan(root, "test")
     held_out = set(ckpt["data"]["val"])
-    wanted = [not drawn or (r["path"] in held_out) == (args.split == "val") for r in records]
+    for r in records if drawn else ():
+        r["split"] = "val" if r["path"] in held_out else "train"
+    wanted = [r["split"] == args.split for r in records]
+    if not any(wanted):
+        raise data.DataError(f"{root} has no folder {args.split}/")
     if {r["class"] for r in records} - set(ckpt["classes"]):
         raise data.DataError(f"{path} knows the classes {', '.join(ckpt['classes'])}; {root} has others")
     images, digests, failed = data.load_images(root, records, ckpt["input_size"])
@@ -331,7 +334,7 @@ def report(scored: dict, weights: np.ndarray, args: argparse.Namespace) -> dict:
     records, labels, classes, target = (scored[k] for k in ("records", "labels", "classes", "positive"))
     binary, threshold = len(classes) == 2, scored["threshold"]
     if binary and args.threshold is not None:
-        threshold = {"value": args.threshold, "rule": args.threshold, "from": "command line"}
+        threshold = {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
     p, predicted = predict_classes(scored, threshold["value"])
     patients, everyone = np.array([r["patient"] for r in records]), np.ones(len(records), bool)
 
@@ -462,7 +465,12 @@ def compare(scored: list[dict], args: argparse.Namespace) -> dict:
             tail = min((gaps <= 0).sum(), (gaps >= 0).sum())
             p_value = min(1.0, 2 * (tail + 1) / (len(gaps) + 1)) if len(gaps) and count > 1 else None
             entry["difference"][k] = with_interval(point, gaps, count) | {"p": p_value}
-    result = {"split": args.split, "images": len(patients), "demo": any(s["demo"] for s in scored), "patients": count}
+    result = {
+        "split": scored[0]["split"],
+        "images": len(patients),
+        "demo": any(s["demo"] for s in scored),
+        "patients": count,
+    }
     result["compared"] = [entry for entry, _, _ in found]
     return result | {"over_seeds": over_seeds([entry | {"arguments": a} for entry, _, a in found])}
 
@@ -563,6 +571,9 @@ def print_comparison(c: dict) -> None:
         sides = " ".join(f"{show(m[k]['value'] if k in m else None):>6}" for k in ("sensitivity", "specificity"))
         print(f"{show_interval(m['auroc'])} {show_interval(m['accuracy'])} {sides}", end=" ")
         print(f"{size:>7} {show(e['images_per_second'], 0):>6}  {e['model']}\n    {e['checkpoint']}")
+        for name in ("mean", "worst") if e["stress"] else ():
+            row = "  ".join(f"{title(k)} {show(v)}" for k, v in e["stress"][name].items())
+            print(f"    under stress, {name}: {row}")
     print(f"\npaired difference to the best, {c['compared'][0]['checkpoint']}")
     for e in c["compared"][1:]:
         for k, v in e["difference"].items():
@@ -669,8 +680,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> None:
     inputs = args.inputs or [str(models.newest_checkpoint())]
-    if args.plots and len(inputs) > 1:
-        raise data.DataError("--plots draws one checkpoint; leave it out of a comparison")
+    if len(inputs) > 1 and (args.plots or args.prevalence is not None):
+        raise data.DataError("--plots and --prevalence take one checkpoint; leave them out of a comparison")
     if args.plots and not importlib.util.find_spec("matplotlib"):
         raise data.DataError("--plots needs matplotlib: pip install matplotlib")
     scored = [score_csv(i) if i.endswith(".csv") else score_checkpoint(i, args) for i in inputs]
@@ -682,8 +693,8 @@ def run(args: argparse.Namespace) -> None:
     beside = source if source.is_dir() else source.parent  # a run folder names its ckpt.pt
     folder = Path(args.output or beside)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.plots and len(scored[0]["classes"]) > 2:
-        raise data.DataError("--plots draws two classes; leave it out here")
+    if len(scored[0]["classes"]) > 2 and (args.plots or args.stress or args.prevalence is not None):
+        raise data.DataError("--plots, --stress and --prevalence are for two classes; leave them out here")
     if len(scored) > 1:
         result = compare(scored, args)
         if args.output:
@@ -717,12 +728,7 @@ def run(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    try:
-        run(args)
-    except (data.DataError, models.ModelError, OSError) as e:
-        parser.error(str(e))
-    except KeyboardInterrupt:
-        sys.exit(130)
+    data.run_script(parser, lambda: run(args), models.ModelError)
 
 
 if __name__ == "__main__":

@@ -340,9 +340,10 @@ GRID, FINE = 16, 4  # cells along a side
 def layout(images: torch.Tensor) -> torch.Tensor:
     """What an image looks like at a glance, float32 [n, GRID ** 2 + FINE ** 2 + 2], from uint8 [n, side, side].
 
-    Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness.
+    Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. On the CPU,
+    wherever the images are, so that the check is one and the same for every device.
     """
-    x = images.unsqueeze(1).float()
+    x = images.cpu().unsqueeze(1).float()
     coarse = F.adaptive_avg_pool2d(x, GRID).flatten(1)
     across, down = (x[..., 1:] - x[..., :-1]).abs_(), (x[..., 1:, :] - x[..., :-1, :]).abs_()
     fine = sum(F.adaptive_avg_pool2d(d, FINE).flatten(1) for d in (across, down)) / 2
@@ -384,6 +385,6 @@ def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
     The distance of the layout, weighed against that of the image turned upside down: where that one is the nearer,
     something stands on its head.
     """
-    v = layout(images.cpu())
+    v = layout(images)
     here, turned = (((t - check["mean"]) @ check["whiten"]).norm(dim=1) for t in (v, upside_down(v)))
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)

@@ -7,6 +7,7 @@ find . -name '*.png' | python predict.py --json -       # a list of paths on std
 """
 
 import argparse
+import contextlib
 import csv
 import glob
 import hashlib
@@ -14,6 +15,7 @@ import itertools
 import json
 import os
 import sys
+import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,18 +29,25 @@ import data
 import models
 
 BATCH = 16
+ONE_AT_A_TIME = threading.Lock()  # for an accelerator, where two threads would share one queue, or (MPS) crash
 COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
 
 
-def find_inputs(inputs: list[str]):
-    """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order."""
+def find_inputs(inputs):
+    """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order.
+
+    A folder that can't be read stands for itself: it gets a row that says so.
+    """
     for item in inputs:
         if item == "-":
-            yield from (line.rstrip("\r\n") for line in sys.stdin or () if line.strip())
+            yield from find_inputs(line.rstrip("\r\n") for line in sys.stdin or () if line.strip() not in ("", "-"))
         elif os.path.isdir(item):
-            yield from map(str, data.walk(Path(item)))
+            unreadable = []
+            yield from map(str, data.walk(Path(item), unreadable.append))
+            yield from (error.filename for error in unreadable)
         elif not os.path.exists(item) and glob.has_magic(item):
-            yield from sorted(glob.glob(item, recursive=True)) or [item]
+            found = sorted(glob.glob(item, recursive=True))
+            yield from find_inputs(found) if found else [item]
         else:
             yield item
 
@@ -99,8 +108,10 @@ def classify(paths: list[str], loaded: list[tuple[dict, torch.nn.Module]], devic
     mean, unlike = 0.0, torch.zeros(len(good), dtype=torch.bool)
     for ckpt, model in loaded if good else ():
         pixels = torch.from_numpy(np.stack([images[ckpt["input_size"]] for images in good]))
-        x = data.normalise(pixels.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
-        mean = mean + models.probabilities(model(x).cpu(), ckpt["temperature"]) / len(loaded)
+        with contextlib.nullcontext() if device.type == "cpu" else ONE_AT_A_TIME:
+            x = data.normalise(pixels.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
+            logits = model(x).cpu()
+        mean = mean + models.probabilities(logits, ckpt["temperature"]) / len(loaded)
         unlike |= models.unlikeness(ckpt["input_check"], pixels) > ckpt["input_check"]["cut"]
     classes, threshold = loaded[0][0]["classes"], None
     positive = classes.index(loaded[0][0]["positive"])
@@ -133,9 +144,8 @@ def stream(paths, work, workers: int):
     head = list(itertools.islice(paths, workers * BATCH))
     workers = max(1, min(workers, len(head)))
     size = max(1, min(BATCH, -(-len(head) // workers)))
-    torch.set_num_threads(max(1, data.CORES // workers))
-    paths = itertools.chain(head, paths)
-    pool = ThreadPoolExecutor(workers)
+    paths, pool, threads = itertools.chain(head, paths), ThreadPoolExecutor(workers), torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // workers))
     try:
         jobs = (pool.submit(work, batch) for batch in iter(lambda: list(itertools.islice(paths, size)), []))
         ahead = deque(itertools.islice(jobs, 2 * workers))
@@ -144,6 +154,7 @@ def stream(paths, work, workers: int):
             ahead.extend(itertools.islice(jobs, 1))
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: dict, folder: Path, device) -> None:
@@ -261,17 +272,7 @@ def run(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller
-    try:
-        code = run(args)
-    except BrokenPipeError:  # the reader has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
-    except (data.DataError, models.ModelError, OSError) as e:
-        parser.error(str(e))
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    data.run_script(parser, lambda: run(args), models.ModelError)
 
 
 if __name__ == "__main__":

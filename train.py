@@ -16,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,7 +68,8 @@ def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
     if device.type == "cuda":
         device = models.pick_device(f"cuda:{local}")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # The others wait while the first process fetches weights and decodes a new folder.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), world, device
 
 
@@ -376,6 +377,8 @@ def run(args: argparse.Namespace) -> Path:
     saved = from_first(saved, world)
     if saved and saved["fingerprint"] != about_data["fingerprint"]:
         raise TrainError(f"the images in {root} are not those that the run in {folder} was started with")
+    if saved and saved["world"] != world:
+        raise TrainError(f"the run in {folder} was started with {saved['world']} processes, not {world}: resume it so")
     model, source = start_model(args, len(d.classes), pre, saved)
     # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
     small = min(max(round(pre["input_size"] * 0.75 / 32) * 32, 32), pre["input_size"])
@@ -419,7 +422,7 @@ def run(args: argparse.Namespace) -> Path:
     say("epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s")
 
     def save_last() -> None:
-        content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "demo": d.demo}
+        content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "demo": d.demo, "world": world}
         content |= {name: part.state_dict() for name, part in parts.items()}
         content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
         if first:

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -18,7 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import run_process, run_script
+from conftest import ROOT, run_process, run_script
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
@@ -652,6 +654,12 @@ def test_check_script(tmp_path):
     assert done.returncode == 1 and "PROBLEM: 1 patients" in done.stdout
     done = run_script("data.py", "check", tmp_path / "nowhere", cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "nowhere" in done.stderr
+
+
+def test_a_closed_pipe_ends_the_check_quietly(tmp_path):
+    command = f"{sys.executable} {ROOT / 'data.py'} check {sound(tmp_path / 'd')} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- download ---

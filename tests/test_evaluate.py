@@ -593,6 +593,12 @@ def test_three_classes_have_no_plot_and_none_is_named(three, tmp_path, monkeypat
     assert (".png" in capsys.readouterr().out) == (tmp_path / "test.png").exists()
 
 
+@pytest.mark.parametrize("words", [("--stress",), ("--prevalence", "0.2")])
+def test_what_is_for_two_classes_is_an_error_with_three(three, tmp_path, monkeypatch, capsys, words):
+    assert run_main(monkeypatch, three.ckpt, "--output", tmp_path, *words, "--device", "cpu") == 2
+    assert "are for two classes" in capsys.readouterr().err and not (tmp_path / "test.json").exists()
+
+
 # --- comparison ---
 
 
@@ -641,12 +647,16 @@ def test_a_model_does_not_differ_from_itself_in_another_order(rivals, tmp_path):
         assert found[k] == {"value": pytest.approx(0, abs=1e-12), "ci95": pytest.approx([0, 0], abs=1e-12), "p": 1}
 
 
-def test_stressed_copies_are_compared_in_the_order_of_the_first(rivals, tmp_path):
+def test_stressed_copies_are_compared_in_the_order_of_the_first(rivals, tmp_path, capsys):
     """Rows in another order must bring their stressed logits along."""
     other = write_csv(tmp_path / "other.csv", read_csv(rivals[1].read_text())[::-1])
     scored = [evaluate.score_csv(str(p)) for p in (rivals[0], other)]
     scored[1]["stressed"] = {"blur": scored[1]["logits"]}  # a stress that changes nothing
-    best = evaluate.compare(scored, arguments("--bootstrap", "0"))["compared"][0]
+    found = evaluate.compare(scored, arguments("--bootstrap", "0"))
+    best = found["compared"][0]
+    assert found["split"] == "predictions"
+    evaluate.print_comparison(found)
+    assert f"under stress, mean: AUROC {best['metrics']['auroc']['value']:.3f}" in capsys.readouterr().out
     assert best["model"] == "other"
     assert best["stress"]["mean"]["auroc"] == pytest.approx(best["metrics"]["auroc"]["value"])
 
@@ -661,6 +671,11 @@ def test_equally_good_models_are_not_told_apart(tmp_path):
     gap = compare(paths)["compared"][1]["difference"]["auroc"]
     assert gap["p"] > 0.05
     assert gap["ci95"][0] < 0 < gap["ci95"][1]
+
+
+def test_what_takes_one_checkpoint_is_an_error_in_a_comparison(rivals, monkeypatch, capsys):
+    assert run_main(monkeypatch, *rivals, "--prevalence", "0.2") == 2
+    assert "take one checkpoint" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["other labels", "other classes", "other images", "fewer images"])

@@ -1,5 +1,6 @@
 """Models: six architectures, weights from files and from a hub, checkpoints, Grad-CAM, and the check of inputs."""
 
+import contextlib
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import data
 import models
@@ -543,6 +545,13 @@ def test_the_check_does_not_depend_on_batches_or_mirroring(check, phantoms):
     other = models.fit_input_check([train.flip(2)], val.split(1))
     assert other["cut"] == pytest.approx(check["cut"], rel=1e-3)
     torch.testing.assert_close(models.unlikeness(other, test), models.unlikeness(check, test), rtol=1e-3, atol=1e-2)
+
+
+def test_the_check_fits_images_that_lie_on_a_gpu():
+    """Fake tensors tell what would meet on two devices; no GPU is needed."""
+    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # the cut is a number: no fake has one
+        images = torch.zeros(40, 64, 64, dtype=torch.uint8, device="cuda")
+        models.fit_input_check(images.split(20), images.split(20))
 
 
 @pytest.mark.parametrize("size", [64, 90])

@@ -116,6 +116,18 @@ def test_flags(loaded, tmp_path):
         assert (result["label"] == "PNEUMONIA") == (result["probability"] >= result["threshold"])
 
 
+def test_the_flag_changes_nothing_else(loaded, demo):
+    paths = sorted(map(str, (demo / "test" / "NORMAL").iterdir()))[:5]
+    (ckpt, model) = loaded[0]
+    seen = []
+    for cut in (-1.0, 1e9):
+        other = ckpt | {"input_check": ckpt["input_check"] | {"cut": cut}}
+        results = [r for r, _ in predict.classify(paths, [(other, model)], torch.device("cpu"))]
+        assert all(("unlike training images" in r["flags"]) == (cut < 0) for r in results)
+        seen.append([(r["label"], r["probability"]) for r in results])
+    assert seen[0] == seen[1]
+
+
 def test_phantoms_are_seldom_flagged(run_folder, demo):
     """The input check fits 120 images here; most of the held-back ones must pass."""
     results = as_json(run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", demo / "test", cwd=demo))
@@ -153,9 +165,10 @@ def test_cam_is_the_radiograph_with_a_caption(run_folder, demo, tmp_path):
 
 
 def test_closed_pipe_ends_quietly(run_folder, demo):
-    command = f"{sys.executable} {ROOT / 'predict.py'} --ckpt {run_folder / 'ckpt.pt'} --json {demo} | head -n 1"
+    command = f"{sys.executable} {ROOT / 'predict.py'} --ckpt {run_folder / 'ckpt.pt'} --json {demo} {demo} {demo}"
+    command += " | head -n 1; exit ${PIPESTATUS[0]}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-    assert len(done.stdout.splitlines()) == 1
+    assert len(done.stdout.splitlines()) == 1 and done.returncode == 0
     assert "Traceback" not in done.stderr and "Broken" not in done.stderr
 
 
@@ -173,6 +186,46 @@ def test_stream_keeps_order_and_little_in_memory(count):
         out += batch
         assert 0 < len(batch) <= predict.BATCH and len(taken) <= len(out) + 6 * predict.BATCH
     assert out == [str(i) for i in range(count)]
+
+
+def test_threads_are_shared_out_and_given_back():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for count, each in ((1, 4), (2, 2), (100, 1)):
+            for _ in predict.stream(map(str, range(count)), lambda batch: batch, 4):
+                assert torch.get_num_threads() == each
+            assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_folders_are_walked_however_they_are_named(tmp_path, monkeypatch):
+    for name in ("a/1.png", "a/deep/2.png", "b/3.png", "c/4.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("c\na/1.png\n"))
+    found = list(predict.find_inputs(["a", "[b]*", "-"]))
+    assert found == ["a/1.png", "a/deep/2.png", "b/3.png", "c/4.png", "a/1.png"]
+
+
+def test_a_folder_that_can_not_be_read_is_one_bad_row(tmp_path, monkeypatch):
+    for name in ("d/1.png", "d/locked/2.png", "e/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    scandir, locked = os.scandir, str(tmp_path / "d" / "locked")
+
+    def refuse(path):
+        if str(path) == locked:
+            raise PermissionError(13, "Permission denied", locked)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = list(predict.find_inputs([str(tmp_path / "d"), str(tmp_path / "e")]))
+    assert found == [str(tmp_path / "d" / "1.png"), locked, str(tmp_path / "e" / "3.png")]
+    with pytest.raises(data.DataError, match="locked can't be read"):
+        list(data.walk(tmp_path / "d"))
 
 
 def test_an_error_in_a_worker_is_not_swallowed():

@@ -119,13 +119,14 @@ def test_a_killed_run_ends_as_one_that_was_not(demo, tmp_path):
 
 
 def test_a_run_killed_before_its_first_state_starts_again(run_folder, tmp_path):
-    """metrics.json comes first and holds the arguments: that is enough to resume."""
+    """metrics.json comes first and holds the arguments: that is enough to resume. The default threshold rule."""
     shutil.copytree(run_folder, tmp_path / "run")
     for name in ("last.pt", "ckpt.pt", "splits.csv"):
         (tmp_path / "run" / name).unlink()
-    done = run_script("train.py", "--resume", "run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "ckpt.pt").read_bytes() == (run_folder / "ckpt.pt").read_bytes()
+    for _ in range(2):
+        done = run_script("train.py", "--resume", "run", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "ckpt.pt").read_bytes() == (run_folder / "ckpt.pt").read_bytes()
 
 
 def test_interruption_says_how_to_go_on(demo, tmp_path):
@@ -155,13 +156,24 @@ def test_resume_takes_the_runs_arguments(run_folder, demo, tmp_path):
 
 
 def test_two_processes_see_what_one_sees(demo, tmp_path):
-    """One image more or less would change the loss; ranks that drift apart would change the checkpoint's weights."""
+    """One image more or less would change the losses; gradients that are not shared would change the weights."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     arguments = ["--data", demo, "--no-pretrained", "--img-size", 32, "--epochs", 1, "--threshold", "0.5"]
     # A model whose output for an image does not depend on the others of its batch: the losses must agree closely.
-    arguments += ["--model", "convnext_atto", "--augment", "none", "--device", "cpu", "--warmup-epochs", 0, "--lr", 0]
+    arguments += [
+        "--model",
+        "convnext_atto",
+        "--augment",
+        "none",
+        "--device",
+        "cpu",
+        "--warmup-epochs",
+        0,
+        "--lr",
+        1e-4,
+    ]
     one = run_script("train.py", *arguments, "--batch-size", 16, "--output", "one", cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
@@ -177,17 +189,12 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
     assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
     assert math.isclose(a["epochs"][0]["val_loss"], b["epochs"][0]["val_loss"], rel_tol=1e-5)
     assert math.isclose(a["epochs"][0]["train_loss"], b["epochs"][0]["train_loss"], rel_tol=1e-5)
-    learnt = [weights_of(tmp_path / n, "last.pt", "model") for n in ("one", "two")]
-    for name, value in learnt[0].items():
-        assert torch.equal(value, learnt[1][name]), name
-
-
-def test_ranks_share_a_batch_without_overlap():
-    order = torch.randperm(70)
-    for step in range(2):
-        whole = order[step * 32 : (step + 1) * 32]
-        parts = [whole[rank::2] for rank in range(2)]
-        assert sorted(torch.cat(parts).tolist()) == sorted(whole.tolist())
+    one, two = (weights_of(tmp_path / n, "last.pt", "model") for n in ("one", "two"))
+    # Every step moves each weight by about the rate, 1e-4, where it is not the same gradient in another direction.
+    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert apart.mean() < 2e-6
+    done = run_script("train.py", "--resume", "two", cwd=tmp_path)
+    assert done.returncode == 2 and "was started with 2 processes, not 1" in done.stderr
 
 
 def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
