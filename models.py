@@ -126,7 +126,8 @@ def build_pretrained(name: str, classes: int, size: int, weights: str | None, in
             except ModelError:
                 raise
             except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-                failure = f"no pretrained weights for {name}: {str(e).splitlines()[0] if str(e) else type(e).__name__}"
+                reason = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(e).__name__
+                failure = f"no pretrained weights for {name}: {reason}"
     if failure and insist:
         raise ModelError(f"{failure}; use --weights FILE or --no-pretrained")
     if failure:
