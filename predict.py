@@ -171,16 +171,12 @@ def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: d
     # From no colour over red to yellow, as opaque as the map is high.
     colour = np.concatenate([np.full_like(heat, 255), 255 * heat**2, np.zeros_like(heat)], 2)
     out = picture[..., None] * (1 - 0.5 * heat) + colour * 0.5 * heat
-    p = result["probability"]
-    p = p[result["label"]] if isinstance(p, dict) else p
+    label, p, of = result["label"], result["probability"], loaded[0][0]["positive"]
+    if isinstance(p, dict):  # more than two classes
+        p, of = p[label], label
     font = ImageFont.load_default(max(12, width // 45))
-    of = result["label"] if isinstance(result["probability"], dict) else loaded[0][0]["positive"]
-    lines = [
-        Path(result["path"]).name,
-        f"{result['label']}   P({of}) = {p:.3f}   (map: what speaks for {result['label']})",
-    ]
-    lines += result["flags"]
-    lines += ["DEMO MODEL, trained on synthetic phantoms"] if result["demo"] else []
+    lines = [Path(result["path"]).name, f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
+    lines += result["flags"] + ["DEMO MODEL, trained on synthetic phantoms"] * result["demo"]
     line = int(font.size * 1.35)
     canvas = Image.new("RGB", (max(width, 240), height + line * len(lines) + line // 2), "black")
     canvas.paste(Image.fromarray(out.round().clip(0, 255).astype(np.uint8)), (0, 0))
@@ -197,16 +193,11 @@ class Writer:
     def __init__(self, style: str, classes: list[str]) -> None:
         self.style, self.classes, self.header, self.width = style, classes, True, 0
 
-    def row(self, result: dict) -> dict:
-        p = result["probability"]
-        each = p if isinstance(p, dict) else {}
-        spread = (
-            {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": each.get(c) for c in self.classes}
-        )
-        return {"path": result["path"], "label": result["label"], **spread, "threshold": result["threshold"]} | {
-            "flags": "; ".join(result["flags"] + (["demo model"] if result["demo"] else [])),
-            "error": result["error"],
-        }
+    def row(self, r: dict) -> dict:
+        row, p = {"path": r["path"], "label": r["label"]}, r["probability"]
+        row |= {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": p and p[c] for c in self.classes}
+        flags = "; ".join(r["flags"] + ["demo model"] * r["demo"])
+        return row | {"threshold": r["threshold"], "flags": flags, "error": r["error"]}
 
     def write(self, results: list[dict], out) -> None:
         if self.style == "json":
@@ -223,7 +214,7 @@ class Writer:
             for r in results:
                 p = r["probability"]
                 shown = p[r["label"]] if isinstance(p, dict) else p
-                notes = "; ".join(r["flags"] + (["DEMO MODEL"] if r["demo"] else []))
+                notes = "; ".join(r["flags"] + ["DEMO MODEL"] * r["demo"])
                 text = f"error: {r['error']}" if r["error"] else f"{r['label']:{name}}  {shown:.4f}  {notes}"
                 out.write(f"{r['path']:{self.width}}  {text}".rstrip() + "\n")
         self.header = False
