@@ -127,6 +127,13 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) ->
     return float(task_metrics(labels, probabilities, probabilities.argmax(1), positive, once)["auroc"][0])
 
 
+def auroc_error(area: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
+    pair, triple = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
+    variance = (area * (1 - area) + (positives - 1) * pair + (negatives - 1) * triple) / (positives * negatives)
+    return math.sqrt(max(variance, 0.0))
+
+
 def nll(positive: np.ndarray, z: np.ndarray) -> float:
     """Mean negative log-likelihood of binary labels, from logits."""
     return float(-np.mean(log_expit(np.where(positive, z, -z))))

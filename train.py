@@ -394,7 +394,7 @@ def run(args: argparse.Namespace) -> Path:
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
     net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
     net = torch.compile(net) if args.compile else net
-    history, best, seconds = [], {"epoch": 0, "key": [-1.0, 0.0]}, 0.0
+    history, best, seconds = [], {"epoch": 0, "auroc": -1.0, "reached": 0}, 0.0  # epoch: the selected one
     parts = {"model": model, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
     if saved:
         for name, part in parts.items():
@@ -404,6 +404,8 @@ def run(args: argparse.Namespace) -> Path:
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
     labels, val = d.labels.to(d.images.device), d.index["val"].to(d.images.device)
+    ill = int((d.labels[d.index["val"]] == d.positive).sum())
+    sides = ill, len(val) - ill
     state = {"rank": rank, "world": world, "device": device, "dtype": dtype, "train_size": train_size}
     state |= {"classes": len(d.classes), "positive": d.positive, "mean": pre["mean"], "std": pre["std"]}
     state["weights"] = class_weights(d.labels[d.index["train"]], len(d.classes), args.balance).to(device)
@@ -454,7 +456,7 @@ def run(args: argparse.Namespace) -> Path:
     if not saved:
         save_last()
     for epoch in range(len(history) + 1, args.epochs + 1):
-        if args.patience and best["epoch"] and len(history) - best["epoch"] >= args.patience:
+        if args.patience and len(history) - best["reached"] >= args.patience:
             say(f"no better validation AUROC in {args.patience} epochs: stopped")
             break
         start = time.perf_counter()
@@ -468,9 +470,11 @@ def run(args: argparse.Namespace) -> Path:
         logits = found.pop("logits")
         if math.isnan(found["val_auroc"]) or math.isnan(found["val_loss"]):
             raise TrainError(f"the validation loss is not finite in epoch {epoch}; try a lower --lr")
-        key = [found["val_auroc"], -found["val_loss"]]  # AUROC saturates: the loss decides between equals
-        if key > best["key"]:
-            best = {"epoch": epoch, "key": key}
+        if found["val_auroc"] > best["auroc"]:
+            best = best | {"auroc": found["val_auroc"], "reached": epoch}
+        # AUROC saturates here: between epochs that it can't tell apart, the longer trained one is selected.
+        if found["val_auroc"] >= best["auroc"] - evaluate.auroc_error(best["auroc"], *sides):
+            best = best | {"epoch": epoch}
             if first:
                 # Stressed copies cost as much as nine validations: they wait for the end of the run.
                 rule = "youden" if args.threshold == "stressed" else args.threshold

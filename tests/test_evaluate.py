@@ -188,6 +188,19 @@ def test_intervals_are_null_where_too_few_draws_define_them():
     assert interval(np.append(np.linspace(0, 1, 1001), np.nan)) == pytest.approx([0.025, 0.975])
 
 
+def test_standard_error_of_an_auroc():
+    """Exact for exponential scores, whose AUROC is k / (1 + k) where positives are k times as large."""
+    rng = np.random.default_rng(3)
+    labels = (np.arange(100) < 40).astype(int)
+    areas = []
+    for _ in range(1500):
+        score = rng.exponential(np.where(labels == 1, 9, 1))
+        areas.append(evaluate.macro_auroc(labels, np.stack([-score, score], 1), 1))
+    assert np.mean(areas) == pytest.approx(0.9, abs=0.005)
+    assert evaluate.auroc_error(0.9, 40, 60) == pytest.approx(np.std(areas), rel=0.06)
+    assert evaluate.auroc_error(1.0, 40, 60) == 0
+
+
 # --- calibration, temperature, threshold ---
 
 
