@@ -231,9 +231,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
     g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
-    g.add_argument(
-        "--patience", type=number(int, 0), default=20, help="epochs without a better AUROC to stop after; 0: no"
-    )
+    g.add_argument("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
     g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
     g = parser.add_argument_group("run")

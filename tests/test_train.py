@@ -286,5 +286,6 @@ def test_help_is_grouped_and_short():
     flags = [a for a in parser._actions if a.option_strings]
     assert len(flags) <= 31
     assert all(a.type is not bool for a in flags)
+    assert parser.parse_args([]).patience == 0  # a cosine that is cut off never reaches its low rates
     text = parser.format_help()
     assert all(f"\n{group}:" in text for group in ("data", "model", "recipe", "run")) and "(default: 64)" in text
