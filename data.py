@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import signal
 import socket
 import sys
 import tempfile
@@ -65,6 +66,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller: nothing to write to
+        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="surrogateescape")
@@ -75,7 +78,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
     """End the process as work() tells: its exit code, one line and 2 for what the user can mend, 130 for Ctrl-C."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
     try:
         code = work()
         sys.stdout.flush()  # here a closed pipe can still be caught
@@ -85,6 +88,7 @@ def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
     except (DataError, OSError, *errors) as e:
         parser.error(str(e))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the threads that are ending
         parser.exit(130, "interrupted; nothing half-written is left\n")
     sys.exit(code or 0)
 
@@ -105,7 +109,8 @@ def within(kind: type, low: float, high: float = math.inf):
 def warn(message: str) -> None:
     """One loud line on stderr, from one process of a distributed run only."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be reading it
+            print(f"WARNING: {message}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -240,6 +245,11 @@ def scan_all(root: Path, required: tuple = ()) -> list[dict]:
     return records
 
 
+def positive_class(classes: list[str]) -> int:
+    """The index of PNEUMONIA, in whatever case, else of the last class."""
+    return next((i for i, name in enumerate(classes) if name.upper() == "PNEUMONIA"), len(classes) - 1)
+
+
 def named_patients(records: list[dict]) -> set[str]:
     """Patients that the file names tell."""
     return {r["patient"] for r in records if r["patient"] != r["path"]}
@@ -271,8 +281,11 @@ def split_by_patient(records: list[dict], seed: int, fraction: float) -> list[bo
 
     patients = Counter(c for c, _ in {(r["class"], r["patient"]) for r in records})
     folds = min(round(1 / fraction), min(patients.values()))
+    fewest = min(patients, key=patients.get)
     if folds < 2:
-        raise DataError(f"class {min(patients, key=patients.get)} has too few patients to hold some out for validation")
+        raise DataError(f"class {fewest} has too few patients to hold some out for validation")
+    if folds < round(1 / fraction):
+        warn(f"class {fewest} has only {folds} patients: 1 in {folds} of all images is held out for validation")
     # Patients get random numbers and the fold is drawn here: the splitter's own shuffle unbalanced the classes up to
     # scikit-learn 1.7, and differs between versions.
     rng = np.random.default_rng(seed)
@@ -328,7 +341,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
     """
     try:
         if os.path.getsize(path) == 0:
-            raise ImageError("the file is empty")
+            raise ImageError("the file is empty" if os.path.isfile(path) else "not a regular file")
         with Image.open(path) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
@@ -418,6 +431,8 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
     def take(built: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
         pixels, notes = np.split(built, [len(records) * size**2])
         digests, failed = json.loads(notes.tobytes())
+        if len(digests) != len(records):
+            raise ValueError("notes of other images")
         return torch.from_numpy(pixels.reshape(-1, size, size)), torch.tensor(digests), dict(failed)
 
     files = (f"{r['path']} {r['bytes']} {r['mtime']}" for r in records)
@@ -426,7 +441,7 @@ def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tenso
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
     paths = [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
     for path in paths:
-        with contextlib.suppress(OSError, ValueError):  # not there, just replaced, or damaged
+        with contextlib.suppress(OSError, ValueError, TypeError):  # not there, just replaced, or damaged
             return take(np.memmap(path, mode="c"))  # copy-on-write: torch takes no read-only arrays
     for path, otherwise in zip(paths, ("trying the user's cache folder", "keeping the images in memory")):
         try:
@@ -788,7 +803,7 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
         DataError: no connection, another checksum, a damaged archive, or one that would write outside of folder.
     """
     target = folder / "chest_xray"
-    if target.exists():
+    if (target / "train").exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     timeout = socket.getdefaulttimeout()

@@ -7,6 +7,7 @@ python evaluate.py predictions.csv              # what another program predicted
 """
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import io
@@ -306,9 +307,9 @@ def score_csv(path: str) -> dict:
     for known in (["0", "1"], ["NORMAL", "PNEUMONIA"]):
         if set(names) <= set(known):  # one of the two alone will do
             names = known
-    if len(names) != 2:
+    if len(names) != 2 or "" in names:
         raise data.DataError(f"{path}: expected two labels, found {', '.join(names)}")
-    positive = names.index("PNEUMONIA") if "PNEUMONIA" in names else 1
+    positive = data.positive_class(names)
     records = []
     for r in rows:
         patient, subtype, _ = data.identify(Path(r["path"]).name)
@@ -691,7 +692,7 @@ def run(args: argparse.Namespace) -> None:
         raise data.DataError("--plots and --prevalence take one checkpoint; leave them out of a comparison")
     if args.plots and not importlib.util.find_spec("matplotlib"):
         raise data.DataError("--plots needs matplotlib: pip install matplotlib")
-    scored = [score_csv(i) if i.endswith(".csv") else score_checkpoint(i, args) for i in inputs]
+    scored = [score_csv(i) if i.lower().endswith(".csv") else score_checkpoint(i, args) for i in inputs]
     for s in scored:
         n, m = s["leaks"]["images"], s["leaks"]["patients"]
         if n or m:
@@ -708,7 +709,7 @@ def run(args: argparse.Namespace) -> None:
             data.write_atomic(folder / "compare.json", json.dumps(result, indent=1) + "\n")
         print(json.dumps(result, indent=1)) if args.json else print_comparison(result)
         return
-    s, is_csv = scored[0], inputs[0].endswith(".csv")
+    s, is_csv = scored[0], inputs[0].lower().endswith(".csv")
     weights = draw_weights([r["patient"] for r in s["records"]], args.bootstrap, args.seed)
     result = report(s, weights, args)
     stem = f"{source.stem}.scored" if is_csv else args.split  # the test.csv of a run must not replace its test.json
@@ -721,8 +722,9 @@ def run(args: argparse.Namespace) -> None:
         suffixes.append(".csv")
     data.write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
     if args.plots:
-        metrics = beside / "metrics.json"
-        history = json.loads(metrics.read_text())["epochs"] if metrics.exists() else []
+        history = []
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the figure does without
+            history = json.loads((beside / "metrics.json").read_text())["epochs"]
         plot(s, result, weights, history, folder / f"{stem}.png")
         suffixes.append(".png")
     if args.json:

@@ -141,13 +141,13 @@ def _from_state(name: str, classes: int, size: int, state: dict, path: str) -> t
     """Build with a state dict: every tensor must fit, but for the head, which is new where the classes differ."""
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     stem, head = (n[0] if isinstance(n, tuple) else n or "" for n in (config.first_conv, config.classifier))
-    count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
-    channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
-    overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
     try:
+        count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
+        channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
+        overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
         # Strict: one tensor too many, too few or of another shape is another architecture.
         model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError, ValueError, AttributeError) as e:
+    except (RuntimeError, KeyError, ValueError, AttributeError, TypeError, IndexError) as e:
         detail = next((line.strip() for line in str(e).splitlines()[1:]), str(e))[:160]
         raise ModelError(f"{path} does not hold weights of {name}: {detail}") from None
     if count != classes:

@@ -174,7 +174,7 @@ def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: d
     label, p, of = result["label"], result["probability"], loaded[0][0]["positive"]
     if isinstance(p, dict):  # more than two classes
         p, of = p[label], label
-    font = ImageFont.load_default(max(12, width // 45))
+    font = ImageFont.load_default(max(12, min(width // 45, 60)))
     lines = [Path(result["path"]).name, f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
     lines += result["flags"] + ["DEMO MODEL, trained on synthetic phantoms"] * result["demo"]
     line = int(font.size * 1.35)
@@ -184,7 +184,8 @@ def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: d
         ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
     name = "_".join(Path(result["path"]).parts[-3:]).strip("/").replace("/", "_").replace(".", "_")
     digest = hashlib.sha256(result["path"].encode(errors="surrogateescape")).hexdigest()[:6]
-    canvas.save(folder / f"{name[-120:]}_{digest}_cam.png")  # two images of one name keep a map each
+    with data.replacing(folder / f"{name[-120:]}_{digest}_cam.png") as f:  # two images of one name keep a map each
+        canvas.save(f, "PNG")
 
 
 class Writer:
@@ -209,14 +210,15 @@ class Writer:
                 writer.writeheader()
             writer.writerows(self.row(r) for r in results)
         else:
-            self.width = max(self.width, *(len(r["path"]) for r in results))
+            paths = ["".join(c if c.isprintable() else "?" for c in r["path"]) for r in results]  # one line each
+            self.width = max(self.width, *map(len, paths))
             name = max(len(c) for c in self.classes)
-            for r in results:
+            for path, r in zip(paths, results):
                 p = r["probability"]
                 shown = p[r["label"]] if isinstance(p, dict) else p
                 notes = "; ".join(r["flags"] + ["DEMO MODEL"] * r["demo"])
                 text = f"error: {r['error']}" if r["error"] else f"{r['label']:{name}}  {shown:.4f}  {notes}"
-                out.write(f"{r['path']:{self.width}}  {text}".rstrip() + "\n")
+                out.write(f"{path:{self.width}}  {text}".rstrip() + "\n")
         self.header = False
         out.flush()
 
@@ -244,9 +246,12 @@ def run(args: argparse.Namespace) -> int:
 
     def work(batch: list[str]) -> list[dict]:
         done = classify(batch, loaded, device)
-        for result, images in done:
-            if args.cam and images:
-                save_cam(result, loaded, images, Path(args.cam), device)
+        for result, images in done if args.cam else ():
+            try:
+                if images:
+                    save_cam(result, loaded, images, Path(args.cam), device)
+            except (data.ImageError, MemoryError) as e:  # gone meanwhile, or huge
+                result |= {"label": None, "probability": None, "flags": [], "error": f"no map: {e}"}
         return [result for result, _ in done]
 
     with tqdm(unit="img", leave=False, disable=None) as bar:

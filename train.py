@@ -262,7 +262,9 @@ def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
     metrics = Path(args.resume) / "metrics.json"
     try:
         stored = json.loads(metrics.read_text())["arguments"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if stored.keys() != given.keys() - {"resume", "output"}:
+            raise ValueError("arguments of another version")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise TrainError(f"--resume {args.resume} holds no run (no readable {metrics})") from None
     for name, value in given.items():
         if value is unset or name in ("resume", "output"):
@@ -308,7 +310,7 @@ def read_data(root: Path, size: int, args: argparse.Namespace, first: bool, worl
     for i in failed:
         d.records[i]["split"] = "left out"
     d.classes = sorted({r["class"] for r in d.records})
-    d.positive = d.classes.index("PNEUMONIA") if "PNEUMONIA" in d.classes else len(d.classes) - 1
+    d.positive = data.positive_class(d.classes)
     d.labels = torch.tensor([d.classes.index(r["class"]) for r in d.records])
     d.index = {s: torch.tensor([i for i, r in enumerate(d.records) if r["split"] == s]) for s in ("train", "val")}
     for (split, members), (i, name) in itertools.product(d.index.items(), enumerate(d.classes)):
@@ -370,6 +372,10 @@ def run(args: argparse.Namespace) -> Path:
     state_file, saved = folder / "last.pt", None
     if first and args.resume and state_file.exists():
         saved = models.load(state_file, LAST_FORMAT)
+        try:  # missing or damaged: better now than at the end
+            saved["best"]["epoch"] and models.load(folder / "ckpt.pt")
+        except models.ModelError as e:
+            raise TrainError(f"{e}; the run can't go on without it, start a new one") from None
     elif first and args.resume and (folder / "ckpt.pt").exists():
         raise TrainError(f"{folder} has a ckpt.pt but no last.pt to go on from; start a new run")
     saved = from_first(saved, world)

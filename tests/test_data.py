@@ -161,6 +161,19 @@ def test_shared_patients_are_an_error(tmp_path, split, count):
         data.find_training(tmp_path, 0, 0.2)
 
 
+def test_a_class_of_few_patients_holds_out_more_and_says_so(tmp_path, capsys):
+    touch(tmp_path, *(f"train/NORMAL/IM-{i}-0001.jpeg" for i in range(3)))
+    touch(tmp_path, *(f"train/PNEUMONIA/person{i}_virus_1.jpeg" for i in range(30)))
+    records = data.find_training(tmp_path, 0, 0.1)
+    assert "NORMAL has only 3 patients: 1 in 3 of all images" in capsys.readouterr().err
+    assert sum(r["split"] == "val" for r in records) == 11
+
+
+@pytest.mark.parametrize("names, index", [("NORMAL PNEUMONIA", 1), ("Pneumonia normal", 0), ("a b c", 2)])
+def test_positive_class(names, index):
+    assert data.positive_class(names.split()) == index
+
+
 def test_names_that_tell_no_patient_are_counted(tmp_path, capsys):
     touch(tmp_path, *names("train", 0, 40, series="scan{}.jpeg"))
     assert len({r["patient"] for r in data.find_training(tmp_path, 0, 0.2)}) == 40

@@ -18,6 +18,7 @@ from conftest import run_process, run_script
 from PIL import Image
 from scipy.special import expit, logit
 
+import data
 import evaluate
 import models
 
@@ -684,6 +685,14 @@ def test_equally_good_models_are_not_told_apart(tmp_path):
     gap = compare(paths)["compared"][1]["difference"]["auroc"]
     assert gap["p"] > 0.05
     assert gap["ci95"][0] < 0 < gap["ci95"][1]
+
+
+def test_a_missing_truth_is_an_error(tmp_path):
+    path = write_csv(
+        tmp_path / "x.csv", [{"path": p, "label": y, "probability": "0.3"} for p, y in (("a", "1"), ("b", ""))]
+    )
+    with pytest.raises(data.DataError, match="expected two labels"):
+        evaluate.score_csv(str(path))
 
 
 def test_what_takes_one_checkpoint_is_an_error_in_a_comparison(rivals, monkeypatch, capsys):

@@ -23,9 +23,10 @@ SHORT = ("--no-pretrained", "--img-size", "32", "--batch-size", "16", "--warmup-
 
 def start(*arguments, cwd) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    # What a shell starts in the background ignores SIGINT, and would hand that down.
     return subprocess.Popen(
-        command, cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=cwd, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
     )
 
 
@@ -145,6 +146,24 @@ def test_a_run_killed_before_its_first_state_starts_again(run_folder, tmp_path):
         done = run_script("train.py", "--resume", "run", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert (tmp_path / "run" / "ckpt.pt").read_bytes() == (run_folder / "ckpt.pt").read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated"])
+def test_a_run_whose_checkpoint_is_lost_does_not_go_on(run_folder, tmp_path, damage):
+    shutil.copytree(run_folder, tmp_path / "run")
+    ckpt = tmp_path / "run" / "ckpt.pt"
+    ckpt.unlink() if damage == "missing" else ckpt.write_bytes(ckpt.read_bytes()[:1000])
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    done = run_script("train.py", "--resume", "run", "--epochs", 3, cwd=tmp_path)
+    assert done.returncode == 2 and "start a new one" in done.stderr.splitlines()[-1]
+    assert (tmp_path / "run" / "last.pt").read_bytes() == before
+
+
+def test_damaged_arguments_are_no_run(run_folder, tmp_path):
+    for arguments in ({}, [], {"epochs": 3}):
+        (tmp_path / "metrics.json").write_text(json.dumps({"arguments": arguments}))
+        done = run_script("train.py", "--resume", ".", cwd=tmp_path)
+        assert done.returncode == 2 and "holds no run" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 def test_interruption_says_how_to_go_on(demo, tmp_path):
