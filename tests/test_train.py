@@ -25,9 +25,8 @@ def start(*arguments, cwd) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
     options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # What a shell starts in the background ignores SIGINT, and would hand that down.
-    return subprocess.Popen(
-        command, cwd=cwd, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options
-    )
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=cwd, text=True, **options)
 
 
 def weights_of(folder, name="ckpt.pt", key="state_dict"):
