@@ -63,7 +63,7 @@ def preprocessing(name: str, size: int | None) -> dict:
     check_name(name)
     config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
     mean, std = (sum(v) / len(v) for v in (config.mean, config.std))
-    return {"input_size": size or (config.input_size[-1] if config.fixed_input_size else 160), "mean": mean, "std": std}
+    return {"input_size": size or (config.input_size[-1] if takes_one_size(name) else 160), "mean": mean, "std": std}
 
 
 def takes_one_size(name: str) -> bool:

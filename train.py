@@ -299,9 +299,7 @@ def read_data(root: Path, size: int, args: argparse.Namespace, first: bool, worl
         images: uint8 [n, size, size]; digests: int64 [n]; labels: int64 [n]; index: {"train", "val"} of int64 indices;
         records (see data.find_training, with the split "left out" too), classes, positive (an index), left_out, demo.
     """
-    d = SimpleNamespace(
-        root=root, demo=data.is_demo(root), records=data.find_training(root, args.seed, args.val_fraction)
-    )
+    d = SimpleNamespace(demo=data.is_demo(root), records=data.find_training(root, args.seed, args.val_fraction))
     # The first process decodes what is not in the cache yet; the others wait for that.
     loaded = data.load_images(root, d.records, size) if first else None
     from_first(None, world)
@@ -372,8 +370,9 @@ def run(args: argparse.Namespace) -> Path:
     state_file, saved = folder / "last.pt", None
     if first and args.resume and state_file.exists():
         saved = models.load(state_file, LAST_FORMAT)
-        try:  # missing or damaged: better now than at the end
-            saved["best"]["epoch"] and models.load(folder / "ckpt.pt")
+        try:
+            if saved["best"]["epoch"]:
+                models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
         except models.ModelError as e:
             raise TrainError(f"{e}; the run can't go on without it, start a new one") from None
     elif first and args.resume and (folder / "ckpt.pt").exists():
