@@ -528,15 +528,15 @@ def augment(images: torch.Tensor, draws: torch.Tensor, strength: dict[str, float
         oy = ox[:, None]
         # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
         cell = (n, 1, 1)
-        gx = (cos * w * flip).view(cell) * ox - (sin * h).view(cell) * oy + dx.view(cell)
-        gy = (sin * w * flip).view(cell) * ox + (cos * h).view(cell) * oy + dy.view(cell)
+        gx = ((cos * w * flip).view(cell) * ox + dx.view(cell)) - (sin * h).view(cell) * oy
+        gy = (sin * w * flip).view(cell) * ox + ((cos * h).view(cell) * oy + dy.view(cell))
         x = F.grid_sample(x, torch.stack([gx, gy], 3), align_corners=False)
     column = (n, 1, 1, 1)
     if s["brightness"]:
         x = x.mul_((1 + (2 * u[:, 6] - 1) * s["brightness"]).view(column)).clamp_(max=1)
     if s["contrast"]:
         mean, factor = x.mean((1, 2, 3), keepdim=True), (1 + (2 * u[:, 7] - 1) * s["contrast"]).view(column)
-        x = x.sub_(mean).mul_(factor).add_(mean).clamp_(0, 1)
+        x = x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
     if s["gamma"]:
         x = x.pow(torch.exp((2 * u[:, 8] - 1) * s["gamma"]).view(column))
     if s["erase"]:

@@ -4,6 +4,7 @@ Every model has one grey input channel and one logit per class.
 """
 
 import contextlib
+import copy
 import difflib
 import io
 import os
@@ -16,8 +17,10 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from timm.models import load_state_dict
 from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FORMAT = "chest radiograph classifier"
 FORMAT_VERSION = 1
@@ -257,6 +260,41 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     except RuntimeError as e:
         raise ModelError(f"the weights do not fit this version of timm's {checkpoint['model']}: {e}") from None
     return model.eval().to(device, memory_format=torch.channels_last)
+
+
+def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:
+    """A copy with each batch norm put into the convolution before it: the same logits in two thirds of the time.
+
+    Args:
+        model: in evaluation mode, on any device; it comes back as it is where it has none, or the copy's logits differ
+            by more than rounding. size: side of its input.
+    """
+    folded = copy.deepcopy(model)
+    norms = {m: name for name, m in folded.named_modules() if type(m) in (nn.BatchNorm2d, BatchNormAct2d)}
+    convolved, pairs, handles = {}, [], []
+
+    def follow(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
+        if module not in norms:
+            convolved[id(output)] = module, output
+        elif id(inputs[0]) in convolved:
+            pairs.append((convolved[id(inputs[0])][0], module))
+
+    if not norms:
+        return model
+    for m in folded.modules():
+        if m in norms or type(m) is nn.Conv2d:  # its subclasses may change their weights before they use them
+            handles.append(m.register_forward_hook(follow))
+    x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    with torch.no_grad():
+        before = folded(x)
+        for handle in handles:
+            handle.remove()
+        for conv, norm in pairs:
+            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            rest = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
+            folded.set_submodule(norms[norm], nn.Sequential(*rest))
+        return folded if torch.allclose(folded(x), before, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
 
 
 def newest_checkpoint() -> Path:

@@ -17,7 +17,7 @@ import os
 import sys
 import threading
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +28,7 @@ from tqdm import tqdm
 import data
 import models
 
-BATCH = 16
+BATCH = 32
 ONE_AT_A_TIME = threading.Lock()  # for an accelerator, where two threads would share one queue, or (MPS) crash
 COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
 
@@ -68,19 +68,20 @@ def load_models(paths: list[str], device: torch.device) -> list[tuple[dict, torc
             data.warn(
                 f"DEMO MODEL: {path} was trained on synthetic phantoms; its predictions mean nothing for patients"
             )
-        loaded.append((ckpt, models.from_checkpoint(ckpt, device)))
+        model = models.from_checkpoint(ckpt, device)
+        loaded.append((ckpt, models.fold_batch_norms(model, ckpt["input_size"])))
     return loaded
 
 
-def read(path: str, loaded: list[tuple[dict, torch.nn.Module]]) -> tuple[dict[int, np.ndarray], dict, str]:
-    """The image at each model's input size, what read_image tells of it, and the reason where it can't be read."""
+def read(path: str, sizes: set[int]) -> tuple[str, dict[int, np.ndarray], dict, str]:
+    """The path, its image at each size, what read_image tells of it, and the reason where it can't be read."""
     images, info = {}, {}
     try:
-        for size in {ckpt["input_size"] for ckpt, _ in loaded}:
+        for size in sizes:
             images[size], info = data.read_image(path, size)
     except data.ImageError as e:
-        return {}, {}, str(e)
-    return images, info, ""
+        return path, {}, {}, str(e)
+    return path, images, info, ""
 
 
 def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
@@ -97,13 +98,12 @@ def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
 
 
 @torch.inference_mode()
-def classify(paths: list[str], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device) -> list[tuple]:
-    """Read and classify a batch of files.
+def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device) -> list[tuple]:
+    """Classify what read returned for each file.
 
     Returns:
-        for each path a dict (path, label, probability, threshold, flags, error, demo) and its images by size.
+        for each file a dict (path, label, probability, threshold, flags, error, demo) and its images by size.
     """
-    batch = [(path, *read(path, loaded)) for path in paths]
     good = [images for _, images, _, _ in batch if images]
     mean, unlike = 0.0, torch.zeros(len(good), dtype=torch.bool)
     for ckpt, model in loaded if good else ():
@@ -134,11 +134,11 @@ def classify(paths: list[str], loaded: list[tuple[dict, torch.nn.Module]], devic
     return results
 
 
-def stream(paths, work, workers: int):
-    """Yield work(batch of paths) in order, workers of them at a time and a few ahead, however many paths there are.
+def stream(paths, read, work, workers: int):
+    """Yield work([read(path), ...]) of batches of paths in order, a few ahead, however many paths there are.
 
-    Each worker reads and classifies a batch of its own with one thread, so that decoding and the model never wait for
-    each other; where there are fewer files than that takes, the model gets the spare cores.
+    The same workers, with one thread each, read files and classify batches, so that no core waits while there is either
+    to do; where there are fewer files than that takes, the model gets the spare cores.
     """
     paths = iter(paths)
     head = list(itertools.islice(paths, workers * BATCH))
@@ -146,8 +146,13 @@ def stream(paths, work, workers: int):
     size = max(1, min(BATCH, -(-len(head) // workers)))
     paths, pool, threads = itertools.chain(head, paths), ThreadPoolExecutor(workers), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
+
+    def submit(batch: list[str]) -> Future:
+        reads = [pool.submit(read, path) for path in batch]  # the pool starts these before what waits for them
+        return pool.submit(lambda: work([r.result() for r in reads]))
+
     try:
-        jobs = (pool.submit(work, batch) for batch in iter(lambda: list(itertools.islice(paths, size)), []))
+        jobs = (submit(batch) for batch in iter(lambda: list(itertools.islice(paths, size)), []))
         ahead = deque(itertools.islice(jobs, 2 * workers))
         while ahead:
             yield ahead.popleft().result()
@@ -244,7 +249,9 @@ def run(args: argparse.Namespace) -> int:
     workers = 1 if args.cam else data.CORES  # a heat map hooks into the model, which others must not use meanwhile
     failed = count = 0
 
-    def work(batch: list[str]) -> list[dict]:
+    sizes = {ckpt["input_size"] for ckpt, _ in loaded}
+
+    def work(batch: list[tuple]) -> list[dict]:
         done = classify(batch, loaded, device)
         for result, images in done if args.cam else ():
             try:
@@ -255,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
         return [result for result, _ in done]
 
     with tqdm(unit="img", leave=False, disable=None) as bar:
-        for results in stream(find_inputs(args.inputs), work, workers):
+        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers):
             count += len(results)
             failed += sum(bool(r["error"]) for r in results)
             bar.update(len(results))

@@ -1,7 +1,7 @@
 """How close the suite comes to the machine's limit; run by hand, not by pytest.
 
     python tests/bench.py                               # a set of noise images, drawn into a temporary folder
-    python tests/bench.py --fullres DIR                 # first decode of the full-size JPEG files in DIR
+    python tests/bench.py --fullres DIR                 # first decode and prediction of the full-size JPEG files in DIR
 
 Every figure but the reported times is a ratio of two things measured in turn in the same process, since absolute times
 mean little on shared machines. Prints one table and one line of JSON.
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import evaluate
 import models
+import predict
 import train
 
-NAME, SIZE, BATCH, STEPS, ROUNDS = "mobilenetv3_small_050", 224, 64, 6, 5
+NAME, SIZE, BATCH, STEPS, ROUNDS = "mobilenetv3_small_050", 224, 64, 6, 9
 CPU = torch.device("cpu")
 
 
@@ -125,6 +127,28 @@ def decoding(folder: Path) -> dict:
         return {f"first decode of {len(files)} files / {data.CORES} cores x Pillow": ratio(limit, real) / data.CORES}
 
 
+def prediction(folder: Path) -> dict:
+    """predict.py's reading and classifying of a folder, over reading alone on all cores; both from the same files."""
+    files = 4 * [str(p) for p in sorted(folder.rglob("*")) if data.is_image(p)][:160]
+    torch.manual_seed(0)
+    model = models.fold_batch_norms(models.build(NAME, 2, 160).eval(), 160).to(memory_format=torch.channels_last)
+    batches = [[torch.randint(0, 256, (100, 160, 160), dtype=torch.uint8)]] * 2
+    ckpt = {"classes": ["NORMAL", "PNEUMONIA"], "positive": "PNEUMONIA", "input_size": 160, "mean": 0.45, "std": 0.23}
+    ckpt |= {"temperature": 1.0, "threshold": {"value": 0.5}, "input_check": models.fit_input_check(*batches)}
+    loaded = [(ckpt | {"data": {"demo": False}}, model)]
+
+    def limit() -> None:
+        with ThreadPoolExecutor(data.CORES) as pool:
+            list(pool.map(lambda path: data.read_image(path, 160)[1], files))
+
+    def real() -> None:
+        read, work = lambda path: predict.read(path, {160}), lambda batch: predict.classify(batch, loaded, CPU)
+        for results in predict.stream(files, read, work, data.CORES):
+            assert all(r["label"] for r, _ in results)
+
+    return {f"prediction of {len(files)} files / reading on {data.CORES} cores": ratio(limit, real)}
+
+
 def repeated(folder: Path, count: int) -> Path:
     """A data folder of count small images: hard links to a few files."""
     rng = np.random.default_rng(0)
@@ -202,14 +226,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fullres", type=Path, metavar="DIR", help="folder of full-size JPEG files")
     parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="training evaluation start scaling compilation decoding"
+        "--only", nargs="+", metavar="PART", help="training evaluation start scaling compilation decoding prediction"
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         parts = {"training": training, "evaluation": evaluation, "start": lambda: start_and_memory(Path(work))}
         parts |= {"scaling": scaling, "compilation": compilation}
         if args.fullres:
-            parts["decoding"] = lambda: decoding(args.fullres)
+            parts |= {"decoding": lambda: decoding(args.fullres), "prediction": lambda: prediction(args.fullres)}
         result = {}
         for name, part in parts.items():
             if not args.only or name in args.only:

@@ -18,10 +18,12 @@ import data
 import models
 import predict
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def loaded(run_folder):
-    return predict.load_models([str(run_folder / "ckpt.pt")], torch.device("cpu"))
+    return predict.load_models([str(run_folder / "ckpt.pt")], CPU)
 
 
 def as_json(done) -> list[dict]:
@@ -113,7 +115,7 @@ def test_flags(loaded, tmp_path):
     for name, pixels in pictures.items():
         path = tmp_path / f"{name}.png"
         Image.fromarray(pixels.astype(np.uint8)).save(path)
-        ((result, _),) = predict.classify([str(path)], loaded, torch.device("cpu"))
+        ((result, _),) = predict.classify([predict.read(str(path), {loaded[0][0]["input_size"]})], loaded, CPU)
         assert name in result["flags"]
         assert (result["label"] == "PNEUMONIA") == (result["probability"] >= result["threshold"])
 
@@ -121,10 +123,10 @@ def test_flags(loaded, tmp_path):
 def test_the_flag_changes_nothing_else(loaded, demo):
     paths = sorted(map(str, (demo / "test" / "NORMAL").iterdir()))[:5]
     (ckpt, model) = loaded[0]
-    seen = []
+    batch, seen = [predict.read(path, {ckpt["input_size"]}) for path in paths], []
     for cut in (-1.0, 1e9):
         other = ckpt | {"input_check": ckpt["input_check"] | {"cut": cut}}
-        results = [r for r, _ in predict.classify(paths, [(other, model)], torch.device("cpu"))]
+        results = [r for r, _ in predict.classify(batch, [(other, model)], CPU)]
         assert all(("unlike training images" in r["flags"]) == (cut < 0) for r in results)
         seen.append([(r["label"], r["probability"]) for r in results])
     assert seen[0] == seen[1]
@@ -215,7 +217,7 @@ def test_stream_keeps_order_and_little_in_memory(count):
             taken.append(i)
             yield str(i)
 
-    for batch in predict.stream(paths(), lambda batch: batch, 3):
+    for batch in predict.stream(paths(), str, list, 3):
         out += batch
         assert 0 < len(batch) <= predict.BATCH and len(taken) <= len(out) + 6 * predict.BATCH
     assert out == [str(i) for i in range(count)]
@@ -226,7 +228,7 @@ def test_threads_are_shared_out_and_given_back():
     torch.set_num_threads(4)
     try:
         for count, each in ((1, 4), (2, 2), (100, 1)):
-            for _ in predict.stream(map(str, range(count)), lambda batch: batch, 4):
+            for _ in predict.stream(map(str, range(count)), str, list, 4):
                 assert torch.get_num_threads() == each
             assert torch.get_num_threads() == 4
     finally:
@@ -262,11 +264,12 @@ def test_a_folder_that_can_not_be_read_is_one_bad_row(tmp_path, monkeypatch):
 
 
 def test_an_error_in_a_worker_is_not_swallowed():
-    def work(batch):
+    def fail(_):
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        list(predict.stream(map(str, range(100)), work, 2))
+    for read, work in ((fail, list), (str, fail)):
+        with pytest.raises(ZeroDivisionError):
+            list(predict.stream(map(str, range(100)), read, work, 2))
 
 
 @pytest.mark.parametrize(
