@@ -7,6 +7,7 @@ import contextlib
 import copy
 import difflib
 import io
+import itertools
 import os
 import sys
 import threading
@@ -321,15 +322,16 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     """Grad-CAM (Selvaraju et al. 2017) of the logit of class target, the mean over each image and its mirror image.
 
     The map is that of the last stage; in models that read a class token alone, of the block before, the last one whose
-    other tokens matter.
+    other tokens matter. Such a map is coarse (5 x 5 at 160 pixels), so to that of the whole image comes the mean of the
+    maps of nine overlapping windows, each enlarged to the input size, as random crops are in training.
 
     Args:
-        x: normalised images [batch, 1, height, width].
+        x: normalised images [batch, 1, side, side].
 
     Returns:
-        float32 [batch, height, width] in [0, 1]; all zero where nothing speaks for the class.
+        float32 [batch, side, side] in [0, 1]; all zero where nothing speaks for the class.
     """
-    kept, total = {}, 0.0
+    kept, size = {}, x.shape[-1]
     stage = -2 if getattr(model, "global_pool", "") == "token" else -1
     try:
         layer = model.get_submodule(model.feature_info[stage]["module"])
@@ -345,17 +347,22 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
         features, gradient = (_to_nchw(model, t.detach().float()) for t in (kept["map"], gradient))
         return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
 
+    def view(x: torch.Tensor) -> torch.Tensor:
+        enlarged = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+        cam = one(enlarged) + one(enlarged.flip(3)).flip(3)
+        return F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False).clamp(min=0)[:, 0]
+
     try:
         model(x[:1])
         if not isinstance(kept.get("map"), torch.Tensor) or kept["map"].ndim not in (3, 4):
             raise ModelError("this model has no feature map to show; leave out --cam")
-        # Also moved by half a cell of the coarse map to the right and down: that doubles its resolution.
-        half = x.shape[-1] // (2 * one(x).shape[-1])
-        for right, down in ((0, 0), (half, 0), (0, half), (half, half)):
-            moved = F.pad(x, (right, 0, down, 0), mode="replicate")[..., : x.shape[-2], : x.shape[-1]]
-            cam = one(moved) + one(moved.flip(3)).flip(3)
-            cam = F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False).clamp(min=0)
-            total = total + F.pad(cam, (0, right, 0, down), mode="replicate")[:, 0, down:, right:]
+        side = round(0.6 * size)
+        inside, covered = torch.zeros_like(x[:, 0]), torch.zeros_like(x[0, 0])
+        for top, left in itertools.product((0, (size - side) // 2, size - side), repeat=2):
+            window = ..., slice(top, top + side), slice(left, left + side)
+            inside[window] += view(x[window])
+            covered[window] += 1
+        total = view(x) + inside / covered
     finally:
         handle.remove()
     return total / total.amax((1, 2), keepdim=True).clamp(min=1e-12)
