@@ -357,12 +357,14 @@ def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
         if not isinstance(kept.get("map"), torch.Tensor) or kept["map"].ndim not in (3, 4):
             raise ModelError("this model has no feature map to show; leave out --cam")
         side = round(0.6 * size)
-        inside, covered = torch.zeros_like(x[:, 0]), torch.zeros_like(x[0, 0])
+        inside, weight = torch.zeros_like(x[:, 0]), torch.zeros_like(x[0, 0])
+        taper = torch.hann_window(side + 2, periodic=False, device=x.device)[1:-1]  # or the windows' edges would show
+        taper = torch.outer(taper, taper)
         for top, left in itertools.product((0, (size - side) // 2, size - side), repeat=2):
             window = ..., slice(top, top + side), slice(left, left + side)
-            inside[window] += view(x[window])
-            covered[window] += 1
-        total = view(x) + inside / covered
+            inside[window] += taper * view(x[window])
+            weight[window] += taper
+        total = view(x) + inside / weight
     finally:
         handle.remove()
     return total / total.amax((1, 2), keepdim=True).clamp(min=1e-12)

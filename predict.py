@@ -183,7 +183,8 @@ def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: d
     lines = [Path(result["path"]).name, f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
     lines += result["flags"] + ["DEMO MODEL, trained on synthetic phantoms"] * result["demo"]
     line = int(font.size * 1.35)
-    canvas = Image.new("RGB", (max(width, 240), height + line * len(lines) + line // 2), "black")
+    wide = max(width, *(int(font.getlength(text)) + line for text in lines))
+    canvas = Image.new("RGB", (wide, height + line * len(lines) + line // 2), "black")
     canvas.paste(Image.fromarray(out.round().clip(0, 255).astype(np.uint8)), (0, 0))
     for i, text in enumerate(lines):
         ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)

@@ -145,16 +145,17 @@ def test_grad_cam_of_each_architecture(trained):
 
 
 class Toy(nn.Module):
-    """Two stages whose features are the image at half its size; logit 1 is their mean, logit 0 is zero."""
+    """Two stages whose features are the image in cells of so many pixels; logit 1 is their mean, logit 0 is zero."""
 
-    def __init__(self, kind: str):
+    def __init__(self, kind: str, cell: int = 2):
         super().__init__()
+        self.cell = cell
         self.stage0, self.stage1 = nn.Identity(), nn.Identity()
         self.feature_info = [{"module": "stage0"}, {"module": "stage1"}]
         self.kind, self.output_fmt, self.num_prefix_tokens = kind, "NHWC" if kind == "NHWC" else "NCHW", 1
 
     def forward(self, x):
-        f = nn.functional.avg_pool2d(x, 2)
+        f = nn.functional.avg_pool2d(x, self.cell)
         if self.kind == "NHWC":
             f = f.permute(0, 2, 3, 1)
         if self.kind == "tokens":
@@ -173,6 +174,17 @@ def test_grad_cam_finds_what_speaks_for_a_class(kind):
     assert heat.max() == 1
     assert heat[8:].max() < 0.01 and heat[:, :6].max() < 0.01
     assert models.grad_cam(Toy(kind), x, 0).max() == 0
+
+
+def test_grad_cam_is_finer_than_the_feature_map():
+    """Cells of 20 pixels, and a spot at the edge of one: the maximum lies nearer to it than the cell's middle does."""
+    x = torch.zeros(1, 1, 80, 80)
+    x[0, 0, 40:44, 40:44] = 1
+    heat = models.grad_cam(Toy("NCHW", 20), x, 1)[0]
+    row, column = divmod(int(heat.argmax()), 80)
+    assert abs(row - 41.5) < 5 and abs(column - 41.5) < 5
+    steps = torch.cat([heat.diff(dim=0).flatten(), heat.diff(dim=1).flatten()]).abs()
+    assert steps.max() < 0.15  # no edge of a window shows
 
 
 # --- build ---
