@@ -70,7 +70,8 @@ class Parser(argparse.ArgumentParser):
         sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
         for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
             if hasattr(stream, "reconfigure"):
-                stream.reconfigure(errors="surrogateescape")
+                escape = stream is not sys.stdin and not stream.encoding.lower().startswith("utf")
+                stream.reconfigure(errors="backslashreplace" if escape else "surrogateescape")
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
@@ -78,7 +79,16 @@ class Parser(argparse.ArgumentParser):
 
 def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
     """End the process as work() tells: its exit code, one line and 2 for what the user can mend, 130 for Ctrl-C."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that half-written files are removed
+
+    def ignore_signals() -> None:  # a second one must not disturb the threads that are ending
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+    def terminate(*_) -> None:  # as an exception, so that half-written files are removed
+        ignore_signals()
+        sys.exit(143)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = work()
         sys.stdout.flush()  # here a closed pipe can still be caught
@@ -88,7 +98,7 @@ def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
     except (DataError, OSError, *errors) as e:
         parser.error(str(e))
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second one must not disturb the threads that are ending
+        ignore_signals()
         parser.exit(130, "interrupted; nothing half-written is left\n")
     sys.exit(code or 0)
 
@@ -370,6 +380,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
         raise
     except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
         known = {FileNotFoundError: "no such file", Image.UnidentifiedImageError: "not an image that Pillow can read"}
+        known[IsADirectoryError] = "a folder without images"
         raise ImageError(known.get(type(e), f"cannot be decoded: {e}")) from None
     return pixels, {"width": width, "height": height, "mode": mode, "colour": colour}
 

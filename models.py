@@ -13,6 +13,7 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
 
 import timm
@@ -25,6 +26,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 FORMAT = "chest radiograph classifier"
 FORMAT_VERSION = 1
+KEYS = {"model", "state_dict", "classes", "positive", "input_size", "mean", "std", "temperature", "threshold", "data"}
+KEYS |= {"input_check"}  # without which nothing can be classified
 
 
 class ModelError(Exception):
@@ -240,22 +243,29 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
     if not Path(path).is_file():
         raise ModelError(f"checkpoint {path} does not exist")
     try:
+        with zipfile.ZipFile(path) as z:
+            if z.testzip():  # torch would not notice
+                raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
         raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
         raise ModelError(f"{path} is no {kind} checkpoint of this suite")
-    found = checkpoint.get("format_version")
+    found, missing = checkpoint.get("format_version"), KEYS - checkpoint.keys() if kind == FORMAT else ()
     if not isinstance(found, int):
         raise ModelError(f"{path} has no format version: it is damaged")
     if found > FORMAT_VERSION:
         raise ModelError(f"{path} has format version {found}, this code reads up to {FORMAT_VERSION}: update the code")
+    if missing:
+        raise ModelError(f"{path} is damaged: it holds no {', '.join(sorted(missing))}")
     return checkpoint
 
 
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     """The model of a checkpoint, in evaluation mode."""
     model = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["input_size"])
+    if not all(v.isfinite().all() for v in checkpoint["state_dict"].values()):
+        raise ModelError("the checkpoint's weights are not finite: it is damaged; train again")
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as e:

@@ -36,18 +36,19 @@ COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean
 def find_inputs(inputs):
     """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order.
 
-    A folder that can't be read stands for itself: it gets a row that says so.
+    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so.
     """
     for item in inputs:
         if item == "-":
             yield from find_inputs(line.rstrip("\r\n") for line in sys.stdin or () if line.strip() not in ("", "-"))
         elif os.path.isdir(item):
-            unreadable = []
-            yield from map(str, data.walk(Path(item), unreadable.append))
-            yield from (error.filename for error in unreadable)
+            unreadable, path = [], None
+            for path in data.walk(Path(item), unreadable.append):
+                yield str(path)
+            yield from [error.filename for error in unreadable] or [item] * (path is None)
         elif not os.path.exists(item) and glob.has_magic(item):
             found = sorted(glob.glob(item, recursive=True))
-            yield from find_inputs(found) if found else [item]
+            yield from dict.fromkeys(find_inputs(found)) if found else [item]  # ** finds a folder and what is in it
         else:
             yield item
 
@@ -135,21 +136,21 @@ def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], dev
     return results
 
 
-def stream(paths, read, work, workers: int):
+def stream(paths, read, work, workers: int, batch: int = BATCH):
     """Yield work([read(path), ...]) of batches of paths in order, a few ahead, however many paths there are.
 
     The same workers, with one thread each, read files and classify batches, so that no core waits while there is either
     to do; where there are fewer files than that takes, the model gets the spare cores.
     """
     paths = iter(paths)
-    head = list(itertools.islice(paths, workers * BATCH))
+    head = list(itertools.islice(paths, workers * batch))
     workers = max(1, min(workers, len(head)))
-    size = max(1, min(BATCH, -(-len(head) // workers)))
+    size = max(1, min(batch, -(-len(head) // workers)))
     paths, pool, threads = itertools.chain(head, paths), ThreadPoolExecutor(workers), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
 
-    def submit(batch: list[str]) -> Future:
-        reads = [pool.submit(read, path) for path in batch]  # the pool starts these before what waits for them
+    def submit(some: list[str]) -> Future:
+        reads = [pool.submit(read, path) for path in some]  # the pool starts these before what waits for them
         return pool.submit(lambda: work([r.result() for r in reads]))
 
     try:
@@ -166,33 +167,39 @@ def stream(paths, read, work, workers: int):
 def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: dict, folder: Path, device) -> None:
     """Write the radiograph at its own resolution with the heat map of its label laid over it, and a caption."""
     heat = 0.0
-    picture, _ = data.read_image(result["path"], None)
-    height, width = picture.shape
+    picture = Image.fromarray(data.read_image(result["path"], None)[0])
+    width, height = picture.size
     for ckpt, model in loaded:
         pixels = torch.from_numpy(images[ckpt["input_size"]])[None].to(device)
         x = data.normalise(pixels, ckpt["mean"], ckpt["std"])
         cam = models.grad_cam(model, x, ckpt["classes"].index(result["label"]))[0].cpu().numpy()
-        cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BICUBIC)
-        heat = heat + np.asarray(cam).clip(0, 1)[..., None] / len(loaded)
+        cam = Image.fromarray(cam).resize(picture.size, Image.Resampling.BICUBIC)
+        heat = heat + np.asarray(cam).clip(0, 1) / len(loaded)
     # From no colour over red to yellow, as opaque as the map is high.
-    colour = np.concatenate([np.full_like(heat, 255), 255 * heat**2, np.zeros_like(heat)], 2)
-    out = picture[..., None] * (1 - 0.5 * heat) + colour * 0.5 * heat
+    green, mask = (Image.fromarray((255 * v).astype(np.uint8)) for v in (heat**2, heat / 2))
+    colour = Image.merge("RGB", (Image.new("L", picture.size, 255), green, Image.new("L", picture.size)))
     label, p, of = result["label"], result["probability"], loaded[0][0]["positive"]
     if isinstance(p, dict):  # more than two classes
         p, of = p[label], label
     font = ImageFont.load_default(max(12, min(width // 45, 60)))
-    lines = [Path(result["path"]).name, f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
+    lines = [printable(Path(result["path"]).name), f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
     lines += result["flags"] + ["DEMO MODEL, trained on synthetic phantoms"] * result["demo"]
     line = int(font.size * 1.35)
     wide = max(width, *(int(font.getlength(text)) + line for text in lines))
     canvas = Image.new("RGB", (wide, height + line * len(lines) + line // 2), "black")
-    canvas.paste(Image.fromarray(out.round().clip(0, 255).astype(np.uint8)), (0, 0))
+    canvas.paste(Image.composite(colour, picture.convert("RGB"), mask), (0, 0))
     for i, text in enumerate(lines):
         ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
     name = "_".join(Path(result["path"]).parts[-3:]).strip("/").replace("/", "_").replace(".", "_")
-    digest = hashlib.sha256(result["path"].encode(errors="surrogateescape")).hexdigest()[:6]
-    with data.replacing(folder / f"{name[-120:]}_{digest}_cam.png") as f:  # two images of one name keep a map each
+    name = os.fsencode(name)[-120:].decode(errors="ignore")  # file systems count bytes
+    digest = hashlib.sha256(os.fsencode(result["path"])).hexdigest()[:6]
+    with data.replacing(folder / f"{name}_{digest}_cam.png") as f:  # two images of one name keep a map each
         canvas.save(f, "PNG")
+
+
+def printable(name: str) -> str:
+    """A file name as one line."""
+    return "".join(c if c.isprintable() else "?" for c in name)
 
 
 class Writer:
@@ -217,7 +224,7 @@ class Writer:
                 writer.writeheader()
             writer.writerows(self.row(r) for r in results)
         else:
-            paths = ["".join(c if c.isprintable() else "?" for c in r["path"]) for r in results]  # one line each
+            paths = [printable(r["path"]) for r in results]
             self.width = max(self.width, *map(len, paths))
             name = max(len(c) for c in self.classes)
             for path, r in zip(paths, results):
@@ -248,9 +255,9 @@ def run(args: argparse.Namespace) -> int:
     if args.cam:
         Path(args.cam).mkdir(parents=True, exist_ok=True)
     writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
-    workers = 1 if args.cam else data.CORES  # a heat map hooks into the model, which others must not use meanwhile
+    # A heat map hooks into the model, which others must not use meanwhile; it takes long, so each gives its row at once.
+    workers, batch = (1, 1) if args.cam else (data.CORES, BATCH)
     failed = count = 0
-
     sizes = {ckpt["input_size"] for ckpt, _ in loaded}
 
     def work(batch: list[tuple]) -> list[dict]:
@@ -264,11 +271,12 @@ def run(args: argparse.Namespace) -> int:
         return [result for result, _ in done]
 
     with tqdm(unit="img", leave=False, disable=None) as bar:
-        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers):
+        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers, batch):
             count += len(results)
             failed += sum(bool(r["error"]) for r in results)
             bar.update(len(results))
-            writer.write(results, sys.stdout)
+            with bar.external_write_mode():  # the bar makes way for rows on the same terminal
+                writer.write(results, sys.stdout)
     if not count:
         raise data.DataError(f"no image found in {' '.join(args.inputs)}")
     return 1 if failed else 0

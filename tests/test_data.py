@@ -777,6 +777,20 @@ def test_two_processes_draw_the_demo_set_at_once(tmp_path, monkeypatch):
     assert data.is_demo(tmp_path / "demo") and [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
+@pytest.mark.parametrize(("first", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_second_signal_does_not_disturb_the_end(first, code):
+    """Whatever else arrives while a script ends, it ends in order, with the code of the first signal and no traceback."""
+    script = f"""
+import atexit, os, signal, data
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+send = lambda name: os.kill(os.getpid(), getattr(signal, name))
+atexit.register(lambda: [send(name) for name in ("SIGTERM", "SIGINT")] and print("ended in order"))
+data.run_script(data.Parser(prog="x"), lambda: send("{first}"))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout == "ended in order\n" and "Traceback" not in done.stderr
+
+
 def test_demo_is_sound(demo):
     records = data.scan(demo, "train") + data.scan(demo, "test")
     assert len(records) == 120 and data.is_demo(demo) and data.check(demo)["problems"] == []

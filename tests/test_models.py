@@ -32,7 +32,8 @@ SMALL = NAMES[0]
 
 
 def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
-    content = {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "model": name}
+    content = dict.fromkeys(models.KEYS) | {"format": models.FORMAT, "format_version": models.FORMAT_VERSION}
+    content["model"] = name
     return content | {"state_dict": model.state_dict(), "classes": ["NORMAL", "PNEUMONIA"], "input_size": size}
 
 
@@ -456,6 +457,8 @@ def test_weights_from_a_hub_and_again_from_its_cache(tmp_path):
         ("empty", "damaged"),
         ("other dict", "no chest radiograph classifier checkpoint"),
         ("tensor", "no chest radiograph classifier checkpoint"),
+        ("flipped bits", "damaged"),
+        ("no threshold", "damaged.*no threshold"),
         ("future", f"version {models.FORMAT_VERSION + 1}.*update"),
     ],
 )
@@ -474,6 +477,15 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, small, kind, expecte
         torch.save({"state_dict": small.state_dict()}, path)
     elif kind == "tensor":
         torch.save(torch.zeros(3), path)
+    elif kind == "flipped bits":  # in a weight, where nothing but the checksum tells
+        models.save(to_checkpoint(SMALL, small), path)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    elif kind == "no threshold":
+        content = to_checkpoint(SMALL, small)
+        del content["threshold"]
+        models.save(content, path)
     elif kind == "future":
         models.save(to_checkpoint(SMALL, small) | {"format_version": models.FORMAT_VERSION + 1}, path)
     with pytest.raises(models.ModelError, match=expected) as caught:
@@ -491,6 +503,13 @@ def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path, small):
 def test_weights_that_do_not_fit_the_model_of_a_checkpoint_are_an_error(small):
     with pytest.raises(models.ModelError, match="resnet18"):
         models.from_checkpoint(to_checkpoint("resnet18", small), torch.device("cpu"))
+
+
+def test_weights_that_are_not_finite_are_an_error(small):
+    checkpoint = to_checkpoint(SMALL, small)
+    checkpoint["state_dict"]["classifier.bias"][0] = math.nan
+    with pytest.raises(models.ModelError, match="not finite"):
+        models.from_checkpoint(checkpoint, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 
@@ -192,6 +193,55 @@ def test_a_file_that_goes_before_its_map_is_drawn_is_one_bad_row(run_folder, dem
     assert [r["label"] is None for r in as_json(done)] == [False, False, True]
 
 
+def test_each_map_gives_its_row_at_once(run_folder, demo, tmp_path, monkeypatch):
+    """A heat map takes long: whoever interrupts waits for one, and what was done is printed."""
+
+    def save_cam(result, *rest):
+        if result["path"] == str(third):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "save_cam", save_cam)
+    first, second, third = sorted((demo / "test" / "NORMAL").iterdir())[:3]
+    done = run_script(
+        "predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "--cam", "m", third.parent, cwd=tmp_path
+    )
+    assert done.returncode == 130
+    assert [r["path"] for r in as_json(done)] == [str(first), str(second)]
+
+
+def test_the_map_of_a_long_name(run_folder, demo, tmp_path):
+    """File systems count bytes, captions lines."""
+    image = tmp_path / ("胸" * 60) / ("胸" * 80 + "\n.jpeg")
+    image.parent.mkdir()
+    shutil.copy(min((demo / "test" / "PNEUMONIA").iterdir()), image)
+    done = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--cam", "maps", "--json", image, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (written,) = (tmp_path / "maps").iterdir()
+    assert "胸" in written.name and "jpeg" in written.name and "\n" not in predict.printable(image.name)
+
+
+def test_rows_and_bar_share_a_terminal(run_folder, demo):
+    """Each row begins on a line of its own, though the bar is drawn on the same terminal."""
+    pty, fcntl, termios = (pytest.importorskip(name) for name in ("pty", "fcntl", "termios"))
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
+    paths = sorted(map(str, (demo / "test").rglob("*.jpeg")))
+    command = [sys.executable, str(ROOT / "predict.py"), "--ckpt", str(run_folder / "ckpt.pt"), *paths * 10]
+    process = subprocess.Popen(command, stdout=slave, stderr=slave, env=os.environ | {"TQDM_MININTERVAL": "0"})
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 65536)
+        except OSError:  # the terminal is closed: the process has ended
+            break
+    assert process.wait(60) == 0 and b"img/s" in shown
+    # What stands on a line in the end: what follows the last return to its beginning, over what stood there.
+    rows = [line for line in shown.decode().splitlines() if demo.name in line and "0." in line]
+    assert len(rows) == 10 * len(paths)
+    assert all(row.lstrip(" \r").startswith(str(demo)) for row in rows)
+
+
 @pytest.mark.parametrize("stderr", ["2>&-", "2> >(exec true)"])
 def test_nobody_needs_to_read_the_warnings(run_folder, demo, tmp_path, stderr):
     image = min((demo / "test" / "NORMAL").iterdir())
@@ -244,6 +294,30 @@ def test_folders_are_walked_however_they_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("c\na/1.png\n"))
     found = list(predict.find_inputs(["a", "[b]*", "-"]))
     assert found == ["a/1.png", "a/deep/2.png", "b/3.png", "c/4.png", "a/1.png"]
+
+
+def test_a_glob_names_each_image_once(tmp_path, monkeypatch):
+    for name in ("a/1.png", "a/deep/2.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    assert sorted(predict.find_inputs(["a/**"])) == ["a/1.png", "a/deep/2.png"]
+
+
+def test_a_folder_without_images_is_one_bad_row(run_folder, demo, tmp_path):
+    (tmp_path / "empty").mkdir()
+    image = min((demo / "test" / "NORMAL").iterdir())
+    done = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "empty", image, cwd=tmp_path)
+    assert done.returncode == 1
+    assert [r["error"] for r in as_json(done)] == ["a folder without images", ""]
+
+
+def test_names_that_the_output_can_not_encode(run_folder, demo, tmp_path):
+    shutil.copy(min((demo / "test" / "NORMAL").iterdir()), tmp_path / "胸.jpeg")
+    arguments = ("predict.py", "--ckpt", run_folder / "ckpt.pt", "--csv", "胸.jpeg")
+    for encoding, name in (("ascii", "\\u80f8.jpeg"), ("utf-8", "胸.jpeg")):
+        done = run_process(*arguments, cwd=tmp_path, env={"PYTHONIOENCODING": encoding}, encoding=encoding)
+        assert done.returncode == 0 and done.stdout.splitlines()[1].split(",")[0] == name
 
 
 def test_a_folder_that_can_not_be_read_is_one_bad_row(tmp_path, monkeypatch):
