@@ -264,8 +264,8 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     """The model of a checkpoint, in evaluation mode."""
     model = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["input_size"])
-    if not all(v.isfinite().all() for v in checkpoint["state_dict"].values()):
-        raise ModelError("the checkpoint's weights are not finite: it is damaged; train again")
+    if any(v.isnan().any() for v in checkpoint["state_dict"].values()):  # infinity may be a mask
+        raise ModelError("the checkpoint's weights are no numbers (NaN): it is damaged; train again")
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as e:
