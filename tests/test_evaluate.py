@@ -566,7 +566,7 @@ def three(tmp_path_factory) -> SimpleNamespace:
         "std": 0.3,
     }
     ckpt |= {"temperature": 1.5, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
-    models.save(ckpt | {"data": about, "arguments": {"seed": 0}}, folder / "ckpt.pt")
+    models.save(ckpt | {"data": about, "arguments": {"seed": 0}, "input_check": {}}, folder / "ckpt.pt")
     return SimpleNamespace(folder=folder, ckpt=folder / "ckpt.pt", classes=classes)
 
 
