@@ -379,8 +379,11 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
     except ImageError:
         raise
     except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
-        known = {FileNotFoundError: "no such file", Image.UnidentifiedImageError: "not an image that Pillow can read"}
-        known[IsADirectoryError] = "a folder without images"
+        known = {
+            FileNotFoundError: "no such file",
+            IsADirectoryError: "a folder without images",
+            Image.UnidentifiedImageError: "not an image that Pillow can read",
+        }
         raise ImageError(known.get(type(e), f"cannot be decoded: {e}")) from None
     return pixels, {"width": width, "height": height, "mode": mode, "colour": colour}
 

@@ -136,21 +136,21 @@ def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], dev
     return results
 
 
-def stream(paths, read, work, workers: int, batch: int = BATCH):
-    """Yield work([read(path), ...]) of batches of paths in order, a few ahead, however many paths there are.
+def stream(paths, read, work, workers: int, size: int = BATCH):
+    """Yield work([read(path), ...]) of batches of size paths in order, a few ahead, however many paths there are.
 
     The same workers, with one thread each, read files and classify batches, so that no core waits while there is either
     to do; where there are fewer files than that takes, the model gets the spare cores.
     """
     paths = iter(paths)
-    head = list(itertools.islice(paths, workers * batch))
+    head = list(itertools.islice(paths, workers * size))
     workers = max(1, min(workers, len(head)))
-    size = max(1, min(batch, -(-len(head) // workers)))
+    size = max(1, min(size, -(-len(head) // workers)))
     paths, pool, threads = itertools.chain(head, paths), ThreadPoolExecutor(workers), torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
 
-    def submit(some: list[str]) -> Future:
-        reads = [pool.submit(read, path) for path in some]  # the pool starts these before what waits for them
+    def submit(batch: list[str]) -> Future:
+        reads = [pool.submit(read, path) for path in batch]  # the pool starts these before what waits for them
         return pool.submit(lambda: work([r.result() for r in reads]))
 
     try:
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> int:
         Path(args.cam).mkdir(parents=True, exist_ok=True)
     writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
     # A heat map hooks into the model, which others must not use meanwhile; it takes long, so each gives its row at once.
-    workers, batch = (1, 1) if args.cam else (data.CORES, BATCH)
+    workers, size = (1, 1) if args.cam else (data.CORES, BATCH)
     failed = count = 0
     sizes = {ckpt["input_size"] for ckpt, _ in loaded}
 
@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
         return [result for result, _ in done]
 
     with tqdm(unit="img", leave=False, disable=None) as bar:
-        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers, batch):
+        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers, size):
             count += len(results)
             failed += sum(bool(r["error"]) for r in results)
             bar.update(len(results))
