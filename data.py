@@ -5,6 +5,20 @@ python data.py download                      # the public dataset (1.2 GB) into 
 python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
 """
 
+import sys
+
+
+# Set before the libraries are imported, since that takes seconds.
+def _end_in_one_line(kind: type, error: BaseException, trace) -> None:
+    """A sys.excepthook: Ctrl-C outside of run_script, so while something is being imported."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _end_in_one_line
+
 import argparse
 import contextlib
 import csv
@@ -15,9 +29,10 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import socket
-import sys
+import subprocess
 import tempfile
 import textwrap
 import time
@@ -25,35 +40,32 @@ import warnings
 import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageFilter, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-READER_VERSION = 1  # part of the cache key: raise it when read_image gives other pixels
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
-MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
-URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
-URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
-SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
-CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
-# Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
-warnings.filterwarnings("ignore", module="PIL")
+# --- command line and files, for all four scripts ---
 
 
-class DataError(Exception):
-    """Something about the data or the command that the user can mend; the message is one line."""
+class UserError(Exception):
+    """Something that the user can fix; the message is one line."""
 
 
-class ImageError(DataError):
+class ImageError(UserError):
     """One file that can't be used as an image; the message is the reason."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception, so that half-written files are removed."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -66,40 +78,38 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs) -> None:
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
-        sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, closed by the caller: nothing to write to
-        sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
-            if hasattr(stream, "reconfigure"):
-                escape = stream is not sys.stdin and not stream.encoding.lower().startswith("utf")
-                stream.reconfigure(errors="backslashreplace" if escape else "surrogateescape")
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, *errors: type[Exception]) -> None:
-    """End the process as work() tells: its exit code, one line and 2 for what the user can mend, 130 for Ctrl-C."""
+def run_script(parser: Parser, work, hint=lambda: "nothing half-written is left") -> None:
+    """End the process as work() tells: its exit code, one line and 2 for what the user can fix, 130 for Ctrl-C.
 
-    def ignore_signals() -> None:  # a second one must not disturb the threads that are ending
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
+    hint: what to say after an interruption, asked for only then.
+    """
 
-    def terminate(*_) -> None:  # as an exception, so that half-written files are removed
-        ignore_signals()
-        sys.exit(143)
+    def terminate(*_) -> None:
+        raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    torch.set_num_threads(min(torch.get_num_threads(), CORES))
+    for stream in (sys.stdin, sys.stdout, sys.stderr):  # file names need not be valid text
+        if hasattr(stream, "reconfigure"):
+            utf = stream.encoding.lower().startswith("utf")
+            stream.reconfigure(errors="surrogateescape" if utf else "backslashreplace")
     try:
         code = work()
         sys.stdout.flush()  # here a closed pipe can still be caught
     except BrokenPipeError:  # the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
-    except (DataError, OSError, *errors) as e:
+    except UserError as e:
         parser.error(str(e))
-    except KeyboardInterrupt:
-        ignore_signals()
-        parser.exit(130, "interrupted; nothing half-written is left\n")
+    except OSError as e:
+        parser.error(f"{e}; {hint()}")
+    except KeyboardInterrupt as e:
+        parser.exit(143 if isinstance(e, Terminated) else 130, f"interrupted; {hint()}\n")
     sys.exit(code or 0)
 
 
@@ -116,11 +126,27 @@ def within(kind: type, low: float, high: float = math.inf):
     return parse
 
 
+def printable(text: str) -> str:
+    """Text as one line that moves no cursor: a file name or a field of a checkpoint may hold anything."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def one_line(message: str) -> str:
+    """A message for people: no line breaks or control characters, at most 300 characters."""
+    text = printable(" ".join(str(message).split()))
+    return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
+
+
 def warn(message: str) -> None:
     """One loud line on stderr, from one process of a distributed run only."""
     if os.environ.get("RANK", "0") == "0":
-        with contextlib.suppress(OSError):  # nobody may be reading it
-            print(f"WARNING: {message}", file=sys.stderr, flush=True)
+        print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
+
+
+def command_line(*words) -> str:
+    """A command to show, quoted as the user's shell wants it."""
+    words = [str(word) for word in words]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 @contextlib.contextmanager
@@ -137,22 +163,82 @@ def replacing(path: Path):
         temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
+def write_text(path: Path, text: str) -> None:
     """Write the whole file, or leave the one that is there."""
     with replacing(path) as f:
-        f.write(content.encode(errors="surrogateescape") if isinstance(content, str) else content)
+        f.write(text.encode(errors="surrogateescape"))
 
 
-def to_csv(rows: list[dict], columns: list[str]) -> str:
-    """Rows as CSV text with a header."""
+def write_json(path: Path, content: dict) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def harmless(cell):
+    """A CSV cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe."""
+    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")):
+        return f"'{cell}"
+    return cell
+
+
+def to_csv(rows: list[dict], header: bool = True) -> str:
+    """Rows as CSV text; the columns are the first row's keys."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    for row in rows:
+        writer.writerow({column: harmless(cell) for column, cell in row.items()})
     return text.getvalue()
 
 
+def write_csv(path: Path, rows: list[dict]) -> None:
+    write_text(path, to_csv(rows))
+
+
+def count_cores() -> int:
+    """The cores that this process may use: its affinity, and in a container the quota of its control group."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # no such file: no control groups; "max": no quota
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, math.ceil(int(quota) / int(period)))
+    return max(cores, 1)
+
+
+CORES = count_cores()
+
+
+def parallel(work, items: list, name: str):
+    """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
+    with (
+        ThreadPoolExecutor(CORES) as pool,
+        tqdm(total=len(items), desc=name, leave=False, unit="img", disable=None) as bar,
+    ):
+        for start in range(0, len(items), 512):
+            for result in pool.map(work, items[start : start + 512]):
+                bar.update()
+                yield result
+
+
 # --- find, group by patient, split ---
+
+
+@dataclass(slots=True)
+class Record:
+    """One image file, and what is known of it before it is opened."""
+
+    path: str  # relative to the root, with forward slashes
+    label: str  # class name
+    split: str  # train, val, test, or left out
+    patient: str  # the path itself where nothing tells the patient
+    subtype: str  # bacterial, viral, or whatever metadata.csv says
+    series: str  # of file names, such as NORMAL2-IM
+    bytes: int
+    mtime_ns: int
+    groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
+
+    @property
+    def known_patient(self) -> bool:
+        return self.patient != self.path
 
 
 def identify(name: str) -> tuple[str | None, str, str]:
@@ -169,38 +255,59 @@ def identify(name: str) -> tuple[str | None, str, str]:
     return None, "", ""
 
 
+def is_hidden(name: str) -> bool:
+    """Files and folders of systems and programs: .DS_Store, .thumbnails, @eaDir, __MACOSX."""
+    return name.startswith((".", "@", "__"))
+
+
 def is_image(path: Path) -> bool:
-    """By name alone; the leftovers of macOS are none."""
-    return path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    """By its ending; the names of DICOM files often have none, or a number."""
+    suffix = path.suffix.lower()
+    if suffix in IMAGE_SUFFIXES:
+        return True
+    return (not suffix or suffix[1:].isdigit()) and is_dicom(path)
 
 
 def refuse_folder(error: OSError) -> None:
-    raise DataError(f"folder {error.filename} can't be read ({error.strerror})")
+    raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, onerror=refuse_folder):
-    """Yield the images under folder; links are followed, each folder counts once; onerror is told of unreadable ones."""
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
+    """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
+
+    passed_over counts the other files by ending; onerror is told of unreadable folders.
+    """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        if (real := os.path.realpath(top)) in seen:
+        real = os.path.realpath(top)
+        if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders.sort()
-        yield from (p for p in sorted(Path(top, f) for f in files) if is_image(p))
+        subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
+        for name in sorted(f for f in files if not is_hidden(f)):
+            path = Path(top, name)
+            if is_image(path):
+                yield path
+            else:
+                passed_over[path.suffix.lower() or "no ending"] += 1
+
+
+def report_passed_over(passed_over: Counter, folder: Path) -> None:
+    if passed_over:
+        counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
+        warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
 
 
 def find_root(data: str | None) -> Path:
-    """The folder with train/ and test/. Without data: data/chest_xray, else the demo set, drawn where it is missing."""
-    root = Path(data) if data is not None else DEFAULT_ROOT
-    if data is None and not root.exists():
-        root = DEMO_ROOT
-        if not is_demo(root):
-            draw_demo(root)
+    """The folder with train/ and test/. Without data: data/chest_xray, else that of the demo set."""
+    if data is None:
+        return DEFAULT_ROOT if DEFAULT_ROOT.exists() else DEMO_ROOT
+    root = Path(data)
     if not root.is_dir():
-        raise DataError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
+        raise UserError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
     if not (root / "train").is_dir() and not (root / "test").is_dir() and (root / "chest_xray").is_dir():
-        root = root / "chest_xray"
+        return root / "chest_xray"
     return root
 
 
@@ -208,147 +315,220 @@ def is_demo(root: Path) -> bool:
     return (root / DEMO_MARK).exists()
 
 
-def warn_demo(root: Path) -> None:
-    warn(
-        f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result on them says anything about patients."
+def prepare_demo(root: Path) -> None:
+    """Draw the demo set where root is its place and it is missing; say so loudly wherever root is a demo set."""
+    if root == DEMO_ROOT and not root.exists():
+        draw_demo(root)
+    if is_demo(root):
+        warn(f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result says anything about patients.")
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """ROOT/split; some call val/ valid/ or validation/."""
+    for name in ("valid", "validation") if split == "val" else ():
+        if (root / name).is_dir() and not (root / split).is_dir():
+            return root / name
+    return root / split
+
+
+def scan(root: Path, split: str, fewest: int = 1) -> list[Record]:
+    """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them; no file is opened.
+
+    An image whose name tells no patient is its own patient.
+
+    Raises:
+        UserError: no such folder, or fewer than fewest classes with images.
+    """
+    folder = split_folder(root, split)
+    if not folder.is_dir():
+        raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
+    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name))
+    records, passed_over = [], Counter()
+    for name in classes:
+        before = len(records)
+        for path in sorted(walk(folder / name, passed_over)):
+            relative = path.relative_to(root).as_posix()
+            patient, subtype, series = identify(path.name)
+            info = path.stat() if path.exists() else path.lstat()  # a broken link is named when it is read
+            record = Record(relative, name, split, patient or relative, subtype, series, info.st_size, info.st_mtime_ns)
+            records.append(record)
+        if len(records) == before and fewest > 1:
+            raise UserError(f"{folder / name} holds no image; remove the folder, or put the images of the class there")
+    report_passed_over(passed_over, folder)
+    found = sorted({r.label for r in records})
+    if len(found) < fewest:
+        listed = f"only one class folder, {found[0]}" if found else "no class folders with images"
+        raise UserError(f"{folder} holds {listed}; expected at least {fewest}, such as NORMAL/ and PNEUMONIA/")
+    if not found:
+        raise UserError(f"{folder} holds no class folders with images; expected such as NORMAL/ and PNEUMONIA/")
+    return records
+
+
+def check_classes(records: list[Record], classes: list[str], where: str) -> None:
+    """Raise UserError where the records' classes are not among classes, naming those that differ in case alone."""
+    known = {c.lower(): c for c in classes}
+    for label in sorted({r.label for r in records} - set(classes)):
+        if label.lower() in known:
+            raise UserError(
+                f"{where} calls a class {label} that is {known[label.lower()]} elsewhere; rename one of them"
+            )
+        raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
+
+
+def scan_all(root: Path, fewest: int = 1) -> list[Record]:
+    """scan of train/, and of val/ and test/ where there are such with images; the split of a small val/ is train."""
+    records = scan(root, "train", fewest)
+    classes = sorted({r.label for r in records})
+    for split in ("val", "test"):
+        if not split_folder(root, split).is_dir():
+            continue
+        try:
+            more = scan(root, split)
+        except UserError as e:  # training does without
+            warn(str(e))
+            continue
+        check_classes(more, classes, f"{root}/{split}")
+        if split == "val" and len(more) < SMALL_VAL:
+            warn(
+                f"{root}/val holds only {len(more)} images: they are used for training; validation is drawn by patient"
+            )
+            for r in more:
+                r.split = "train"
+        records += more
+    return records
+
+
+def positive_index(classes: list[str], asked: str | None) -> int:
+    """The index of the positive class: the one asked for, else PNEUMONIA in whatever case, else, with a warning, the last."""
+    if asked is not None:
+        if asked not in classes:
+            raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
+        return classes.index(asked)
+    for i, name in enumerate(classes):
+        if name.upper() == "PNEUMONIA":
+            return i
+    if len(classes) == 2:
+        warn(f"the positive class is a guess: {classes[-1]}, not {classes[0]}; name it with --positive CLASS")
+    return len(classes) - 1
+
+
+def named_patients(records: list[Record]) -> set[str]:
+    """Patients that are known."""
+    return {r.patient for r in records if r.known_patient}
+
+
+def shared_patients(records: list[Record]) -> dict[str, list[str]]:
+    """Known patients on both sides of a split: {"train and test": [patient, ...]}."""
+    named = {s: named_patients([r for r in records if r.split == s]) for s in SPLITS}
+    shared = {}
+    for a, b in itertools.combinations(SPLITS, 2):
+        if named[a] & named[b]:
+            shared[f"{a} and {b}"] = sorted(named[a] & named[b])
+    return shared
+
+
+def seed_from(*numbers) -> int:
+    """A seed from several numbers or names, so that neighbours share nothing."""
+    return int.from_bytes(
+        hashlib.blake2b(repr(numbers).encode(errors="surrogateescape"), digest_size=7).digest(), "big"
     )
 
 
-def scan(root: Path, split: str) -> list[dict]:
-    """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them; no file is opened.
+def draw_folds(records: list[Record], folds: int) -> list[int]:
+    """The fold, 0 to folds - 1, of each record: a function of the records and folds alone.
 
-    Each is a dict: path (relative to root, posix), split, class, patient, subtype, bytes, mtime (ns). An image whose
-    name tells no patient is its own patient, and its path is the key.
+    Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
+    from their keys, those with most images first, each to the fold with the fewest images of the stratum so far.
     """
-    folder = root / split
-    if not folder.is_dir():
-        raise DataError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    classes = sorted(d.name for d in folder.iterdir() if d.is_dir() and d.name[0] not in "._")
-    if len(classes) < 2:
-        found = f"only one class folder, {classes[0]}" if classes else "no class folders"
-        raise DataError(f"{folder} holds {found}; expected at least two, such as NORMAL/ and PNEUMONIA/")
-    records = []
-    for name in classes:
-        for path in sorted(walk(folder / name)):
-            relative, (patient, subtype, _) = path.relative_to(root).as_posix(), identify(path.name)
-            info = path.stat() if path.exists() else path.lstat()  # a broken link is named when it is read
-            record = {"path": relative, "split": split, "class": name, "patient": patient or relative}
-            records.append(record | {"subtype": subtype, "bytes": info.st_size, "mtime": info.st_mtime_ns})
-        if not records or records[-1]["class"] != name:
-            raise DataError(f"{folder / name} holds no readable image")
-    return records
-
-
-def scan_all(root: Path, required: tuple = ()) -> list[dict]:
-    """scan of train/, val/ and test/, where there is one or it is required; the split of a small val/ is train."""
-    records = [r for s in SPLITS if s in required or (root / s).is_dir() for r in scan(root, s)]
-    classes = defaultdict(set)
+    images, strata = Counter(), defaultdict(set)
     for r in records:
-        classes[r["split"]].add(r["class"])
-    for a, b in itertools.pairwise(classes):
-        if classes[a] != classes[b]:
-            raise DataError(f"{root}/{b} has other classes than {root}/{a}")
-    val = [r for r in records if r["split"] == "val"]
-    if len(val) < SMALL_VAL:
-        for r in val:
-            r["split"] = "train"
-    return records
+        images[r.patient] += 1
+        strata[r.patient].add((r.label, r.subtype, r.series))
+    by_stratum = defaultdict(list)
+    for patient, kinds in strata.items():
+        by_stratum[tuple(sorted(kinds))].append(patient)
+    fold_of, total = {}, [0] * folds
+    for stratum in sorted(by_stratum):
+        count = [0] * folds
+        for patient in sorted(by_stratum[stratum], key=lambda p: (-images[p], seed_from(p))):
+            fold = min(range(folds), key=lambda k: (count[k], total[k]))
+            fold_of[patient] = fold
+            count[fold] += images[patient]
+            total[fold] += images[patient]
+    return [fold_of[r.patient] for r in records]
 
 
-def positive_class(classes: list[str]) -> int:
-    """The index of PNEUMONIA, in whatever case, else of the last class."""
-    return next((i for i, name in enumerate(classes) if name.upper() == "PNEUMONIA"), len(classes) - 1)
+def find_training(root: Path, folds: int, fold: int) -> list[Record]:
+    """The records of train/ (and val/), each with its split, train or val; test/ is looked at by name only.
 
+    Where there is no val/ to speak of, the patients of one of the folds are val.
 
-def named_patients(records: list[dict]) -> set[str]:
-    """Patients that the file names tell."""
-    return {r["patient"] for r in records if r["patient"] != r["path"]}
-
-
-def shared_patients(records: list[dict]) -> dict[str, list[str]]:
-    """Patients on both sides of a split, where file names tell: {"train and test": [patient, ...]}."""
-    named = {s: named_patients([r for r in records if r["split"] == s]) for s in SPLITS}
-    pairs = itertools.combinations(SPLITS, 2)
-    return {f"{a} and {b}": sorted(named[a] & named[b]) for a, b in pairs if named[a] & named[b]}
-
-
-def hash_lines(lines) -> str:
-    """SHA-256 of lines of text, none of which is kept."""
-    found = hashlib.sha256()
-    for line in lines:
-        found.update(line.encode(errors="surrogateescape") + b"\n")
-    return found.hexdigest()
-
-
-def fingerprint(records: list[dict]) -> str:
-    """SHA-256 over paths and sizes: the same for every copy of the same files."""
-    return hash_lines(f"{r['path']} {r['bytes']}" for r in records)
-
-
-def split_by_patient(records: list[dict], seed: int, fraction: float) -> list[bool]:
-    """True for the images of the validation split: disjoint by patient, stratified by class, a function of seed."""
-    from sklearn.model_selection import StratifiedGroupKFold  # here, since prediction does without scikit-learn
-
-    patients = Counter(c for c, _ in {(r["class"], r["patient"]) for r in records})
-    folds = min(round(1 / fraction), min(patients.values()))
-    fewest = min(patients, key=patients.get)
-    if folds < 2:
-        raise DataError(f"class {fewest} has too few patients to hold some out for validation")
-    if folds < round(1 / fraction):
-        warn(f"class {fewest} has only {folds} patients: 1 in {folds} of all images is held out for validation")
-    # Patients get random numbers and the fold is drawn here: the splitter's own shuffle unbalanced the classes up to
-    # scikit-learn 1.7, and differs between versions.
-    rng = np.random.default_rng(seed)
-    names = sorted({r["patient"] for r in records})
-    numbers = dict(zip(names, rng.permutation(len(names)).tolist()))
-    labels, groups = [r["class"] for r in records], [numbers[r["patient"]] for r in records]
-    splits = list(StratifiedGroupKFold(folds).split(labels, labels, groups))
-    held_out = set(splits[rng.integers(folds)][1].tolist())
-    return [i in held_out for i in range(len(records))]
-
-
-def find_training(root: Path, seed: int, fraction: float) -> list[dict]:
-    """The records of train/ (and val/), each with its split, train or val; patients of test/ are asserted absent.
-
-    Test images are looked at by name only.
+    Raises:
+        UserError: a patient on both sides of a split, or a class with fewer patients than it takes to hold some out.
     """
-    records = scan_all(root, required=("train",))
+    records = scan_all(root, fewest=2)
     for sides, shared in shared_patients(records).items():
-        raise DataError(
+        raise UserError(
             f"{len(shared)} patients are in both {sides} of {root} ({', '.join(shared[:3])}), so no result would hold; "
             f"remove them from one side (python data.py check {root} lists them)"
         )
-    records = [r for r in records if r["split"] != "test"]
-    if small := sum(r["split"] == "train" and r["path"].startswith("val/") for r in records):
-        warn(f"{root}/val holds only {small} images: they are used for training; validation is drawn by patient")
-    if unnamed := sum(r["patient"] == r["path"] for r in records):
-        warn(f"{unnamed} of {len(records)} file names tell no patient: each of these images counts as its own")
-    if all(r["split"] == "train" for r in records):
-        for record, held_out in zip(records, split_by_patient(records, seed, fraction)):
-            record["split"] = "val" if held_out else "train"
+    records = [r for r in records if r.split != "test"]
+    if unnamed := sum(not r.known_patient for r in records):
+        warn(
+            f"the patient can't be parsed from {unnamed} of {len(records)} file names: each such image counts as its own"
+        )
+    if any(r.split == "val" for r in records):
+        return records
+    for label in sorted({r.label for r in records}):
+        patients = {r.patient for r in records if r.label == label}
+        if len(patients) < 2:
+            raise UserError(f"class {label} has too few patients to hold some out for validation")
+        if len(patients) < folds:
+            warn(f"class {label} has {len(patients)} patients for {folds} folds: some folds hold none of it")
+    for record, its_fold in zip(records, draw_folds(records, folds)):
+        record.split = "val" if its_fold == fold else "train"
     return records
 
 
 # --- read ---
 
+READER_VERSION = 2  # part of the cache's name: raise it when read_image gives other pixels
+MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
+IMAGE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".jfif",
+    ".png",
+    ".tif",
+    ".tiff",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".jp2",
+    ".ppm",
+    ".pgm",
+    ".dcm",
+}
 
-def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
-    """Any image file as grey levels: the one function that opens images, for training, evaluation and prediction.
+# Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
+warnings.filterwarnings("ignore", module="PIL")
 
-    Args:
-        path: JPEG, PNG, TIFF and whatever else Pillow reads; the first frame counts.
-        size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
 
-    Returns:
-        uint8 array [size, size] (or [height, width]), and a dict: width, height, mode, and colour, the mean distance
-        between the largest and the smallest of red, green and blue (0 to 255; 0 is grey).
+def is_dicom(path: Path) -> bool:
+    return False
 
-    16- and 32-bit images are scaled from the smallest usual bit depth (8, 12, 16, 32; float in [0, 1]) that holds
-    their maximum. Transparent pixels are black, EXIF rotation is applied.
 
-    Raises:
-        ImageError: the file is missing, empty, truncated, no image, or too large.
-    """
+@dataclass(slots=True)
+class ImageInfo:
+    width: int
+    height: int
+    mode: str
+    depth: int
+    colour: float
+    patient: str | None = None
+
+
+def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, ImageInfo]:
     try:
         if os.path.getsize(path) == 0:
             raise ImageError("the file is empty" if os.path.isfile(path) else "not a regular file")
@@ -385,7 +565,7 @@ def read_image(path: str | Path, size: int | None) -> tuple[np.ndarray, dict]:
             Image.UnidentifiedImageError: "not an image that Pillow can read",
         }
         raise ImageError(known.get(type(e), f"cannot be decoded: {e}")) from None
-    return pixels, {"width": width, "height": height, "mode": mode, "colour": colour}
+    return pixels, ImageInfo(width, height, mode, 16 if mode[0] in "IF" else 8, colour)
 
 
 def _to_8bit_range(values: np.ndarray, inverted: bool) -> np.ndarray:
@@ -402,80 +582,122 @@ def _to_8bit_range(values: np.ndarray, inverted: bool) -> np.ndarray:
 # --- cache ---
 
 
-def _parallel(work, items: list, name: str):
-    """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
-    chunks = (items[i : i + 512] for i in range(0, len(items), 512))
-    with ThreadPoolExecutor(CORES) as pool:
-        results = (result for chunk in chunks for result in pool.map(work, chunk))
-        yield from tqdm(results, name, len(items), leave=False, unit="img", disable=None)
+@dataclass
+class Images:
+    """Decoded images, in the order of their records."""
+
+    pixels: torch.Tensor  # uint8 [n, size, size]; zeros where the file can't be read
+    digests: torch.Tensor  # int64 [n], equal where the pixels are
+    failed: dict[int, str]  # position and reason of each file that can't be read
 
 
-def _decode(path: Path, size: int | None) -> tuple[np.ndarray, dict]:
-    """read_image; its dict with the pixels' digest (64-bit BLAKE2b, signed), or with the reason where it fails."""
+def digest(pixels: np.ndarray) -> int:
+    """64-bit BLAKE2b of an image's pixels, signed."""
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
+
+
+def decode(path: Path, size: int | None) -> tuple[np.ndarray, "ImageInfo | None", str]:
+    """read_image's pixels and info, and the reason where it fails."""
     try:
         pixels, info = read_image(path, size)
     except ImageError as e:
-        return np.zeros((size or 1, size or 1), np.uint8), {"digest": 0, "reason": str(e)}
-    digest = int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
-    return pixels, info | {"digest": digest}
+        return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
+    return pixels, info, ""
 
 
-def load_images(root: Path, records: list[dict], size: int) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
+def decode_all(f, root: Path, records: list[Record], size: int) -> None:
+    """Write the pixels of all records to a binary file, and after them their digests and what failed, as JSON."""
+    digests, failed = [], []
+    for pixels, _, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
+        if reason:
+            failed.append([len(digests), reason])
+        digests.append(digest(pixels))
+        f.write(pixels)
+    f.write(json.dumps([digests, failed]).encode())
+
+
+def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
+    """What decode_all wrote, checked.
+
+    Raises:
+        ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
+    """
+    pixels, notes = np.split(stored, [len(records) * size**2])
+    digests, failed = json.loads(notes.tobytes())
+    pixels = pixels.reshape(-1, size, size)
+    with ThreadPoolExecutor(CORES) as pool:
+        if list(pool.map(digest, pixels)) != digests:
+            raise ValueError("damaged")
+    for i, _ in failed:
+        if not decode(root / records[i].path, size)[2]:
+            raise ValueError("readable now")
+    return Images(torch.from_numpy(pixels), torch.tensor(digests), dict(failed))
+
+
+def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
+    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
+    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
+    kind = "test" if records[0].split == "test" else "train"
+    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
+    return [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
+
+
+def remove_outdated(path: Path) -> None:
+    """Other caches of the same split and size, and what a build that was killed left behind."""
+    split, size, _ = path.name.split("-", 2)
+    for old in path.parent.glob(f"*{split}-{size}-*"):
+        with contextlib.suppress(OSError):  # another process was faster, or uses it
+            if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
+                old.unlink()
+
+
+def load_images(root: Path, records: list[Record], size: int) -> Images:
     """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, where that can't be
     written in the user's cache folder, else in memory.
 
     Args:
         records: from scan or find_training; the file is rebuilt when a path, size or time of one of them changes.
         size: side of the square images.
-
-    Returns:
-        uint8 tensor [len(records), size, size]; int64 tensor [len(records)] of pixel digests; and for each image
-        that can't be read its index with the reason (its pixels are zeros).
     """
-
-    def build(f) -> None:  # pixels and notes in one file, so that they can't disagree
-        digests, failed = [], []
-        for i, (pixels, info) in enumerate(_parallel(lambda r: _decode(root / r["path"], size), records, "decoding")):
-            f.write(pixels)
-            digests.append(info["digest"])
-            if "reason" in info:
-                failed.append([i, info["reason"]])
-        f.write(json.dumps([digests, failed]).encode())
-
-    def take(built: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, dict[int, str]]:
-        pixels, notes = np.split(built, [len(records) * size**2])
-        digests, failed = json.loads(notes.tobytes())
-        if len(digests) != len(records):
-            raise ValueError("notes of other images")
-        return torch.from_numpy(pixels.reshape(-1, size, size)), torch.tensor(digests), dict(failed)
-
-    files = (f"{r['path']} {r['bytes']} {r['mtime']}" for r in records)
-    kind = f"{records[0]['path'].split('/')[0]}-{size}-"
-    name = f"{kind}{hash_lines(itertools.chain([str(READER_VERSION)], files))[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
-    paths = [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
+    paths = cache_paths(root, records, size)
     for path in paths:
-        with contextlib.suppress(OSError, ValueError, TypeError):  # not there, just replaced, or damaged
-            return take(np.memmap(path, mode="c"))  # copy-on-write: torch takes no read-only arrays
+        try:
+            return take_images(np.memmap(path, mode="c"), root, records, size)  # copy-on-write: torch wants writable
+        except (ValueError, TypeError) as e:
+            warn(f"the image cache {path} is outdated or damaged ({e}): decoding again")
+        except OSError:
+            pass  # not there, or just replaced
     for path, otherwise in zip(paths, ("trying the user's cache folder", "keeping the images in memory")):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as f:
-                build(f)
-            for old in path.parent.glob(f"*{kind}*"):  # outdated, or left behind by a build that was killed
-                with contextlib.suppress(OSError):  # another process was faster, or uses it
-                    if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
-                        old.unlink()
-            return take(np.memmap(path, mode="c"))
+                decode_all(f, root, records, size)
+            remove_outdated(path)
+            return take_images(np.memmap(path, mode="c"), root, records, size)
         except OSError as e:
             warn(f"no image cache in {path.parent} ({e.strerror or e}); {otherwise}")
-    build(memory := io.BytesIO())
-    return take(np.frombuffer(memory.getbuffer(), np.uint8))
+    memory = io.BytesIO()
+    decode_all(memory, root, records, size)
+    return take_images(np.frombuffer(memory.getbuffer(), np.uint8), root, records, size)
 
 
-def report_left_out(records: list[dict], failed: dict[int, str]) -> list[dict]:
+def hash_lines(lines) -> str:
+    """SHA-256 of lines of text, none of which is kept."""
+    total = hashlib.sha256()
+    for line in lines:
+        total.update(line.encode(errors="surrogateescape") + b"\n")
+    return total.hexdigest()
+
+
+def fingerprint(records: list[Record], digests: torch.Tensor) -> str:
+    """SHA-256 over paths and pixels, as decoded at one size: the same for every copy of the same images."""
+    return hash_lines(f"{r.path} {d}" for r, d in zip(records, digests.tolist()))
+
+
+def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
     """Name and count the files that can't be read; the same as a list of {path, reason}."""
-    left_out = [{"path": records[i]["path"], "reason": reason} for i, reason in failed.items()]
+    left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
     for item in left_out[:10]:
         warn(f"left out: {item['path']}: {item['reason']}")
     if len(left_out) > 10:
@@ -484,89 +706,140 @@ def report_left_out(records: list[dict], failed: dict[int, str]) -> list[dict]:
 
 
 # --- augment ---
+#
+# An operation is a function (x, u, strength): x float32 [batch, 1, side, side] in [0, 1] on any device, which it may
+# overwrite; u float32 [batch, NUMBERS] in [0, 1), the operation's own random numbers of each image; it returns the
+# changed images. To add one, write the function and give it an entry in a preset.
 
-# scale: smallest part of the area that a random resized crop keeps; ratio: largest aspect distortion; degrees: largest
-# rotation; flip: its probability; brightness, contrast: factors in [1 - v, 1 + v]; gamma: exponents in
-# [exp(-v), exp(v)]; erase: probability of blanking a rectangle of 2 to 20 % of the area.
-STRENGTHS = ("scale", "ratio", "degrees", "flip", "brightness", "contrast", "gamma", "erase")
-AUGMENT = {
-    "none": dict(zip(STRENGTHS, (1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0))),
-    "light": dict(zip(STRENGTHS, (0.7, 1.1, 5.0, 0.5, 0.1, 0.1, 0.1, 0.0))),
-    "medium": dict(zip(STRENGTHS, (0.08, 4 / 3, 0.0, 0.5, 0.3, 0.3, 0.4, 0.0))),
-    "strong": dict(zip(STRENGTHS, (0.08, 4 / 3, 10.0, 0.5, 0.4, 0.4, 0.6, 0.25))),
-}
-DRAWS = 14
+NUMBERS = 4  # random numbers that an operation has for each image
 
 
-def draw(count: int, seed: int, epoch: int) -> torch.Tensor:
-    """One epoch's random numbers for augment: float32 [count, DRAWS] in [0, 1), row i for image i, on the CPU.
+def column(values: torch.Tensor) -> torch.Tensor:
+    """[batch] as [batch, 1, 1, 1], to go with images."""
+    return values.view(-1, 1, 1, 1)
 
-    A row depends on (seed, epoch, i) and count alone, so no batch size, rank or thread changes what an image becomes.
+
+def signed(u: torch.Tensor) -> torch.Tensor:
+    """[0, 1) as [-1, 1)."""
+    return 2 * u - 1
+
+
+@dataclass(frozen=True)
+class Crop:
+    """Strength of random_resized_crop."""
+
+    size: int  # side of the result in pixels
+    scale: float  # smallest part of the area that is kept
+    ratio: float = 4 / 3  # largest aspect distortion
+
+
+def random_resized_crop(x: torch.Tensor, u: torch.Tensor, crop: Crop) -> torch.Tensor:
+    """A window of random area, aspect and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
+    area = 1 - u[:, 0] * (1 - crop.scale)
+    distortion = torch.exp(signed(u[:, 1]) * math.log(crop.ratio) / 2)
+    width = (area.sqrt() * distortion).clamp(max=1)
+    height = (area.sqrt() / distortion).clamp(max=1)
+    left = signed(u[:, 2]) * (1 - width)
+    top = signed(u[:, 3]) * (1 - height)
+    centres = (torch.arange(crop.size, device=x.device) * 2 + 1) / crop.size - 1
+    columns = width[:, None] * centres + left[:, None]
+    rows = height[:, None] * centres + top[:, None]
+    # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
+    shape = len(x), crop.size, crop.size
+    grid = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], 3)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def rotate(x: torch.Tensor, u: torch.Tensor, degrees: float) -> torch.Tensor:
+    """By up to so many degrees either way; what lies outside of the image is 0."""
+    angle = signed(u[:, 0]) * math.radians(degrees)
+    zero = torch.zeros_like(angle)
+    rows = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def flip(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+    """Left and right exchanged."""
+    chosen = u[:, 0] < probability
+    x[chosen] = x[chosen].flip(3)
+    return x
+
+
+def brightness(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+    """Grey levels times a factor in [1 - strength, 1 + strength]."""
+    return x.mul_(column(1 + signed(u[:, 0]) * strength)).clamp_(max=1)
+
+
+def contrast(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+    """Distances from the image's mean times a factor in [1 - strength, 1 + strength]."""
+    factor = column(1 + signed(u[:, 0]) * strength)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+
+
+def gamma(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+    """Grey levels to a power in [exp(-strength), exp(strength)]."""
+    return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
+
+
+def preset(name: str, size: int) -> list[tuple]:
+    """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
+    return {
+        "none": [],
+        "light": [
+            (rotate, 5.0),
+            (random_resized_crop, Crop(size, 0.7, 1.1)),
+            (flip, 0.5),
+            (brightness, 0.1),
+            (contrast, 0.1),
+            (gamma, 0.1),
+        ],
+        "medium": [
+            (random_resized_crop, Crop(size, 0.08)),
+            (flip, 0.5),
+            (brightness, 0.3),
+            (contrast, 0.3),
+            (gamma, 0.4),
+        ],
+    }[name]
+
+
+PRESETS = ("none", "light", "medium")
+
+
+def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[torch.Tensor]:
+    """One epoch's random numbers of each operation: float32 [count, NUMBERS] in [0, 1), row i for image i, on the CPU.
+
+    They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
+    another operation changes what an operation does to an image.
     """
-    return torch.rand(count, DRAWS, generator=torch.Generator().manual_seed(mix(seed, epoch)))
-
-
-def mix(*numbers: int) -> int:
-    """A seed from several numbers, so that neighbours share nothing."""
-    return int.from_bytes(hashlib.blake2b(repr(numbers).encode(), digest_size=7).digest(), "big")
+    draws = []
+    for operation, _ in operations:
+        generator = torch.Generator().manual_seed(seed_from(seed, epoch, operation.__name__))
+        draws.append(torch.rand(count, NUMBERS, generator=generator))
+    return draws
 
 
 def shuffle(count: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mix(seed, epoch, "order")))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
 
 
-def augment(images: torch.Tensor, draws: torch.Tensor, strength: dict[str, float], size: int) -> torch.Tensor:
-    """Random resized crop, rotation and flip in one bilinear resampling, then brightness, contrast, gamma and erasing.
+def augment(images: torch.Tensor, operations: list[tuple], numbers: list[torch.Tensor]) -> torch.Tensor:
+    """Apply a preset.
 
     Args:
         images: uint8 [batch, side, side], on any device.
-        draws: float32 [batch, DRAWS] in [0, 1), on the same device: each image's own random numbers.
-        strength: an entry of AUGMENT; with all strengths at zero (scale and ratio at 1) the image comes back.
-        size: side of the result, side or less.
+        operations: from preset; numbers: for each of them float32 [batch, NUMBERS], the rows of draw for these images.
 
     Returns:
-        float32 [batch, 1, size, size] in [0, 1]; what lies outside of the image is 0.
+        float32 [batch, 1, size, size] in [0, 1].
     """
-    s, u, n = strength, draws, len(images)
     x = images.unsqueeze(1).float().div_(255)
-    if s["scale"] < 1 or s["ratio"] > 1 or s["degrees"] or s["flip"] or size != images.shape[-1]:
-        area = 1 - u[:, 0] * (1 - s["scale"])
-        ratio = torch.exp((2 * u[:, 1] - 1) * (math.log(s["ratio"]) / 2))
-        w, h = (area.sqrt() * ratio).clamp(max=1), (area.sqrt() / ratio).clamp(max=1)
-        angle = (2 * u[:, 2] - 1) * math.radians(s["degrees"])
-        cos, sin = angle.cos(), angle.sin()
-        flip = 1 - 2 * (u[:, 3] < s["flip"]).float()
-        dx, dy = (2 * u[:, 4] - 1) * (1 - w), (2 * u[:, 5] - 1) * (1 - h)
-        ox = (torch.arange(size, device=u.device) * 2 + 1) / size - 1  # pixel centres of the output
-        oy = ox[:, None]
-        # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
-        cell = (n, 1, 1)
-        gx = ((cos * w * flip).view(cell) * ox + dx.view(cell)) - (sin * h).view(cell) * oy
-        gy = (sin * w * flip).view(cell) * ox + ((cos * h).view(cell) * oy + dy.view(cell))
-        x = F.grid_sample(x, torch.stack([gx, gy], 3), align_corners=False)
-    column = (n, 1, 1, 1)
-    if s["brightness"]:
-        x = x.mul_((1 + (2 * u[:, 6] - 1) * s["brightness"]).view(column)).clamp_(max=1)
-    if s["contrast"]:
-        mean, factor = x.mean((1, 2, 3), keepdim=True), (1 + (2 * u[:, 7] - 1) * s["contrast"]).view(column)
-        x = x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
-    if s["gamma"]:
-        x = x.pow(torch.exp((2 * u[:, 8] - 1) * s["gamma"]).view(column))
-    if s["erase"]:
-        x = x.masked_fill(_rectangles(u[:, 9:], x.shape[-2:], s["erase"]), 0)
+    for (operation, strength), u in zip(operations, numbers):
+        x = operation(x, u, strength)
     return x
-
-
-def _rectangles(u: torch.Tensor, shape: tuple[int, int], probability: float) -> torch.Tensor:
-    """bool [batch, 1, height, width]: one rectangle of 2 to 20 % of the area where u[:, 0] < probability."""
-    area, ratio = 0.02 + 0.18 * u[:, 1], torch.exp((2 * u[:, 2] - 1) * math.log(3))
-    w, h = (area * ratio).sqrt().clamp(max=1), (area / ratio).sqrt().clamp(max=1)
-    left, top = u[:, 3] * (1 - w), u[:, 4] * (1 - h)
-    y, x = ((torch.arange(k, device=u.device) + 0.5) / k for k in shape)
-    inside_x = (x >= left[:, None]) & (x < (left + w)[:, None])
-    inside_y = (y >= top[:, None]) & (y < (top + h)[:, None])
-    return (inside_y[:, :, None] & inside_x[:, None, :] & (u[:, 0] < probability)[:, None, None]).unsqueeze(1)
 
 
 def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
@@ -575,35 +848,73 @@ def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
     return x.sub_(mean).div_(std)
 
 
-def stress(images: torch.Tensor):
-    """Yield (name, copy) of uint8 images [batch, height, width] under nine changes that leave the diagnosis as it is.
+# --- stress and shortcuts ---
+
+
+def draw_partners(records: list[Record]) -> torch.Tensor:
+    """For each record the position of one with another label, drawn from its path: int64 [n]."""
+    others = {}
+    for label in {r.label for r in records}:
+        others[label] = [i for i, r in enumerate(records) if r.label != label]
+    return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
+
+
+def border_ring(size: int, width: int) -> torch.Tensor:
+    """bool [size, size]: true on the outer width pixels."""
+    ring = torch.ones(size, size, dtype=torch.bool)
+    ring[width : size - width, width : size - width] = False
+    return ring
+
+
+def border_features(images: torch.Tensor) -> torch.Tensor:
+    """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
+    thumbnails = F.adaptive_avg_pool2d(images.cpu().unsqueeze(1).float() / 255, 32)[:, 0]
+    return thumbnails[:, border_ring(32, 3)]
+
+
+def to_uint8(x: torch.Tensor) -> torch.Tensor:
+    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
+    return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def stress(images: torch.Tensor, partners: torch.Tensor | None, paths: list[str]):
+    """Yield (name, copy) of uint8 images [batch, side, side] under changes that leave the diagnosis as it is.
 
     Exposure (brightness and contrast x 0.65 and x 1.4, gamma 0.7 and 1.4), JPEG at quality 30, a Gaussian blur of
-    1 pixel at 224 (in proportion elsewhere), and the central 85 % of each side, resized back.
+    1 pixel at 224 (in proportion elsewhere), the central 85 % of each side, resized back, Gaussian noise with a standard
+    deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with those of another image.
+
+    Args:
+        partners: uint8 like images, each of another class; None leaves out the exchange.
+        paths: of the images; the noise is a function of them.
     """
-
-    def to_uint8(x: torch.Tensor) -> torch.Tensor:
-        return x.mul(255).round_().clamp_(0, 255).to(torch.uint8)
-
-    def jpeg(image: Image.Image) -> Image.Image:
-        image.save(buffer := io.BytesIO(), "JPEG", quality=30)
-        return Image.open(buffer)
+    from torchvision.transforms.v2 import functional as TF  # takes as long to import as a small folder to classify
 
     size = images.shape[-1]
-    x = images.float() / 255
-    mean = x.mean((1, 2), keepdim=True)
+    x = images.unsqueeze(1).float() / 255
+
     for factor in (0.65, 1.4):
-        yield f"brightness x {factor}", to_uint8(x * factor)
-        yield f"contrast x {factor}", to_uint8((x - mean) * factor + mean)
+        yield f"brightness x {factor}", to_uint8(TF.adjust_brightness(x, factor))
+        yield f"contrast x {factor}", to_uint8(TF.adjust_contrast(x, factor))
     for exponent in (0.7, 1.4):
-        yield f"gamma {exponent}", to_uint8(x**exponent)
-    blur = ImageFilter.GaussianBlur(size / 224)
-    for name, change in (("JPEG quality 30", jpeg), ("blur", lambda image: image.filter(blur))):
-        changed = [np.asarray(change(Image.fromarray(i))) for i in images.numpy()]
-        yield name, torch.from_numpy(np.stack(changed))
+        yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
+    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i, 30) for i in images.numpy()]))
+    yield "blur", to_uint8(TF.gaussian_blur(x, kernel_size=[9, 9], sigma=[size / 224, size / 224]))
     edge = round(size * 0.075)
-    crop = x[:, None, edge : size - edge, edge : size - edge]
-    yield "crop of 85 %", to_uint8(F.interpolate(crop, (size, size), mode="bilinear", align_corners=False)[:, 0])
+    inner = size - 2 * edge
+    yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
+    for sd in (0.02, 0.05):
+        noise = [torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed_from(p))) for p in paths]
+        yield f"noise {sd}", to_uint8(x + sd * torch.stack(noise))
+    if partners is not None:
+        yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
+
+
+def recompress(pixels: np.ndarray, quality: int) -> np.ndarray:
+    """A grey image [height, width] through JPEG (Pillow's: torchvision's stress operation is deprecated)."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer))
 
 
 # --- the demo set ---
@@ -620,7 +931,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     Every pixel is a function of the seed.
     """
     if folder.exists() and any(folder.iterdir()):
-        raise DataError(f"{folder} exists and is not empty; choose another folder or remove it")
+        raise UserError(f"{folder} exists and is not empty; choose another folder or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
@@ -737,27 +1048,39 @@ def check(root: Path) -> dict:
     """
     records = scan_all(root)
     if not records:
-        raise DataError(f"{root} has none of the folders train/, val/, test/")
+        raise UserError(f"{root} has none of the folders train/, val/, test/")
 
-    def inspect(record: dict) -> dict:
-        pixels, info = _decode(root / record["path"], None)
-        return info | {"brightness": float(pixels.mean())}
+    def inspect(record: Record) -> dict:
+        pixels, info, reason = decode(root / record.path, None)
+        if reason:
+            return {"reason": reason}
+        return {
+            "width": info.width,
+            "height": info.height,
+            "mode": info.mode,
+            "digest": digest(pixels),
+            "brightness": float(pixels.mean()),
+        }
 
     folders, by_pixels, unreadable = {}, defaultdict(list), []
-    for record, info in zip(records, _parallel(inspect, records, "checking")):
-        rows = folders.setdefault("/".join(record["path"].split("/")[:2]), [])
+    for record, info in zip(records, parallel(inspect, records, "checking")):
+        rows = folders.setdefault("/".join(record.path.split("/")[:2]), [])
         if "reason" in info:
-            unreadable.append({"path": record["path"], "reason": info["reason"]})
+            unreadable.append({"path": record.path, "reason": info["reason"]})
         else:
-            rows.append(record | info | {"aspect": info["width"] / info["height"]})
+            rows.append(
+                {f: getattr(record, f) for f in ("path", "patient", "subtype")}
+                | info
+                | {"aspect": info["width"] / info["height"]}
+            )
             by_pixels[info["width"], info["height"], info["digest"]].append(record)
     groups = [group for group in by_pixels.values() if len(group) > 1]
     by_kind = {
-        "across splits": [g for g in groups if len({r["split"] for r in g}) > 1],
-        "across classes": [g for g in groups if len({r["class"] for r in g}) > 1],
-        "within": [g for g in groups if len({(r["split"], r["class"]) for r in g}) == 1],
+        "across splits": [g for g in groups if len({r.split for r in g}) > 1],
+        "across classes": [g for g in groups if len({r.label for r in g}) > 1],
+        "within": [g for g in groups if len({(r.split, r.label) for r in g}) == 1],
     }
-    duplicates = {kind: [[r["path"] for r in g] for g in found] for kind, found in by_kind.items()}
+    duplicates = {kind: [[r.path for r in g] for g in found] for kind, found in by_kind.items()}
     shared = shared_patients(records)
     problems = [f"{folder} holds no readable image" for folder, rows in folders.items() if not rows]
     problems += [f"{len(p)} patients are in both {sides}, such as {p[0]}" for sides, p in shared.items()]
@@ -809,12 +1132,16 @@ def print_check(report: dict) -> None:
 
 # --- download ---
 
+URL = "https://data.mendeley.com/public-files/datasets/rscbjbr9sj/files/"
+URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
+SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
+
 
 def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
-        DataError: no connection, another checksum, a damaged archive, or one that would write outside of folder.
+        UserError: no connection, another checksum, a damaged archive, or one that would write outside of folder.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
@@ -830,14 +1157,14 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
                 for member in z.infolist():
                     path, parts = Path(member.filename), Path(member.filename).parts
                     if path.is_absolute() or ".." in parts or "\\" in member.filename:
-                        raise DataError(f"the archive would write outside of {folder} ({path}); nothing was unpacked")
+                        raise UserError(f"the archive would write outside of {folder} ({path}); nothing was unpacked")
                     if len(parts) == 4 and parts[0] == "chest_xray" and parts[1] in SPLITS and is_image(path):
                         z.extract(member, unpacked)
             if not (unpacked / "chest_xray" / "train").is_dir():
                 raise RuntimeError("the archive does not hold chest_xray/train")
             os.replace(unpacked / "chest_xray", target)
         except (RuntimeError, OSError, zipfile.BadZipFile) as e:
-            raise DataError(
+            raise UserError(
                 f"the download failed or is damaged ({e}); try again, or by hand: fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
@@ -846,7 +1173,7 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
     return target
 
 
-def main() -> None:
+def make_parser() -> Parser:
     parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="the health of a folder; exit code 1 where a result would be invalid")
@@ -858,21 +1185,27 @@ def main() -> None:
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
     sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the command says; returns the exit code."""
+    if args.command == "check":
+        report = check(find_root(args.dir))
+        print(json.dumps(report, indent=1)) if args.json else print_check(report)
+        return 1 if report["problems"] else 0
+    if args.command == "download":
+        print(f"{download(Path(args.dir))} is there")
+    else:
+        draw_demo(Path(args.dir), args.images, args.seed)
+        print(f"{args.dir}: {args.images} synthetic phantoms; they are no radiographs")
+    return 0
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
-
-    def work() -> int:
-        if args.command == "check":
-            report = check(find_root(args.dir))
-            print(json.dumps(report, indent=1)) if args.json else print_check(report)
-            return 1 if report["problems"] else 0
-        if args.command == "download":
-            print(f"{download(Path(args.dir))} is there")
-        else:
-            draw_demo(Path(args.dir), args.images, args.seed)
-            print(f"{args.dir}: {args.images} synthetic phantoms; they are no radiographs")
-        return 0
-
-    run_script(parser, work)
+    run_script(parser, lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -7,19 +7,21 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 """
 
 import argparse
+import contextlib
 import functools
-import itertools
 import json
 import math
 import os
 import platform
-import shlex
 import subprocess
 import time
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
+import data  # before the libraries: it looks after Ctrl-C while they are being imported
+
+# isort: split
 import numpy as np
 import sklearn
 import timm
@@ -27,20 +29,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from sklearn.utils.class_weight import compute_class_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 import evaluate
 import models
 
 LAST_FORMAT = "training state"
 
 
-class TrainError(Exception):
-    """The run can't go on; the message is one line."""
+# --- what follows from the step, and from the epochs so far ---
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -50,144 +51,323 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def class_weights(labels: torch.Tensor, classes: int, balance: bool) -> torch.Tensor:
-    """float32 [classes], mean 1 over the training images: each class counts the same where balance is asked for."""
-    counts = labels.bincount(minlength=classes).float()
-    return len(labels) / (classes * counts) if balance else torch.ones(classes)
+def selected_epoch(history: list[dict], positives: int, negatives: int) -> int:
+    """The epoch to keep: the latest whose validation AUROC lies within a standard error of the best.
+
+    AUROC saturates here: between epochs that it can't tell apart, the longer trained one is better.
+    """
+    best = max(h["val_auroc"] for h in history)
+    lowest = best - evaluate.auroc_error(best, positives, negatives)
+    return max(h["epoch"] for h in history if h["val_auroc"] >= lowest)
+
+
+def epochs_since_best(history: list[dict]) -> int:
+    """How many epochs have passed since the validation AUROC was highest for the first time."""
+    aurocs = [h["val_auroc"] for h in history]
+    return len(aurocs) - 1 - aurocs.index(max(aurocs)) if aurocs else 0
+
+
+def summarize(history: list[dict]) -> dict:
+    """What metrics.json says of the whole run."""
+    return {
+        "best_epoch": max((h["epoch"] for h in history if h["selected"]), default=0),
+        "seconds": round(sum(h["seconds"] for h in history), 3),
+        "images_per_second": float(np.median([h["images_per_second"] for h in history])),
+    }
 
 
 # --- processes ---
 
 
-def start_processes(args: argparse.Namespace) -> tuple[int, int, torch.device]:
+def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): from torchrun's environment, or one process."""
-    world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    device = models.pick_device(args.device)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    device = models.pick_device(name)
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = models.pick_device(f"cuda:{local}")
+        device = models.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(device)
-    # The others wait while the first process fetches weights and decodes a new folder.
+    # The others wait while the master fetches weights, decodes a new folder and validates.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
     return dist.get_rank(), world, device
 
 
-def from_first(value, world: int):
-    """Rank 0's value, on every rank."""
-    if world == 1:
+def broadcast(value):
+    """The master's value, on every rank."""
+    if not dist.is_initialized():
         return value
     box = [value]
     dist.broadcast_object_list(box)
     return box[0]
 
 
-def sum_over_ranks(t: torch.Tensor, world: int) -> torch.Tensor:
-    if world > 1:
-        dist.all_reduce(t)
-    return t
+@contextlib.contextmanager
+def master_first(rank: int):
+    """The others enter when the master has left: it draws, fetches or decodes, and they find the files."""
+    if dist.is_initialized() and rank > 0:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and rank == 0:
+        dist.barrier()
 
 
-def share(model: torch.nn.Module, world: int) -> None:
-    """Give every rank the weights and statistics of rank 0."""
-    if world > 1:
-        for t in model.state_dict().values():
-            dist.broadcast(t, 0)
+# --- data ---
 
 
-# --- the loop ---
+@dataclass
+class TrainingSet:
+    """The images that a run trains and validates on."""
+
+    root: Path
+    records: list[data.Record]  # split is train, val, or left out where the file can't be read
+    images: torch.Tensor  # uint8 [n, size, size], in the order of records
+    digests: torch.Tensor  # int64 [n], see data.Images
+    labels: torch.Tensor  # int64 [n], positions in classes
+    train: torch.Tensor  # int64, positions of the training images in records
+    val: torch.Tensor  # int64, and of the validation images
+    classes: list[str]
+    positive: int  # position of the positive class in classes
+    left_out: list[dict]  # path and reason
+
+    def about(self) -> dict:
+        """What the files of a run say of the data."""
+        return {
+            "root": str(self.root.resolve()),
+            "demo": data.is_demo(self.root),
+            "fingerprint": data.fingerprint(self.records, self.digests),
+            "classes": self.classes,
+            "positive": self.classes[self.positive],
+            "images": {"train": len(self.train), "val": len(self.val)},
+            "patients": {"train": self.patients(self.train), "val": self.patients(self.val)},
+            "left_out": self.left_out,
+        }
+
+    def records_of(self, index: torch.Tensor) -> list[data.Record]:
+        return [self.records[i] for i in index.tolist()]
+
+    def patients(self, index: torch.Tensor) -> int:
+        return len({r.patient for r in self.records_of(index)})
 
 
-def train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws, state, epoch, args) -> dict:
-    """One epoch over the training images; nothing in it waits for the device but the end.
+def read_data(root: Path, records: list[data.Record], size: int, positive: str | None) -> TrainingSet:
+    """Decode the records of find_training, and check that each class is there to train and to validate on."""
+    loaded = data.load_images(root, records, size)
+    for i in loaded.failed:
+        records[i].split = "left out"
+    classes = sorted({r.label for r in records})
+    index = {}
+    for split, purpose in (("train", "training"), ("val", "validation")):
+        index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
+        for name in classes:
+            if not any(r.split == split and r.label == name for r in records):
+                raise data.UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
+    return TrainingSet(
+        root=root,
+        records=records,
+        images=loaded.pixels,
+        digests=loaded.digests,
+        labels=torch.tensor([classes.index(r.label) for r in records]),
+        train=index["train"],
+        val=index["val"],
+        classes=classes,
+        positive=data.positive_index(classes, positive),
+        left_out=data.report_left_out(records, loaded.failed),
+    )
+
+
+def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
+    """Say loudly where the run that the weights come from was trained on what validates this one."""
+    if seen is None:
+        return
+    images = len(set(d.digests[d.val].tolist()) & set(seen["pixels"].tolist()))
+    patients = len(data.named_patients(d.records_of(d.val)) & set(seen["patients"]))
+    if images or patients:
+        data.warn(
+            f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
+            "their patients: validation, and all that is chosen by it, is flattered; use that run's --folds and --fold"
+        )
+
+
+def batches(
+    d: TrainingSet, order: torch.Tensor, operations: list, draws: list, pre: dict, device, layout, share: slice
+):
+    """Yield the (x, y) of each step: augmented and normalised images [batch, 1, side, side] and their labels [batch].
 
     Args:
-        net: what is called (model, perhaps wrapped or compiled); model: what holds the weights.
-        images: uint8 [n, side, side]; labels: int64 [n]; draws: [n, DRAWS], see data.draw.
-        order: int64 indices of the training images in this epoch's order, the same on every rank. All four lie on one
-            device: an index from another one would make each step wait.
-        state: what stays the same over the run: rank, world, device, dtype, class weights, strength, sizes and so on.
+        order: int64 [steps, batch], positions of images; draws: see data.draw; share: this process's part of a batch.
+    """
+    for index in order:
+        index = index[share]
+        numbers = [u[index].to(device, non_blocking=True) for u in draws]
+        x = data.augment(d.images[index].to(device, non_blocking=True), operations, numbers)
+        x = data.normalise(x, pre["mean"], pre["std"]).to(memory_format=layout)
+        yield x, d.labels[index].to(device, non_blocking=True)
+
+
+# --- model and loop ---
+
+
+@dataclass
+class Learner:
+    """What training changes, and what it is called through."""
+
+    model: torch.nn.Module  # holds the weights
+    net: torch.nn.Module  # what is called: the model, perhaps wrapped or compiled
+    ema: ModelEmaV3
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+    def stateful(self) -> dict:
+        return {
+            "model": self.model,
+            "ema": self.ema.module,
+            "optimizer": self.optimizer,
+            "scaler": self.scaler,
+        }
+
+
+def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed: bool) -> tuple[torch.nn.Module, dict]:
+    """The model to train and what is known of its weights; a resumed run brings its own, so that none are fetched."""
+    torch.manual_seed(args.seed)
+    if resumed or (args.pretrained is False and args.weights is None):
+        weights = {"source": "random", "note": "random weights, as asked", "failed": "", "seen": None}
+        return models.build(args.model, len(classes), size), weights
+    model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
+    if weights["failed"]:
+        data.warn(
+            f"RANDOM WEIGHTS: {weights['failed']}. Training starts from scratch; --weights FILE takes a local file"
+        )
+    return model, weights
+
+
+def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device, layout) -> Learner:
+    """Put the model on the device, wrapped for several processes and compiled where that is asked for."""
+    model.to(device, memory_format=layout)
+    net = model
+    if dist.is_initialized():
+        net = DistributedDataParallel(model)  # starts from the weights of the master
+    if args.compile:
+        net = torch.compile(net)
+    # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
+    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
+    half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
+    return Learner(model, net, ema, optimizer, torch.amp.GradScaler(device.type, enabled=half))
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What autocast computes in: float32 is none."""
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+
+
+def training_size(args: argparse.Namespace, size: int) -> int:
+    """Side of the crops that training sees.
+
+    A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+    """
+    if args.augment == "none" or models.takes_one_size(args.model):
+        return size
+    return min(max(round(size * 0.75 / 32) * 32, 32), size)
+
+
+def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """Cross-entropy of logits [batch, classes], each image weighted by its class.
+
+    Summed and divided by the count: "mean" would divide by the batch's own weights, and undo them.
+    """
+    loss = F.cross_entropy(logits.float(), labels, weights, reduction="sum", label_smoothing=smoothing)
+    return loss / len(labels)
+
+
+def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.device):
+    """The loss, a function of logits and labels; with --balance each class counts the same."""
+    weights = torch.ones(len(d.classes))
+    if args.balance:
+        labels = d.labels[d.train].cpu().numpy()
+        balanced = compute_class_weight("balanced", classes=np.arange(len(d.classes)), y=labels)
+        weights = torch.from_numpy(balanced).float()
+    return functools.partial(weighted_loss, weights=weights.to(device), smoothing=args.label_smoothing)
+
+
+def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
+    """One epoch; nothing in it waits for the device but the end.
+
+    Args:
+        loader: iterable of (x, y), one for each step, on the device.
+        rates: the learning rate of each step; first_step: how many steps the run has made before.
 
     Returns:
-        train_loss (mean over the epoch), lr (of the last step), images (seen by all processes).
+        train_loss (mean over the epoch and all processes) and lr (of the last step).
 
     Raises:
-        TrainError: the loss is not finite, with epoch and step.
+        UserError: the loss is not finite; names the step.
     """
-    device, world = state["device"], state["world"]
-    batch = min(args.batch_size * world, len(order))
-    steps = len(order) // batch  # the incomplete last batch is left out: other images each epoch
-    losses = torch.zeros(steps, device=device)
-    net.train()
-    bar = tqdm(
-        range(steps), desc=f"epoch {epoch}", unit="step", leave=False, disable=None if state["rank"] == 0 else True
-    )
-    for step in bar:
-        done = (epoch - 1) * steps + step
-        lr = learning_rate(done, args.epochs * steps, round(args.warmup_epochs * steps), args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        index = order[step * batch : (step + 1) * batch][state["rank"] :: world]
-        x, u, y = (t[index].to(device, non_blocking=True) for t in (images, draws, labels))
-        x = data.augment(x, u, state["strength"], state["train_size"])
-        x = data.normalise(x, state["mean"], state["std"]).to(memory_format=torch.channels_last)
-        with torch.autocast(device.type, dtype=state["dtype"], enabled=state["dtype"] != torch.float32):
-            logits = net(x)
-        loss = F.cross_entropy(
-            logits.float(), y, state["weights"], reduction="sum", label_smoothing=args.label_smoothing
-        )
-        loss = loss / len(y)
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        ema.update(model, step=done)
-        losses[step] = loss.detach()
-    losses = sum_over_ranks(losses, world).cpu() / world  # the one moment of an epoch that waits for the device
+    learner.net.train()
+    losses = []
+    for step, (rate, (x, y)) in enumerate(zip(rates, loader)):
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's factor of each layer
+        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = learner.net(x)
+        loss = criterion(logits, y)
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.scaler.scale(loss).backward()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.ema.update(learner.model, step=first_step + step)
+        losses.append(loss.detach())
+    losses = torch.stack(losses)
+    if dist.is_initialized():
+        dist.all_reduce(losses)
+        losses /= dist.get_world_size()
+    losses = losses.cpu()  # the one moment of an epoch that waits for the device
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise TrainError(f"the loss is not finite in epoch {epoch}, step {bad} of {steps}; try a lower --lr")
-    return {"train_loss": float(losses.mean()), "lr": lr, "images": steps * batch}
+        raise data.UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
+    return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
-def validate(model, images, val_index, labels, state) -> dict:
-    """Loss, AUROC, accuracy (at 0.5) and the logits [n, classes] of the validation images, each counted once."""
-    device, world = state["device"], state["world"]
-    mine = torch.arange(len(val_index))[state["rank"] :: world]
-    logits = torch.zeros(len(val_index), state["classes"], dtype=torch.float64)
-    if len(mine):
-        batches = evaluate.in_batches(images, val_index[mine])
-        logits[mine] = torch.from_numpy(evaluate.infer(model, batches, state["mean"], state["std"], device))
-    if world > 1:
-        logits = sum_over_ranks(logits.to(device if device.type == "cuda" else "cpu"), world).cpu()
-    y = labels[val_index].cpu()
-    p = logits.softmax(1)
-    return {
-        "val_loss": float(F.cross_entropy(logits, y)),
-        "val_auroc": evaluate.macro_auroc(y.numpy(), p.numpy(), state["positive"]),
-        "val_accuracy": float((logits.argmax(1) == y).double().mean()),
-        "logits": logits.numpy(),
+def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.device) -> tuple[dict, np.ndarray]:
+    """Loss, AUROC and accuracy (at 0.5), and the logits [n, classes] of the validation images, each counted once."""
+    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre["mean"], pre["std"], device)
+    if not np.isfinite(logits).all():
+        raise data.UserError("the logits of validation images are not finite; try a lower --lr")
+    labels = d.labels[d.val].cpu()
+    z = torch.from_numpy(logits)
+    metrics = {
+        "val_loss": float(F.cross_entropy(z, labels)),
+        "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive),
+        "val_accuracy": float((z.argmax(1) == labels).double().mean()),
     }
+    return metrics, logits
 
 
-def calibrate(model, logits: np.ndarray, images, val_index, labels, rule: str, state) -> dict:
-    """Temperature and threshold, both chosen on the validation images."""
-    y = labels[val_index].cpu().numpy()
-    temperature = evaluate.fit_temperature(logits, y)
-    if state["classes"] > 2:
+def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> dict:
+    """Temperature and threshold, chosen on validation images alone.
+
+    Args:
+        logits: of the validation images; stressed: {name: logits} of their stressed copies, which the threshold then
+            rests on too.
+    """
+    labels = d.labels[d.val].cpu().numpy()
+    temperature = evaluate.fit_temperature(logits, labels)
+    if len(d.classes) > 2:
         return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
-    z, positive = evaluate.binary_logit(logits, state["positive"]), y == state["positive"]
-    source = "validation"
-    if rule == "stressed":
-        found = evaluate.infer_stressed(model, images, val_index, state["mean"], state["std"], state["device"])
-        z = np.concatenate([z, *(evaluate.binary_logit(logits, state["positive"]) for logits in found.values())])
-        positive = np.tile(positive, len(found) + 1)
-        rule, source = "youden", "validation and its stressed copies"
-    value = evaluate.choose_threshold(rule, positive, z / temperature)
-    return {"temperature": temperature, "threshold": {"value": value, "rule": rule, "from": source}}
+    everything = np.concatenate([logits, *stressed.values()])
+    positive = np.tile(labels == d.positive, 1 + len(stressed))
+    z = evaluate.binary_logit(everything, d.positive) / temperature
+    threshold = {
+        "value": evaluate.choose_threshold(rule, positive, z),
+        "rule": rule,
+        "from": "validation and its stressed copies" if stressed else "validation",
+    }
+    return {"temperature": temperature, "threshold": threshold}
 
 
-# --- the run ---
+# --- the run's files ---
 
 
 def describe_environment(device: torch.device) -> dict:
@@ -203,7 +383,325 @@ def describe_environment(device: torch.device) -> dict:
     return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
 
 
-def make_parser() -> argparse.ArgumentParser:
+def lock(folder: Path):
+    """Hold the folder until this process ends, however it ends; the returned file must be kept.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    f = open(folder / ".lock", "a")  # noqa: SIM115, closed with the process
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise data.UserError(
+            f"another process is training in {folder}; wait for it, or choose another --output"
+        ) from None
+    return f
+
+
+def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
+    """The run's folder, which this process alone uses, and the lock; one that already holds a run is never overwritten."""
+    if args.resume is not None:
+        folder = Path(args.resume)
+        held = lock(folder)
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+            leftover.unlink()
+        return folder, held
+    if args.output is not None:
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_folder(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"))
+    held = lock(folder)
+    if any((folder / name).exists() for name in ("metrics.json", "last.pt", "ckpt.pt")):
+        raise data.UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
+    return folder, held
+
+
+def new_folder(wanted: Path) -> Path:
+    """Make the folder, or one with a number behind its name where two runs start in one second."""
+    for number in range(1, 100):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
+    raise data.UserError(f"{wanted} and 98 folders like it exist; choose another --output")
+
+
+def save_state(path: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
+    """All that --resume needs for an exact continuation."""
+    state = {name: part.state_dict() for name, part in learner.stateful().items()}
+    models.save(
+        {
+            "format": LAST_FORMAT,
+            "format_version": models.FORMAT_VERSION,
+            "arguments": metrics["arguments"],
+            "demo": metrics["data"]["demo"],
+            "fingerprint": metrics["data"]["fingerprint"],
+            "world": world,
+            "weights": metrics["weights"],
+            "seen": seen,
+            "epochs": metrics["epochs"],
+            **state,
+        },
+        path,
+    )
+
+
+def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> dict:
+    """What save_state wrote, for this run and these images.
+
+    Raises:
+        UserError: it, or the checkpoint that goes with it, is missing, damaged, or belongs to other data or another run.
+    """
+    state = models.load(folder / "last.pt", LAST_FORMAT)
+    mine = {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
+    if mine != {k: v for k, v in state["arguments"].items() if k not in MAY_CHANGE}:
+        raise data.UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
+    if state["fingerprint"] != fingerprint:
+        raise data.UserError(f"the images are not those that the run in {folder} was started with; start a new run")
+    if state["world"] != world:
+        raise data.UserError(
+            f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so"
+        )
+    if state["epochs"]:
+        try:
+            models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
+        except data.UserError as e:
+            raise data.UserError(f"{e}; the run can't go on without it, start a new one") from None
+    if state["epochs"] and arguments["epochs"] != state["arguments"]["epochs"]:
+        data.warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
+    return state
+
+
+def make_checkpoint(
+    model, d: TrainingSet, pre: dict, metrics: dict, seen: dict | None, checks: dict, chosen: dict
+) -> dict:
+    """All that evaluation and prediction need; checks: from fit_checks; chosen: from calibrate."""
+    patients = data.named_patients(d.records_of(d.train))
+    pixels = d.digests[d.train]
+    if seen is not None:
+        patients |= set(seen["patients"])
+        pixels = torch.cat([pixels, seen["pixels"]]).unique()
+    last = metrics["epochs"][-1]
+    about_data = {
+        "root": metrics["data"]["root"],
+        "demo": metrics["data"]["demo"],
+        "fingerprint": metrics["data"]["fingerprint"],
+        "patients": sorted(patients),  # trained on, by this run and those that its weights come from
+        "pixels": pixels,  # digests of the training images, likewise
+        "val": [r.path for r in d.records_of(d.val)],
+    }
+    return {
+        "format": models.FORMAT,
+        "format_version": models.FORMAT_VERSION,
+        "model": metrics["arguments"]["model"],
+        "state_dict": model.state_dict(),
+        "classes": d.classes,
+        "positive": d.classes[d.positive],
+        **pre,
+        **chosen,
+        **checks,
+        "validation": {k: last[k] for k in ("val_loss", "val_auroc", "val_accuracy")},
+        "epoch": last["epoch"],
+        "epochs": last["epoch"],
+        "finished": False,
+        "data": about_data,
+        "arguments": metrics["arguments"],
+        "environment": metrics["environment"],
+        "weights": metrics["weights"],
+    }
+
+
+def fit_checks(d: TrainingSet) -> dict:
+    """What a checkpoint knows of the training images: how such images look, and what their border alone tells."""
+    input_check = models.fit_input_check(evaluate.in_batches(d.images, d.train), evaluate.in_batches(d.images, d.val))
+    border = None
+    if len(d.classes) == 2:
+        features = torch.cat([data.border_features(batch) for batch in evaluate.in_batches(d.images, d.train)])
+        border = models.fit_border(features, (d.labels[d.train] == d.positive).cpu().numpy())
+    return {"input_check": input_check, "border": border}
+
+
+def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Namespace, epochs: int, device) -> None:
+    """Mark the selected model as that of a finished run; a threshold that rests on stressed copies is chosen now.
+
+    They cost as much as twelve validations, too much for each epoch that is selected for a while.
+    """
+    checkpoint = models.load(path)
+    if args.threshold == "stressed" and len(d.classes) == 2:
+        model = models.from_checkpoint(checkpoint, device)
+        _, logits = validate(model, d, pre, device)
+        records = d.records_of(d.val)
+        partners = d.val[data.draw_partners(records).to(d.val.device)]
+        paths = [r.path for r in records]
+        stressed = evaluate.infer_stressed(model, d.images, d.val, partners, paths, pre["mean"], pre["std"], device)
+        checkpoint.update(calibrate(logits, stressed, d, "youden"))
+    checkpoint["epochs"] = epochs
+    checkpoint["finished"] = True
+    models.save(checkpoint, path)
+
+
+# --- the run ---
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train as the arguments say."""
+    rank, world, device = start_processes(args.device)
+    master = rank == 0  # prints, writes and validates
+    print0 = print if master else (lambda *_, **__: None)
+
+    # data
+    pre = models.preprocessing(args.model, args.img_size)
+    root = data.find_root(args.data)
+    with master_first(rank):
+        data.prepare_demo(root)
+        records = data.find_training(root, args.folds, args.fold)
+    folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
+    folder = broadcast(folder)
+    args.output = str(folder)  # for the line that says how to go on
+    with master_first(rank):
+        d = read_data(root, records, pre["input_size"], args.positive)
+    if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
+        d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
+    d.labels, d.train, d.val = (t.to(d.images.device) for t in (d.labels, d.train, d.val))
+    positives = int((d.labels[d.val] == d.positive).sum())
+    negatives = len(d.val) - positives
+    batch_size = min(args.batch_size * world, len(d.train))
+    steps = len(d.train) // batch_size  # the incomplete last batch is left out: other images each epoch
+
+    # model
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
+    about = d.about()
+    state = None
+    if args.resume is not None:
+        state = broadcast(load_state(folder, arguments, about["fingerprint"], world) if master else None)
+    model, weights = start_model(args, d.classes, pre["input_size"], resumed=state is not None)
+    seen = weights.pop("seen")
+    crop = training_size(args, pre["input_size"])
+    for size in {crop, pre["input_size"]}:
+        models.check_size(model, size)
+    layout = models.memory_format(model, device)
+    learner = make_learner(model, args, device, layout)
+    dtype = pick_dtype(args.precision, device)
+    history = []  # all that a run remembers but what the learner holds
+    if state:
+        for name, part in learner.stateful().items():
+            part.load_state_dict(state[name])
+        history, weights, seen = state["epochs"], state["weights"], state["seen"]
+    criterion = make_criterion(d, args, device)
+    operations = data.preset(args.augment, crop)
+    checks = fit_checks(d) if master else {}
+    metrics = {
+        "arguments": arguments,
+        "environment": describe_environment(device),
+        "finished": False,
+        "data": about,
+        "weights": weights,
+        "epochs": history,
+    }
+    if master and not state:
+        data.write_csv(folder / "splits.csv", split_rows(d, about["demo"]))
+        save_state(folder / "last.pt", learner, metrics, seen, world)
+        data.write_json(folder / "metrics.json", metrics)
+        warn_overlap(d, seen)
+
+    print_start(print0, args, d, model, weights, pre, device, dtype)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        if args.patience and epochs_since_best(history) >= args.patience:
+            print0(f"no better validation AUROC in {args.patience} epochs: stopped")
+            break
+        start = time.perf_counter()
+        torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
+        first_step, total, warmup = (epoch - 1) * steps, args.epochs * steps, round(args.warmup_epochs * steps)
+        rates = [learning_rate(first_step + step, total, warmup, args.lr) for step in range(steps)]
+        order = d.train[data.shuffle(len(d.train), args.seed, epoch).to(d.train.device)]
+        order = order[: steps * batch_size].view(steps, batch_size)
+        draws = [u.to(d.images.device) for u in data.draw(operations, len(d.records), args.seed, epoch)]
+        loader = batches(d, order, operations, draws, pre, device, layout, slice(rank, None, world))
+        loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
+        train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
+        speed = steps * batch_size / (time.perf_counter() - start)
+
+        averaged = learner.ema.module
+        val_metrics, logits = broadcast(validate(averaged, d, pre, device) if master else None)
+        h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
+        history.append(h)
+        h["selected"] = selected_epoch(history, positives, negatives) == epoch
+        if master and h["selected"]:
+            rule = "youden" if args.threshold == "stressed" else args.threshold  # see finish_checkpoint
+            chosen = calibrate(logits, {}, d, rule)
+            models.save(make_checkpoint(averaged, d, pre, metrics, seen, checks, chosen), folder / "ckpt.pt")
+        h["seconds"] = round(time.perf_counter() - start, 3)
+        if master:
+            save_state(folder / "last.pt", learner, metrics, seen, world)
+            data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
+        print0(ROW.format(**h), "*" if h["selected"] else "", flush=True)
+
+    if master:
+        finish_checkpoint(folder / "ckpt.pt", d, pre, args, len(history), device)
+        metrics["finished"] = True
+        data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
+        print_end(folder, history, d)
+    if world > 1:
+        dist.destroy_process_group()
+
+
+ROW = (
+    "{epoch:5}  {train_loss:10.4f}  {val_loss:8.4f}  {val_auroc:9.4f}  {val_accuracy:8.4f}  {seconds:7.1f}"
+    "  {images_per_second:8.1f}"
+)
+HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
+
+
+def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
+    """The rows of splits.csv: which image was used for what."""
+    rows = []
+    for r in d.records:
+        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split}
+        if demo:
+            row["demo"] = "phantom"
+        rows.append(row)
+    return rows
+
+
+def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, device, dtype) -> None:
+    """What is trained, on what, and what the table's columns are."""
+    count = {
+        name: f"{len(index)} images of {d.patients(index)} patients"
+        for name, index in (("train", d.train), ("val", d.val))
+    }
+    print0(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {weights['note']}")
+    print0(f"{d.root}: {count['train']} to train, {count['val']} to validate")
+    if len(d.classes) == 2:
+        print0(f"positive class: {d.classes[d.positive]}, negative: {d.classes[1 - d.positive]}")
+    print0(f"{pre['input_size']} px on {device}, {dtype}")
+    print0(HEADER)
+
+
+def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
+    """Which epoch was selected and why, and what to do next."""
+    best, seconds = summarize(history)["best_epoch"], summarize(history)["seconds"]
+    print(
+        f"\n* selected so far: the latest epoch within a standard error of the best validation AUROC; in the end {best}"
+    )
+    print(f"{len(history)} epochs in {seconds:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
+    image = d.root / d.records_of(d.val[:1])[0].path
+    print(data.command_line("python", "evaluate.py", folder / "ckpt.pt"))
+    print(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image))
+
+
+# --- command line ---
+
+
+def make_parser() -> data.Parser:
     parser, number, yes_no = data.Parser(prog="train.py"), data.within, argparse.BooleanOptionalAction
     parser.description = "Fine-tune a timm model on chest radiographs."
     g = parser.add_argument_group("data")
@@ -211,12 +709,14 @@ def make_parser() -> argparse.ArgumentParser:
     g.add_argument(
         "--img-size", type=number(int, 1, 10_000), metavar="PX", help="side of the input (160, or the model's)"
     )
-    g.add_argument("--val-fraction", type=number(float, 0.01, 0.5), default=0.1, help="of the patients, for validation")
+    g.add_argument("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
+    g.add_argument("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
+    g.add_argument("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
     g = g.add_mutually_exclusive_group()
     g.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
-    g.add_argument("--weights", metavar="FILE", help="weights from a .safetensors file or a torch state dict")
+    g.add_argument("--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict")
     g = parser.add_argument_group("recipe")
     g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
@@ -230,18 +730,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes"
     )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
-    g.add_argument("--augment", choices=data.AUGMENT, default="medium", help="strength of the augmentation")
+    g.add_argument("--augment", choices=data.PRESETS, default="medium", help="strength of the augmentation")
     g.add_argument("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
     g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
     g = parser.add_argument_group("run")
     g.add_argument("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
     g.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of the split and of everything random")
+    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
     g.add_argument("--compile", action="store_true", help="torch.compile the model")
     return parser
+
+
+MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
 
 
 def threshold_rule(text: str) -> str:
@@ -252,278 +755,41 @@ def threshold_rule(text: str) -> str:
     return text
 
 
-def parse_arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The arguments; with --resume those of the run, which only --epochs and --device may contradict."""
+def parse_arguments(parser: data.Parser) -> argparse.Namespace:
+    """The arguments; with --resume those of the run, of which the command line may change some."""
     args = parser.parse_args()
-    if args.resume is None:
-        return args
-    unset = object()
-    given = vars(parser.parse_args(namespace=argparse.Namespace(**dict.fromkeys(vars(args), unset))))
-    metrics = Path(args.resume) / "metrics.json"
-    try:
-        stored = json.loads(metrics.read_text())["arguments"]
-        if stored.keys() != given.keys() - {"resume", "output"}:
-            raise ValueError("arguments of another version")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise TrainError(f"--resume {args.resume} holds no run (no readable {metrics})") from None
-    for name, value in given.items():
-        if value is unset or name in ("resume", "output"):
-            continue
-        if name in ("epochs", "device"):
-            stored[name] = value
-        elif value != stored.get(name):
-            flag = f"--{name.replace('_', '-')}"
-            raise TrainError(f"{flag} {value} contradicts the run in {args.resume}, which has {stored.get(name)}")
-    if given["output"] is not unset and Path(args.output) != Path(args.resume):
-        raise TrainError("--output and --resume name different folders")
-    return argparse.Namespace(**(vars(args) | stored | {"resume": args.resume, "output": args.resume}))
-
-
-def make_run_folder(args: argparse.Namespace) -> Path:
-    """The run's folder; one that already holds a run is never overwritten."""
     if args.resume is not None:
-        for leftover in Path(args.resume).glob(".*.tmp"):  # of a process that was killed while saving
-            leftover.unlink()
-        return Path(args.resume)
-    folder = Path(args.output or f"runs/{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}")
-    if (folder / "last.pt").exists() or (folder / "ckpt.pt").exists():
-        raise TrainError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
-    folder.mkdir(parents=True, exist_ok=bool(args.output))
-    return folder
-
-
-def read_data(root: Path, size: int, args: argparse.Namespace, first: bool, world: int) -> SimpleNamespace:
-    """The training and validation images, and all that a run says of them.
-
-    Returns:
-        images: uint8 [n, size, size]; digests: int64 [n]; labels: int64 [n]; index: {"train", "val"} of int64 indices;
-        records (see data.find_training, with the split "left out" too), classes, positive (an index), left_out, demo.
-    """
-    d = SimpleNamespace(demo=data.is_demo(root), records=data.find_training(root, args.seed, args.val_fraction))
-    # The first process decodes what is not in the cache yet; the others wait for that.
-    loaded = data.load_images(root, d.records, size) if first else None
-    from_first(None, world)
-    d.images, d.digests, failed = loaded or data.load_images(root, d.records, size)
-    d.left_out = data.report_left_out(d.records, failed)
-    for i in failed:
-        d.records[i]["split"] = "left out"
-    d.classes = sorted({r["class"] for r in d.records})
-    d.positive = data.positive_class(d.classes)
-    d.labels = torch.tensor([d.classes.index(r["class"]) for r in d.records])
-    d.index = {s: torch.tensor([i for i, r in enumerate(d.records) if r["split"] == s]) for s in ("train", "val")}
-    for (split, members), (i, name) in itertools.product(d.index.items(), enumerate(d.classes)):
-        if not len(members) or not (d.labels[members] == i).any():
-            purpose = {"train": "training", "val": "validation"}[split]
-            raise data.DataError(f"class {name} has no readable image for {purpose}")
-    if len(d.index["train"]) < 2 * world:
-        raise data.DataError(f"{len(d.index['train'])} training images are too few for {world} processes")
-    return d
-
-
-def start_model(args: argparse.Namespace, classes: int, pre: dict, saved: dict | None) -> tuple[torch.nn.Module, dict]:
-    """The model to train and where its weights come from; a saved state brings its own, so that none are fetched."""
-    torch.manual_seed(args.seed)
-    what = args.model, classes, pre["input_size"]
-    if saved:
-        model, source = models.build(*what), saved["weights_source"]
-    elif args.weights or args.pretrained is not False:
-        model, source = models.build_pretrained(*what, args.weights, insist=args.pretrained is True)
-    else:
-        model, source = models.build(*what), {"source": "random", "note": "random weights, as asked", "failed": ""}
-    if source["failed"]:
-        data.warn(
-            f"RANDOM WEIGHTS: {source['failed']}. Training starts from scratch; --weights FILE takes a local file"
-        )
-    return model, source
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: float32 is none."""
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-
-
-def run(args: argparse.Namespace) -> Path:
-    """Train as the arguments say; returns the run folder."""
-    rank, world, device = start_processes(args)
-    first = rank == 0
-    say = print if first else (lambda *_, **__: None)
-    pre = models.preprocessing(args.model, args.img_size)
-    root = from_first(data.find_root(args.data) if first else None, world)
-    args.folder = folder = from_first(make_run_folder(args) if first else None, world)
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume", "folder")}
-    metrics = {"arguments": arguments, "environment": describe_environment(device), "finished": False, "epochs": []}
-
-    def write_metrics(**entries) -> None:
-        metrics.update(entries)
-        if first:
-            data.write_atomic(folder / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-
-    if not args.resume:
-        write_metrics()  # the arguments are all that --resume needs until the first state is saved
-    if data.is_demo(root):
-        data.warn_demo(root)
-    d = read_data(root, pre["input_size"], args, first, world)
-    about_data = {"root": str(root.resolve()), "demo": d.demo, "fingerprint": data.fingerprint(d.records)}
-
-    state_file, saved = folder / "last.pt", None
-    if first and args.resume and state_file.exists():
-        saved = models.load(state_file, LAST_FORMAT)
+        if args.output is not None:
+            parser.error("--resume names the folder: leave out --output")
+        metrics = Path(args.resume, "metrics.json")
         try:
-            if saved["best"]["epoch"]:
-                models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
-        except models.ModelError as e:
-            raise TrainError(f"{e}; the run can't go on without it, start a new one") from None
-    elif first and args.resume and (folder / "ckpt.pt").exists():
-        raise TrainError(f"{folder} has a ckpt.pt but no last.pt to go on from; start a new run")
-    saved = from_first(saved, world)
-    if saved and saved["fingerprint"] != about_data["fingerprint"]:
-        raise TrainError(f"the images in {root} are not those that the run in {folder} was started with")
-    if saved and saved["world"] != world:
-        raise TrainError(f"the run in {folder} was started with {saved['world']} processes, not {world}: resume it so")
-    model, source = start_model(args, len(d.classes), pre, saved)
-    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
-    small = min(max(round(pre["input_size"] * 0.75 / 32) * 32, 32), pre["input_size"])
-    train_size = pre["input_size"] if args.augment == "none" or models.takes_one_size(args.model) else small
-    for size in {pre["input_size"], train_size}:
-        models.check_size(model, size)
-    model.to(device, memory_format=torch.channels_last)
-    share(model, world)  # a download may have worked on one machine alone
-    # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
-    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
-    dtype = pick_dtype(args.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16 and device.type == "cuda")
-    net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-    net = torch.compile(net) if args.compile else net
-    history, best, seconds = [], {"epoch": 0, "auroc": -1.0, "reached": 0}, 0.0  # epoch: the selected one
-    parts = {"model": model, "ema": ema.module, "optimizer": optimizer, "scaler": scaler}
-    if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        history, best, seconds = saved["history"], saved["best"], saved["seconds"]
+            stored = json.loads(metrics.read_text())["arguments"]
+            if stored.keys() != vars(args).keys() - {"resume", "output"}:
+                raise ValueError("arguments of another version")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            parser.error(f"--resume {args.resume} holds no run (no readable {metrics})")
+        parser.set_defaults(**stored)
+        args = parser.parse_args()  # now a value differs from the stored one only where it was given
+        for name, value in stored.items():
+            if name not in MAY_CHANGE and getattr(args, name) != value:
+                flag = f"--{name.replace('_', '-')}"
+                parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
+    if args.fold >= args.folds:
+        parser.error(f"--fold {args.fold} is none of the {args.folds} folds: they are 0 to {args.folds - 1}")
+    return args
 
-    if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        d.images = d.images.to(device)  # 50 kB an image at 224 px: the whole set stays on the GPU
-    labels, val = d.labels.to(d.images.device), d.index["val"].to(d.images.device)
-    ill = int((d.labels[d.index["val"]] == d.positive).sum())
-    sides = ill, len(val) - ill
-    state = {"rank": rank, "world": world, "device": device, "dtype": dtype, "train_size": train_size}
-    state |= {"classes": len(d.classes), "positive": d.positive, "mean": pre["mean"], "std": pre["std"]}
-    state["weights"] = class_weights(d.labels[d.index["train"]], len(d.classes), args.balance).to(device)
-    state["strength"] = data.AUGMENT[args.augment]
-    train_records = [d.records[i] for i in d.index["train"].tolist()]
-    images_of = {s: len(members) for s, members in d.index.items()}
-    patients_of = {s: len({d.records[i]["patient"] for i in members.tolist()}) for s, members in d.index.items()}
-    metrics["data"] = about_data | {"classes": d.classes, "images": images_of, "patients": patients_of}
-    metrics["data"]["left_out"], metrics["weights"] = d.left_out, source
-    if first:
-        columns = ["path", "class", "patient", "subtype", "split"] + ["demo"] * d.demo
-        data.write_atomic(folder / "splits.csv", data.to_csv([r | {"demo": "phantom"} for r in d.records], columns))
-    count = {s: f"{images_of[s]} images of {patients_of[s]} patients" for s in d.index}
-    say(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {source['note']}")
-    say(f"{root}: {count['train']} to train, {count['val']} to validate; {pre['input_size']} px on {device}, {dtype}")
-    say("epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s")
 
-    def save_last() -> None:
-        content = {"format": LAST_FORMAT, "format_version": models.FORMAT_VERSION, "demo": d.demo, "world": world}
-        content |= {name: part.state_dict() for name, part in parts.items()}
-        content |= {"history": history, "best": best, "seconds": seconds, "weights_source": source}
-        if first:
-            models.save(content | {"fingerprint": about_data["fingerprint"]}, state_file)
-
-    def save_checkpoint(epoch: int, found: dict, chosen: dict) -> None:
-        checkpoint = {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "model": args.model}
-        checkpoint |= {"state_dict": ema.module.state_dict(), "classes": d.classes, "positive": d.classes[d.positive]}
-        checkpoint |= {**pre, **chosen, "validation": found, "epoch": epoch, "input_check": input_check()}
-        patients = sorted(data.named_patients(train_records))
-        checkpoint["data"] = about_data | {"patients": patients, "pixels": d.digests[d.index["train"]].clone()}
-        checkpoint["data"]["val"] = [d.records[i]["path"] for i in d.index["val"].tolist()]
-        checkpoint |= {"arguments": arguments, "environment": metrics["environment"]}
-        models.save(checkpoint, folder / "ckpt.pt")
-
-    @functools.cache
-    def input_check() -> dict:
-        return models.fit_input_check(*(evaluate.in_batches(d.images, d.index[s].to(d.images.device)) for s in d.index))
-
-    def progress() -> dict:
-        median = round(float(np.median([h["images_per_second"] for h in history])), 1)
-        return {
-            "epochs": history,
-            "best_epoch": best["epoch"],
-            "seconds": round(seconds, 3),
-            "images_per_second": median,
-        }
-
-    if not saved:
-        save_last()
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        if args.patience and len(history) - best["reached"] >= args.patience:
-            say(f"no better validation AUROC in {args.patience} epochs: stopped")
-            break
-        start = time.perf_counter()
-        torch.manual_seed(data.mix(args.seed, epoch, rank))  # for dropout and the like
-        order = d.index["train"][data.shuffle(len(d.index["train"]), args.seed, epoch)].to(d.images.device)
-        draws = data.draw(len(d.records), args.seed, epoch).to(d.images.device)
-        step = train_epoch(net, model, ema, optimizer, scaler, d.images, labels, order, draws, state, epoch, args)
-        rate = step.pop("images") / (time.perf_counter() - start)
-        share(ema.module, world)  # the statistics of normalisation layers are those of each rank's own images
-        found = validate(ema.module, d.images, val, labels, state)
-        logits = found.pop("logits")
-        if math.isnan(found["val_auroc"]) or math.isnan(found["val_loss"]):
-            raise TrainError(f"the validation loss is not finite in epoch {epoch}; try a lower --lr")
-        if found["val_auroc"] > best["auroc"]:
-            best = best | {"auroc": found["val_auroc"], "reached": epoch}
-        # AUROC saturates here: between epochs that it can't tell apart, the longer trained one is selected.
-        if found["val_auroc"] >= best["auroc"] - evaluate.auroc_error(best["auroc"], *sides):
-            best = best | {"epoch": epoch}
-            if first:
-                # Stressed copies cost as much as nine validations: they wait for the end of the run.
-                rule = "youden" if args.threshold == "stressed" else args.threshold
-                save_checkpoint(epoch, found, calibrate(ema.module, logits, d.images, val, labels, rule, state))
-        took = time.perf_counter() - start
-        seconds += took
-        h = {"epoch": epoch} | step | found | {"seconds": round(took, 3), "images_per_second": round(rate, 1)}
-        history.append(h)
-        save_last()
-        write_metrics(**progress())
-        line = (
-            f"{epoch:5}  {h['train_loss']:10.4f}  {h['val_loss']:8.4f}  {h['val_auroc']:9.4f}  {h['val_accuracy']:8.4f}"
-        )
-        say(f"{line}  {took:7.1f}  {h['images_per_second']:8.1f}{' *' * (best['epoch'] == epoch)}", flush=True)
-    if first and args.threshold == "stressed":
-        start = time.perf_counter()
-        checkpoint = models.load(folder / "ckpt.pt")
-        selected = models.from_checkpoint(checkpoint, device)
-        logits = validate(selected, d.images, val, labels, state | {"rank": 0, "world": 1})["logits"]
-        checkpoint |= calibrate(selected, logits, d.images, val, labels, args.threshold, state)
-        models.save(checkpoint, folder / "ckpt.pt")
-        seconds += time.perf_counter() - start
-    write_metrics(**progress(), finished=True)
-    if first:
-        an_image = data.scan(root, "test")[0] if (root / "test").is_dir() else d.records[d.index["val"][0]]
-        ckpt, image = shlex.quote(str(folder / "ckpt.pt")), shlex.quote(str(root / an_image["path"]))
-        say(f"\nbest epoch {best['epoch']} of {len(history)}, {seconds:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
-        say(f"python evaluate.py {ckpt}\npython predict.py --ckpt {ckpt} {image}")
-    if world > 1:
-        dist.destroy_process_group()
-    return folder
+def how_to_go_on(args: argparse.Namespace) -> str:
+    """For a run that was interrupted."""
+    if args.output is not None and Path(args.output, "metrics.json").exists():
+        return f"go on with: {data.command_line('python', 'train.py', '--resume', args.output)}"
+    return "nothing was saved yet"
 
 
 def main() -> None:
     parser = make_parser()
-    args = argparse.Namespace()
-    try:
-        args = parse_arguments(parser)
-        run(args)
-    except (TrainError, data.DataError, models.ModelError, OSError) as e:
-        go_on = f"; go on with --resume {args.folder}" if isinstance(e, OSError) and hasattr(args, "folder") else ""
-        parser.error(f"{e}{go_on}")
-    except KeyboardInterrupt:
-        where = getattr(args, "folder", None)
-        go_on = f"; go on with: python train.py --resume {shlex.quote(str(where))}" if where else ""
-        parser.exit(130, f"interrupted{go_on}\n")
+    args = parse_arguments(parser)
+    data.run_script(parser, lambda: run(args), lambda: how_to_go_on(args))
 
 
 if __name__ == "__main__":
