@@ -22,6 +22,7 @@ sys.excepthook = _end_in_one_line
 import argparse
 import contextlib
 import csv
+import functools
 import hashlib
 import io
 import itertools
@@ -783,6 +784,39 @@ def gamma(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
     return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
 
 
+def half(u: torch.Tensor) -> torch.Tensor:
+    """[batch, 1, 1, 1] from uniform numbers [batch]: zero for half of the images, uniform in [0, 1) for the others."""
+    return column(signed(u).clamp(min=0))
+
+
+def exchange_border(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+    """A ring of 4 to 18 % of the sides comes from the image before in the batch.
+
+    The border shows the device and the technique, not the lungs; exchanged, it tells nothing of the label (a cut-and-
+    paste augmentation as CutMix, Yun et al. 2019, whose label stays that of the lungs).
+    """
+    width = (u[:, 0] < probability) * (0.04 + 0.14 * u[:, 1])
+    place = torch.linspace(0, 1, x.shape[-1], device=x.device)
+    to_edge = torch.minimum(place, 1 - place)
+    depth = torch.minimum(to_edge[:, None], to_edge)
+    return torch.where(depth < column(width), x.roll(1, 0), x)
+
+
+@functools.cache
+def standard_normals(count: int, device: torch.device) -> torch.Tensor:
+    """float32 [count], always the same: drawing them anew in each step takes longer than all else in noise."""
+    return torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def noise(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+    """Gaussian noise on half of the images, its standard deviation uniform up to strength (1 is the whole range)."""
+    pixels = x[0].numel()
+    normals = standard_normals(2**20 + pixels, x.device)
+    start = (u[:, 1] * 2**20).long()
+    windows = normals.unfold(0, pixels, 1)[start]  # unfold is a view: only these windows are copied
+    return torch.addcmul(x, windows.view_as(x), strength * half(u[:, 0])).clamp_(0, 1)
+
+
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
     return {
@@ -802,10 +836,19 @@ def preset(name: str, size: int) -> list[tuple]:
             (contrast, 0.3),
             (gamma, 0.4),
         ],
+        "robust": [
+            (exchange_border, 0.7),
+            (random_resized_crop, Crop(size, 0.08)),
+            (flip, 0.5),
+            (brightness, 0.3),
+            (contrast, 0.3),
+            (gamma, 0.4),
+            (noise, 0.05),
+        ],
     }[name]
 
 
-PRESETS = ("none", "light", "medium")
+PRESETS = ("none", "light", "medium", "robust")
 
 
 def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[torch.Tensor]:

@@ -730,7 +730,7 @@ def make_parser() -> data.Parser:
         "--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes"
     )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
-    g.add_argument("--augment", choices=data.PRESETS, default="medium", help="strength of the augmentation")
+    g.add_argument("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
     g.add_argument("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
     g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
