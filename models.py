@@ -3,47 +3,45 @@
 Every model has one grey input channel and one logit per class.
 """
 
+import argparse
 import contextlib
-import copy
 import difflib
+import http.client
 import io
-import itertools
-import os
+import json
 import sys
 import threading
 import urllib.error
 import urllib.request
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
-from timm.models import load_state_dict
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+import data
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 1
-KEYS = {"model", "state_dict", "classes", "positive", "input_size", "mean", "std", "temperature", "threshold", "data"}
-KEYS |= {"input_check"}  # without which nothing can be classified
-
-
-class ModelError(Exception):
-    """Something about a model, a weights file or a checkpoint that the user can mend; the message is one line."""
+FORMAT_VERSION = 2
 
 
 def pick_device(name: str) -> torch.device:
     """The device for auto, cpu, cuda, cuda:1, mps ...: auto takes CUDA, then MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "auto" and torch.cuda.is_available():
+        name = "cuda"
+    elif name == "auto":
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
-        raise ModelError(f"--device {name} can't be used here ({reason}); try --device auto") from None
+        raise data.UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the batch that an image stood in
     return device
 
@@ -52,14 +50,19 @@ def pick_device(name: str) -> torch.device:
 
 
 def check_name(name: str) -> None:
-    """Raise ModelError with the nearest names where timm has no such model."""
+    """Raise UserError with the nearest names where timm has no such model."""
     try:
-        known = timm.is_model(name) and bool(timm.get_pretrained_cfg(name) or "." not in name)
+        known = timm.is_model(name) and ("." not in name or timm.get_pretrained_cfg(name) is not None)
     except RuntimeError:  # an unknown tag of a known model
         known = False
     if not known:
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        raise ModelError(f"timm has no model {name!r}; " + (f"nearest: {', '.join(near)}" if near else "see its list"))
+        nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
+        raise data.UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}")
+
+
+def pretrained_config(name: str) -> timm.models.PretrainedCfg:
+    """What timm knows of a model's weights: their input, where they are; defaults where there are none."""
+    return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
 
 
 def preprocessing(name: str, size: int | None) -> dict:
@@ -68,22 +71,22 @@ def preprocessing(name: str, size: int | None) -> dict:
     Where size is None, it is 160 pixels, or the model's own if it takes one size alone.
     """
     check_name(name)
-    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-    mean, std = (sum(v) / len(v) for v in (config.mean, config.std))
-    return {"input_size": size or (config.input_size[-1] if takes_one_size(name) else 160), "mean": mean, "std": std}
+    config = pretrained_config(name)
+    if size is None:
+        size = config.input_size[-1] if takes_one_size(name) else 160
+    return {"input_size": size, "mean": float(np.mean(config.mean)), "std": float(np.mean(config.std))}
 
 
 def takes_one_size(name: str) -> bool:
     """Whether the architecture is built for one input size, as models of tokens are for their position table."""
-    config = timm.get_pretrained_cfg(name)
-    return bool(config and config.fixed_input_size)
+    return bool(pretrained_config(name).fixed_input_size)
 
 
 def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     """A timm model with one input channel and classes logits; kwargs go to timm.create_model.
 
     Raises:
-        ModelError: unknown name, or an input size that the architecture does not take.
+        UserError: unknown name, or an input size that the architecture does not take.
     """
     check_name(name)
     if takes_one_size(name):
@@ -91,7 +94,7 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     try:
         model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)
     except AssertionError as e:
-        raise ModelError(f"{name} can't be built for {size} x {size} pixels ({e}); try another --img-size") from None
+        raise data.UserError(f"{name} can't be built for {size} x {size} pixels ({e}); try another size") from None
     if not kwargs.get("pretrained"):
         # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
         model.reset_classifier(classes)
@@ -99,350 +102,580 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
 
 
 def check_size(model: nn.Module, size: int) -> None:
-    """Raise ModelError where the model can't take size x size pixels."""
+    """Raise UserError where the model, in evaluation mode from then on, can't take size x size pixels."""
+    x = torch.zeros(2, 1, size, size, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
-            model.eval()(torch.zeros(2, 1, size, size))
+            model.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise ModelError(f"the model does not take {size} x {size} pixels ({e}); try another --img-size") from None
+        raise data.UserError(f"the model does not take {size} x {size} pixels ({e}); try another size") from None
 
 
-def build_pretrained(name: str, classes: int, size: int, weights: str | None, insist: bool) -> tuple[nn.Module, dict]:
-    """A model with weights from a file, or else timm's own from the hub or its cache.
-
-    Args:
-        weights: path of a .safetensors file or of a state dict saved by torch; None for timm's pretrained ones.
-        insist: raise where there are none; otherwise the model keeps its random weights.
-
-    Returns:
-        the model, and a dict: source (a file, hub or random), note (what was taken and what was not, one line), and
-        failed (why there are none).
-    """
-    if weights:
-        state, path = _read_state(Path(weights)), str(weights)
-        model, note = _from_state(name, classes, size, state, path)
-        return model, {"source": path, "note": note, "failed": ""}
-    config = timm.get_pretrained_cfg(name)
-    if not config or not (config.has_weights or config.url or config.hf_hub_id):
-        failure = f"timm has no pretrained weights for {name}"
-    else:
-        failure = ""
-        with _offline_unless_reachable():
-            try:
-                model = build(name, config.num_classes, size, pretrained=True)
-            except ModelError:
-                raise
-            except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-                reason = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".") or type(e).__name__
-                failure = f"no pretrained weights for {name}: {reason}"
-    if failure and insist:
-        raise ModelError(f"{failure}; use --weights FILE or --no-pretrained")
-    if failure:
-        return build(name, classes, size), {"source": "random", "note": "random weights", "failed": failure}
-    model.reset_classifier(classes)
-    note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-    return model, {"source": "hub", "note": note, "failed": ""}
-
-
-def _from_state(name: str, classes: int, size: int, state: dict, path: str) -> tuple[nn.Module, str]:
-    """Build with a state dict: every tensor must fit, but for the head, which is new where the classes differ."""
-    config = timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
-    stem, head = (n[0] if isinstance(n, tuple) else n or "" for n in (config.first_conv, config.classifier))
-    try:
-        count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
-        channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
-        overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
-        # Strict: one tensor too many, too few or of another shape is another architecture.
-        model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except (RuntimeError, KeyError, ValueError, AttributeError, TypeError, IndexError) as e:
-        detail = next((line.strip() for line in str(e).splitlines()[1:]), str(e))[:160]
-        raise ModelError(f"{path} does not hold weights of {name}: {detail}") from None
-    if count != classes:
-        model.reset_classifier(classes)
-    stem_note = f"; {stem}: {channels} input channels summed to 1" if channels != 1 else ""
-    head_note = f"head of {count} classes taken" if count == classes else f"new head ({count or 'none'} there)"
-    return model, f"{len(state)} tensors of {path} taken{stem_note}; {head_note}"
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    """A state dict from .safetensors or torch's own format (bare, or under state_dict, model or model_ema)."""
-    if not path.is_file():
-        raise ModelError(f"weights file {path} does not exist")
-    try:
-        state = load_state_dict(str(path), device="cpu", weights_only=True)
-    except Exception as e:  # noqa: BLE001, unpicklers too
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise ModelError(f"{path} can't be read as weights: {reason}") from None
-    if not state or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ModelError(f"{path} does not hold a state dict of tensors")
-    return dict(state)
-
-
-@contextlib.contextmanager
-def _offline_unless_reachable():
-    """Within, the hub's own library takes its cache alone, unless its server answers within a few seconds."""
-    from huggingface_hub import constants
-
-    answered = []
-
-    def ask() -> None:
-        with contextlib.suppress(OSError):
-            try:
-                urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=4)
-            except urllib.error.HTTPError:
-                pass  # an answer too
-            answered.append(True)
-
-    # In a thread, since looking up a name knows no time limit.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(6)
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not answered
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
-
-
-# --- save and load ---
-
-
-def save(checkpoint: dict, path: Path) -> None:
-    """Write a dict of plain types and tensors to a temporary name, then move it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    buffer = io.BytesIO()
-    torch.save(_canonical(checkpoint), buffer)
-    try:
-        with open(temporary, "wb") as f:
-            f.write(buffer.getbuffer())
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _canonical(x):
-    """The same, with equal strings being one object: a pickle tells them apart, and equal runs shall give equal files."""
-    if isinstance(x, dict):
-        return {_canonical(k): _canonical(v) for k, v in x.items()}
-    if isinstance(x, list | tuple):
-        return [_canonical(v) for v in x]
-    return sys.intern(str(x)) if isinstance(x, str) else x
-
-
-def load(path: str | Path, kind: str = FORMAT) -> dict:
-    """Read a checkpoint as it was saved, onto the CPU.
-
-    Raises:
-        ModelError: missing, damaged, no checkpoint of this suite, or of a later format version.
-    """
-    if Path(path).is_dir():
-        path = Path(path) / "ckpt.pt"
-    if not Path(path).is_file():
-        raise ModelError(f"checkpoint {path} does not exist")
-    try:
-        with zipfile.ZipFile(path) as z:
-            if z.testzip():  # torch would not notice
-                raise ValueError("a checksum does not match")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
-        raise ModelError(f"{path} is damaged or no checkpoint of this suite") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
-        raise ModelError(f"{path} is no {kind} checkpoint of this suite")
-    found, missing = checkpoint.get("format_version"), KEYS - checkpoint.keys() if kind == FORMAT else ()
-    if not isinstance(found, int):
-        raise ModelError(f"{path} has no format version: it is damaged")
-    if found > FORMAT_VERSION:
-        raise ModelError(f"{path} has format version {found}, this code reads up to {FORMAT_VERSION}: update the code")
-    if missing:
-        raise ModelError(f"{path} is damaged: it holds no {', '.join(sorted(missing))}")
-    return checkpoint
-
-
-def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
-    """The model of a checkpoint, in evaluation mode."""
-    model = build(checkpoint["model"], len(checkpoint["classes"]), checkpoint["input_size"])
-    if any(v.isnan().any() for v in checkpoint["state_dict"].values()):  # infinity may be a mask
-        raise ModelError("the checkpoint's weights are no numbers (NaN): it is damaged; train again")
-    try:
-        model.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as e:
-        raise ModelError(f"the weights do not fit this version of timm's {checkpoint['model']}: {e}") from None
-    return model.eval().to(device, memory_format=torch.channels_last)
-
-
-def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:
-    """A copy with each batch norm put into the convolution before it: the same logits in two thirds of the time.
-
-    Args:
-        model: in evaluation mode, on any device; it comes back as it is where it has none, or the copy's logits differ
-            by more than rounding. size: side of its input.
-    """
-    folded = copy.deepcopy(model)
-    norms = {m: name for name, m in folded.named_modules() if type(m) in (nn.BatchNorm2d, BatchNormAct2d)}
-    convolved, pairs, handles = {}, [], []
-
-    def follow(module: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-        if module not in norms:
-            convolved[id(output)] = module, output
-        elif id(inputs[0]) in convolved:
-            pairs.append((convolved[id(inputs[0])][0], module))
-
-    if not norms:
-        return model
-    for m in folded.modules():
-        if m in norms or type(m) is nn.Conv2d:  # its subclasses may change their weights before they use them
-            handles.append(m.register_forward_hook(follow))
-    x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
-    with torch.no_grad():
-        before = folded(x)
-        for handle in handles:
-            handle.remove()
-        for conv, norm in pairs:
-            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            rest = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
-            folded.set_submodule(norms[norm], nn.Sequential(*rest))
-        return folded if torch.allclose(folded(x), before, rtol=1e-3, atol=1e-4 * float(before.abs().max())) else model
-
-
-def newest_checkpoint() -> Path:
-    """The ckpt.pt of the newest run under runs/."""
-    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise ModelError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
-    return found[-1]
-
-
-def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Calibrated probabilities [n, classes] from logits [n, classes]; see Guo et al. 2017 for the temperature."""
-    return F.softmax(logits.double() / temperature, dim=1)
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """channels_last, the faster one, but for the models that it crashes or does not fit; inputs want the same."""
+    for parameter in model.parameters():
+        if parameter.ndim == 5:
+            return torch.contiguous_format
+    for layer in model.modules():
+        # In the backward pass of such a layer oneDNN writes where it must not (its issue 6035).
+        if device.type == "cpu" and isinstance(layer, nn.Conv2d):
+            shape = layer.kernel_size, layer.stride
+            if shape == ((1, 1), (2, 2)) and layer.in_channels < 16:
+                return torch.contiguous_format
+    return torch.channels_last
 
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# --- explain ---
+# --- pretrained weights ---
+
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
+PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 
-def grad_cam(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
-    """Grad-CAM (Selvaraju et al. 2017) of the logit of class target, the mean over each image and its mirror image.
-
-    The map is that of the last stage; in models that read a class token alone, of the block before, the last one whose
-    other tokens matter. Such a map is coarse (5 x 5 at 160 pixels), so to that of the whole image comes the mean of the
-    maps of nine overlapping windows, each enlarged to the input size, as random crops are in training.
+def build_pretrained(
+    name: str, classes: list[str], size: int, weights: str | None, insist: bool
+) -> tuple[nn.Module, dict]:
+    """A model with weights from a file, or else timm's own from the hub or its cache.
 
     Args:
-        x: normalised images [batch, 1, side, side].
+        weights: path of a .safetensors file, of a state dict saved by torch, or of a run of this suite; None for timm's
+            pretrained ones.
+        insist: raise where there are none; otherwise the model keeps its random weights.
 
     Returns:
-        float32 [batch, side, side] in [0, 1]; all zero where nothing speaks for the class.
+        the model, and a dict: source (a file, hub or random), note (what was taken and what was not, one line), failed
+        (why there are none), and seen: the patients and pixels that a checkpoint of this suite was trained on, or None.
     """
-    kept, size = {}, x.shape[-1]
-    stage = -2 if getattr(model, "global_pool", "") == "token" else -1
+    if weights is not None:
+        return from_file(name, classes, size, weights)
+    config = pretrained_config(name)
+    model = None
+    if config.has_weights or config.url or config.hf_hub_id:
+        model, reason = from_hub(name, size)
+        failure = f"no pretrained weights for {name}: {reason}"
+    else:
+        failure = f"timm has no pretrained weights for {name}"
+    if model is not None:
+        model.reset_classifier(len(classes))
+        note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+        return model, {"source": "hub", "note": note, "failed": "", "seen": None}
+    if insist:
+        raise data.UserError(f"{failure}; use --weights FILE or --no-pretrained")
+    model = build(name, len(classes), size)
+    return model, {"source": "random", "note": "random weights", "failed": failure, "seen": None}
+
+
+def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
+    """timm's pretrained model with its own head, or None and the reason."""
+    from huggingface_hub import constants
+
+    offline = constants.HF_HUB_OFFLINE
     try:
-        layer = model.get_submodule(model.feature_info[stage]["module"])
-    except (AttributeError, LookupError, TypeError):
-        raise ModelError("timm names no feature map of this model; leave out --cam") from None
-    handle = layer.register_forward_hook(lambda _, __, output: kept.update(map=output))
-
-    def one(x: torch.Tensor) -> torch.Tensor:
-        with torch.enable_grad():
-            logits = model(x.detach().requires_grad_())
-            score = logits[:, target].sum() - logits.sum() / logits.shape[1]
-            (gradient,) = torch.autograd.grad(score, kept["map"])
-        features, gradient = (_to_nchw(model, t.detach().float()) for t in (kept["map"], gradient))
-        return F.relu((features * gradient.mean((2, 3), keepdim=True)).sum(1, keepdim=True))
-
-    def view(x: torch.Tensor) -> torch.Tensor:
-        enlarged = F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-        cam = one(enlarged) + one(enlarged.flip(3)).flip(3)
-        return F.interpolate(cam, x.shape[-2:], mode="bicubic", align_corners=False).clamp(min=0)[:, 0]
-
-    try:
-        model(x[:1])
-        if not isinstance(kept.get("map"), torch.Tensor) or kept["map"].ndim not in (3, 4):
-            raise ModelError("this model has no feature map to show; leave out --cam")
-        side = round(0.6 * size)
-        inside, weight = torch.zeros_like(x[:, 0]), torch.zeros_like(x[0, 0])
-        taper = torch.hann_window(side + 2, periodic=False, device=x.device)[1:-1]  # or the windows' edges would show
-        taper = torch.outer(taper, taper)
-        for top, left in itertools.product((0, (size - side) // 2, size - side), repeat=2):
-            window = ..., slice(top, top + side), slice(left, left + side)
-            inside[window] += taper * view(x[window])
-            weight[window] += taper
-        total = view(x) + inside / weight
+        # Offline the hub's library takes its cache at once; otherwise it would try for minutes.
+        constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
+        return build(name, pretrained_config(name).num_classes, size, pretrained=True), ""
+    except data.UserError:
+        raise
+    except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
+        sentence = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        return None, sentence or type(e).__name__
     finally:
-        handle.remove()
-    return total / total.amax((1, 2), keepdim=True).clamp(min=1e-12)
+        constants.HF_HUB_OFFLINE = offline
 
 
-def _to_nchw(model: nn.Module, t: torch.Tensor) -> torch.Tensor:
-    """Features as [batch, channels, height, width] from that, from channels last, or from tokens."""
-    if t.ndim == 3:
-        t = t[:, getattr(model, "num_prefix_tokens", 0) :]
-        side = int(t.shape[1] ** 0.5)
-        t = t.unflatten(1, (side, -1))
+def answers(address: str) -> bool:
+    """Whether a server answers within a few seconds; in a thread, since looking up a name knows no time limit."""
+    answered = threading.Event()
+    threading.Thread(target=ask, args=(address, answered), daemon=True).start()
+    return answered.wait(6)
+
+
+def ask(address: str, answered: threading.Event) -> None:
+    with contextlib.suppress(OSError, http.client.HTTPException):
+        try:
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=4)
+        except urllib.error.HTTPError:
+            pass  # an answer too
+        answered.set()
+
+
+def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[nn.Module, dict]:
+    """Build with the weights of a file: every tensor must fit. The head is new, but where the classes are known.
+
+    Raises:
+        UserError: missing, damaged, weights of another architecture, or not finite.
+    """
+    if not weights:
+        raise data.UserError("--weights '' names no file")
+    path = in_run_folder(weights)
+    content = read_weights(path)
+    seen = None
+    known_classes = []
+    if "format" in content:
+        content = load(path)
+        known_classes = content["classes"]
+        seen = {"patients": content["data"]["patients"], "pixels": content["data"]["pixels"]}
+    state = unwrap(content, path)
+    config = pretrained_config(name)
+    stem, head = first_name(config.first_conv), first_name(config.classifier)
+    keeps_head = set(classes) <= set(known_classes)
+    if keeps_head:
+        rows = [known_classes.index(c) for c in classes]
+        for key in (f"{head}.weight", f"{head}.bias"):
+            if key in state:
+                state[key] = state[key][rows]
+    try:
+        count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
+        channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
+        overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
+        # Strict: one tensor too many, too few or of another shape is another architecture.
+        model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
+    except data.UserError:
+        raise
+    except Exception as e:  # noqa: BLE001, timm's filters stumble over foreign tensors in many ways
+        lines = str(e).splitlines() or [type(e).__name__]
+        detail = lines[min(1, len(lines) - 1)].strip()[:160]
+        raise data.UserError(f"{path} does not hold weights of {name}: {detail}") from None
+    note = f"{len(state)} tensors of {path} taken"
+    if channels != 1:
+        note += f"; {stem}: {channels} input channels summed to 1"
+    if keeps_head:
+        note += f"; head of its classes {', '.join(classes)} taken"
+    else:
+        model.reset_classifier(len(classes))
+        note += "; new head"
+    return model, {"source": str(path), "note": note, "failed": "", "seen": seen}
+
+
+def first_name(names: str | tuple | None) -> str:
+    """timm names one layer, or several of which the first counts, or none."""
+    return names[0] if isinstance(names, tuple) else names or ""
+
+
+def in_run_folder(path: str | Path) -> Path:
+    """A run's folder stands for its checkpoint."""
+    path = Path(path)
+    return path / "ckpt.pt" if path.is_dir() else path
+
+
+def read_weights(path: Path) -> dict:
+    """Whatever dict a .safetensors file, or a file saved by torch, holds."""
+    if not path.is_file():
+        raise data.UserError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights of timm's own train.py
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:  # noqa: BLE001, unpicklers fail in any way
+        lines = str(e).splitlines() or [type(e).__name__]
+        raise data.UserError(f"{path} can't be read as weights: {lines[0]}") from None
+    if not isinstance(content, dict):
+        raise data.UserError(f"{path} does not hold a state dict of tensors")
+    return content
+
+
+def unwrap(content: dict, path: Path) -> dict[str, torch.Tensor]:
+    """The state dict in what a training program saved: under another key, or with a prefix before every name."""
+    state = content
+    for _ in range(3):  # deep enough for what is known
+        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
+        if inner:
+            state = inner[0]
+    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+        raise data.UserError(f"{path} does not hold a state dict of tensors")
+    for prefix in PREFIXES * 2:  # they come in any order, one within another
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise data.UserError(f"{path} holds weights that are no numbers, or infinite: {key}")
+    return state
+
+
+# --- save and load ---
+
+CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
+FEATURES = CELLS**2 + FINE_CELLS**2 + 2
+BORDER_FEATURES = 348  # see data.border_features
+PLAIN = (str, int, float, list, type(None))
+
+
+@dataclass(frozen=True)
+class Field:
+    """What may stand under one key of a checkpoint."""
+
+    kind: type  # float takes whole numbers too
+    low: float = -1e30  # for numbers, which are never NaN or infinite
+    high: float = 1e30
+    shape: tuple[int, ...] | None = None  # for tensors, which must be finite
+    dtype: torch.dtype = torch.float32
+    of: type | tuple | None = None  # what a list or a dict holds
+    keys: dict | None = None  # the fields of a dict
+    optional: bool = False  # None will do
+
+
+TEXT, COUNT, SHARE = Field(str), Field(int, 0), Field(float, 0, 1)
+BORDER = Field(torch.Tensor, shape=(BORDER_FEATURES,), dtype=torch.float64)
+FIELDS = {
+    "model": TEXT,
+    "state_dict": Field(dict, of=torch.Tensor),
+    "classes": Field(list, of=str),
+    "positive": TEXT,
+    "input_size": Field(int, 1, 10_000),
+    "mean": Field(float, -10, 10),
+    "std": Field(float, 0.001, 10),
+    "temperature": Field(float, 0.001, 1000),
+    "threshold": Field(dict, keys={"value": Field(float, 0, 1, optional=True), "rule": TEXT, "from": TEXT}),
+    "validation": Field(dict, keys={"val_loss": Field(float, 0), "val_auroc": SHARE, "val_accuracy": SHARE}),
+    "epoch": COUNT,
+    "epochs": COUNT,
+    "finished": Field(bool),
+    "data": Field(
+        dict,
+        keys={
+            "root": TEXT,
+            "demo": Field(bool),
+            "fingerprint": TEXT,
+            "patients": Field(list, of=str),
+            "pixels": Field(torch.Tensor, dtype=torch.int64),
+            "val": Field(list, of=str),
+        },
+    ),
+    "arguments": Field(dict, of=PLAIN),
+    "environment": Field(dict, of=PLAIN),
+    "weights": Field(dict, keys={"source": TEXT, "note": TEXT, "failed": TEXT}),
+    "input_check": Field(
+        dict,
+        keys={
+            "mean": Field(torch.Tensor, shape=(FEATURES,)),
+            "whiten": Field(torch.Tensor, shape=(FEATURES, FEATURES)),
+            "cut": Field(float, 1e-6),
+        },
+    ),
+    "border": Field(
+        dict, optional=True, keys={"mean": BORDER, "scale": BORDER, "weight": BORDER, "bias": Field(float)}
+    ),
+}
+
+
+def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
+    """Yield what is wrong with the values of a checkpoint, in a few words each."""
+    for key, field in fields.items():
+        name = f"{prefix}{key}"
+        value = content.get(key)
+        kind = (int, float) if field.kind is float else field.kind
+        if value is None:
+            if not field.optional:
+                yield f"it holds no {name}"
+        elif not isinstance(value, kind) or isinstance(value, bool) != (field.kind is bool):
+            yield f"{name} is no {field.kind.__name__}"
+        elif field.kind in (int, float) and not field.low <= value <= field.high:
+            yield f"{name} is {value:.6g}, not in [{field.low:g}, {field.high:g}]"
+        elif field.kind is torch.Tensor and not fits(value, field):
+            yield f"{name} is another tensor than was saved"
+        elif field.kind in (list, dict) and field.of is not None:
+            members = value if field.kind is list else value.values()
+            if not all(isinstance(member, field.of) for member in members):
+                yield f"{name} holds what does not belong there"
+        elif field.keys is not None:
+            yield from faults(value, field.keys, f"{name}.")
+
+
+def fits(value: torch.Tensor, field: Field) -> bool:
+    same_shape = field.shape is None or field.shape == value.shape
+    return same_shape and value.dtype == field.dtype and bool(value.isfinite().all())
+
+
+def save(checkpoint: dict, path: Path) -> None:
+    """Write a dict of plain types and tensors; no reader ever sees half of it."""
+    buffer = io.BytesIO()  # torch.save on a full disk raises RuntimeError, writing to a file OSError
+    torch.save(canonical(checkpoint), buffer)
+    with data.replacing(path) as f:
+        f.write(buffer.getbuffer())
+
+
+def canonical(x):
+    """The same, with equal strings being one object: a pickle tells them apart, and equal runs shall give equal files."""
+    if isinstance(x, dict):
+        return {canonical(k): canonical(v) for k, v in x.items()}
+    if isinstance(x, list | tuple):
+        return [canonical(v) for v in x]
+    return sys.intern(str(x)) if isinstance(x, str) else x
+
+
+def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] | None = None) -> dict:
+    """Read a checkpoint onto the CPU and check it; a run's folder stands for the one in it.
+
+    Args:
+        kind: which format it must have; fields: what such a file holds, FIELDS for a classifier.
+
+    Raises:
+        UserError: missing, damaged, no checkpoint of this suite, or of a later format version.
+    """
+    path = in_run_folder(path)
+    if not path.is_file():
+        raise data.UserError(f"checkpoint {path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as z:
+            if z.testzip():  # torch would not notice
+                raise ValueError("a checksum does not match")
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
+        raise data.UserError(f"{path} is damaged or no checkpoint of this suite") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
+        raise data.UserError(f"{path} is no {kind} checkpoint of this suite")
+    version = checkpoint.get("format_version")
+    if not isinstance(version, int):
+        raise data.UserError(f"{path} has no format version: it is damaged")
+    if version > FORMAT_VERSION:
+        raise data.UserError(
+            f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code"
+        )
+    if kind == FORMAT:
+        fields = FIELDS
+        if version == 1:
+            checkpoint = upgrade(checkpoint)
+    for fault in faults(checkpoint, fields or {}):
+        raise data.UserError(f"{path} is damaged: {fault}")
+    if kind == FORMAT:
+        check_classes(checkpoint, path)
+    return checkpoint
+
+
+def upgrade(checkpoint: dict) -> dict:
+    """A checkpoint of version 1 with what it lacked; it came from a run that had ended, as far as it knew."""
+    unknown = {"source": "unknown", "note": "", "failed": ""}
+    return {"finished": True, "epochs": checkpoint.get("epoch"), "border": None, "weights": unknown, **checkpoint}
+
+
+def check_classes(checkpoint: dict, path: Path) -> None:
+    """Raise UserError where the classes contradict each other or the threshold."""
+    classes = checkpoint["classes"]
+    if len(set(classes)) != len(classes) or len(classes) < 2 or checkpoint["positive"] not in classes:
+        raise data.UserError(f"{path} is damaged: its classes are {classes}, the positive one {checkpoint['positive']}")
+    if (len(classes) == 2) != (checkpoint["threshold"]["value"] is not None):
+        raise data.UserError(f"{path} is damaged: two classes have a threshold, more have none")
+
+
+def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
+    """The model of a checkpoint, in evaluation mode.
+
+    Raises:
+        UserError: weights that are not finite, or are not those of this version of timm's model.
+    """
+    name, state = checkpoint["model"], checkpoint["state_dict"]
+    model = build(name, len(checkpoint["classes"]), checkpoint["input_size"])
+    for key, new in model.state_dict().items():
+        value = state.get(key)
+        if value is None or value.shape != new.shape or value.dtype != new.dtype:
+            raise data.UserError(f"the weights do not fit this version of timm's {name}: {key}")
+        if not value[new.isfinite()].isfinite().all():  # a mask holds infinities, in a new model too
+            raise data.UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise data.UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
+    check_size(model, checkpoint["input_size"])
+    return model.to(device, memory_format=memory_format(model, device))
+
+
+def newest_checkpoint() -> Path:
+    """The ckpt.pt of the newest run under runs/ that has ended, else of the newest one."""
+    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise data.UserError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
+    finished = [path for path in found if is_finished(path.parent)]
+    return finished[-1] if finished else found[-1]
+
+
+def is_finished(folder: Path) -> bool:
+    """What a run's metrics.json says; reading that of each run takes less time than their checkpoints."""
+    try:
+        return json.loads((folder / "metrics.json").read_text())["finished"] is True
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Calibrated probabilities, float64 [n, classes], from logits [n, classes] (temperature: Guo et al. 2017)."""
+    return F.softmax(logits.double() / temperature, dim=1)
+
+
+# --- explain ---
+
+STRIDE = 8  # of the feature map that is shown: 20 x 20 cells at 160 pixels
+MOST_PREFIX_TOKENS = 8  # class token, distillation token, registers
+NO_MAP = "this model has no feature map that could be shown as a heat map"
+
+
+def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
+    """HiResCAM (Draelos and Carin 2020) of the logit of class target: the sum over channels of feature times gradient.
+
+    It is that of the last stage of stride 8 or less, or the finest there is, since cells of 32 pixels, as the last stage
+    of most networks has them, are too coarse for an opacity. In models that read a class token alone the last block's
+    other tokens count for nothing: the block before is taken.
+
+    Args:
+        model: in evaluation mode. x: normalised images [n, 1, side, side].
+
+    Returns:
+        float32 [n, side, side] in [0, 1], each map divided by its own maximum; zero where nothing speaks for the class.
+
+    Raises:
+        UserError: timm names no such stage of this model, or its output is no map of the image.
+    """
+    kept, handles = [], []
+    size = x.shape[-1]
+    try:
+        for layer, stride in shown_stages(model):
+            keep = lambda layer, inputs, output, side=round(size / stride): kept.append((output, side))
+            handles.append(layer.register_forward_hook(keep))
+        with torch.enable_grad():
+            score = model(x)[:, target].sum()
+    finally:
+        for handle in handles:
+            handle.remove()
+    heat = None
+    for output, side in reversed(kept):
+        features = find_map(output, side, len(x))
+        (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
+        contribution = to_grid(features.detach() * gradient, side)
+        heat = F.relu(contribution.sum(1, keepdim=True)).float()
+        if contribution.any():
+            break
+    if heat is None:
+        raise data.UserError(NO_MAP)
+    heat = F.interpolate(heat, (size, size), mode="bilinear", align_corners=False)[:, 0]
+    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+
+
+def shown_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
+    """The last two layers whose output a heat map may show, each with its stride."""
+    if hasattr(model, "reroll"):  # its tokens stand in another order than the cells of the image (Hiera)
+        raise data.UserError(NO_MAP)
+    try:
+        finest = min(info["reduction"] for info in model.feature_info)
+        stages = [info for info in model.feature_info if info["reduction"] <= max(STRIDE, finest)]
+        return [(model.get_submodule(info["module"]), info["reduction"]) for info in stages[-2:]]
+    except (AttributeError, LookupError, TypeError):
+        raise data.UserError(NO_MAP) from None
+
+
+def find_map(output, side: int, count: int) -> torch.Tensor:
+    """The tensor of a layer's output, or of several outputs, that is a map of count images."""
+    for tensor in output if isinstance(output, list | tuple) else [output]:
+        if isinstance(tensor, torch.Tensor) and len(tensor) == count and to_grid(tensor, side) is not None:
+            return tensor
+    raise data.UserError(NO_MAP)
+
+
+def to_grid(t: torch.Tensor, side: int) -> torch.Tensor | None:
+    """Features as [n, channels, height, width], whatever their layout, which their shape tells; else None.
+
+    That, or channels last, with about side cells along a side (convolutions without padding lose some); or tokens in
+    rows, behind those that stand for no cell.
+    """
+    if t.ndim == 4 and t.shape[2] == t.shape[3] and abs(t.shape[2] - side) <= 2:
+        return t
+    if t.ndim == 4 and t.shape[1] == t.shape[2] and abs(t.shape[1] - side) <= 2:
         return t.permute(0, 3, 1, 2)
-    return t.permute(0, 3, 1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else t
+    if t.ndim == 3 and 0 <= t.shape[1] - side**2 <= MOST_PREFIX_TOKENS:
+        return t[:, -(side**2) :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    return None
 
 
 # --- know what it has not seen ---
 
-GRID, FINE = 16, 4  # cells along a side
 
-
-def layout(images: torch.Tensor) -> torch.Tensor:
-    """What an image looks like at a glance, float32 [n, GRID ** 2 + FINE ** 2 + 2], from uint8 [n, side, side].
+def image_features(images: torch.Tensor) -> torch.Tensor:
+    """What an image looks like at a glance, float32 [n, FEATURES], from uint8 [n, side, side].
 
     Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. On the CPU,
     wherever the images are, so that the check is one and the same for every device.
     """
     x = images.cpu().unsqueeze(1).float()
-    coarse = F.adaptive_avg_pool2d(x, GRID).flatten(1)
-    across, down = (x[..., 1:] - x[..., :-1]).abs_(), (x[..., 1:, :] - x[..., :-1, :]).abs_()
-    fine = sum(F.adaptive_avg_pool2d(d, FINE).flatten(1) for d in (across, down)) / 2
-    mean, std = coarse.mean(1, keepdim=True), coarse.std(1, keepdim=True)
+    coarse = F.adaptive_avg_pool2d(x, CELLS).flatten(1)
+    across = F.adaptive_avg_pool2d(x.diff(dim=3).abs_(), FINE_CELLS).flatten(1)
+    down = F.adaptive_avg_pool2d(x.diff(dim=2).abs_(), FINE_CELLS).flatten(1)
+    fine = (across + down) / 2
+    mean = coarse.mean(1, keepdim=True)
+    std = coarse.std(1, keepdim=True)
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
 
 
-def upside_down(v: torch.Tensor) -> torch.Tensor:
-    """The layout of images turned upside down, from their layout [n, ...]: the rows of both grids in reverse."""
-    coarse, fine, rest = v.split([GRID**2, FINE**2, 2], 1)
-    turned = [grid.unflatten(1, (side, side)).flip(1).flatten(1) for grid, side in ((coarse, GRID), (fine, FINE))]
-    return torch.cat([*turned, rest], 1)
+def upside_down(features: torch.Tensor) -> torch.Tensor:
+    """The features of the images turned upside down: the rows of both grids in reverse."""
+    coarse, fine, rest = features.split([CELLS**2, FINE_CELLS**2, 2], 1)
+    coarse = coarse.unflatten(1, (CELLS, CELLS)).flip(1).flatten(1)
+    fine = fine.unflatten(1, (FINE_CELLS, FINE_CELLS)).flip(1).flatten(1)
+    return torch.cat([coarse, fine, rest], 1)
 
 
 def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | float]:
-    """Mean and whitening of the training images' layout, and the cut that flags 1 % of the validation images.
+    """Mean and whitening of the training images' features, and the cut that flags 1 % of the validation images.
 
-    A Mahalanobis distance as in Lee et al. 2018, on the layout instead of on features: what a network learnt for a
+    A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: what one learnt for a
     diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
     """
     count, total, outer = 0, 0.0, 0.0
     for batch in train_batches:
-        v = torch.cat([layout(batch), layout(batch.flip(2))]).double()  # mirrored is as good: an augmentation
-        count, total, outer = count + len(v), total + v.sum(0), outer + v.T @ v
+        both = torch.cat([batch, batch.flip(2)])  # mirrored is as good: an augmentation
+        features = image_features(both).double()
+        count += len(features)
+        total = total + features.sum(0)
+        outer = outer + features.T @ features
     mean = total / count
     covariance = outer / count - torch.outer(mean, mean)
     scale = covariance.diagonal().clamp(min=1e-8).sqrt()
     # Shrunk to the identity: few images must not make it singular.
-    correlation = 0.9 * covariance / torch.outer(scale, scale) + 0.1 * torch.eye(len(mean), dtype=torch.float64)
+    correlation = 0.9 * covariance / torch.outer(scale, scale) + 0.1 * torch.eye(FEATURES, dtype=torch.float64)
     whiten = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
     check = {"mean": mean.float(), "whiten": whiten.float(), "cut": 1.0}
-    scores = torch.cat([unlikeness(check, b) for b in val_batches])
-    return check | {"cut": float(scores.quantile(0.99))}
+    scores = torch.cat([unlikeness(check, batch) for batch in val_batches])
+    check["cut"] = float(scores.quantile(0.99))
+    return check
 
 
 def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
     """float32 [n]; above check["cut"] an image is unlike the training images.
 
-    The distance of the layout, weighed against that of the image turned upside down: where that one is the nearer,
+    The distance of the features, weighed against that of the image turned upside down: where that one is the nearer,
     something stands on its head.
     """
-    v = layout(images)
-    here, turned = (((t - check["mean"]) @ check["whiten"]).norm(dim=1) for t in (v, upside_down(v)))
+    features = image_features(images)
+    here = distance(check, features)
+    turned = distance(check, upside_down(features))
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)
+
+
+def distance(check: dict, features: torch.Tensor) -> torch.Tensor:
+    return ((features - check["mean"]) @ check["whiten"]).norm(dim=1)
+
+
+def fit_border(features: torch.Tensor, positive: np.ndarray) -> dict[str, torch.Tensor | float]:
+    """A logistic regression that tells the class from the border alone: a warning, if it can.
+
+    Args:
+        features: float32 [n, BORDER_FEATURES] from data.border_features. positive: bool [n].
+
+    Returns:
+        mean, scale and weight of the standardised features, float64 [BORDER_FEATURES], and bias.
+    """
+    from sklearn.linear_model import LogisticRegression  # here, since prediction does without scikit-learn
+
+    features = features.double()
+    mean = features.mean(0)
+    scale = features.std(0).clamp(min=1e-3)  # a black edge does not vary
+    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), positive)
+    weight = torch.from_numpy(fitted.coef_[0])
+    return {"mean": mean, "scale": scale, "weight": weight, "bias": float(fitted.intercept_[0])}
+
+
+def border_logit(border: dict, images: torch.Tensor) -> np.ndarray:
+    """Logit of the positive class from the border alone, float64 [n], of uint8 images [n, side, side]."""
+    standardised = (data.border_features(images).double() - border["mean"]) / border["scale"]
+    return (standardised @ border["weight"] + border["bias"]).numpy()

@@ -1,6 +1,7 @@
 """Fixtures that the test files share: the scripts on the path, a small demo set, one short run of the real script."""
 
 import contextlib
+import importlib
 import io
 import os
 import subprocess
@@ -16,18 +17,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path, monkeypatch):
+    """No test writes into the user's cache, goes through a proxy, or inherits a distributed run's rank."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user-cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.delenv("RANK", raising=False)
+
+
 def run_process(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProcess:
     """Run one of the scripts as a user would: a process of its own, output captured as text."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    options = {"capture_output": True, "text": True, "timeout": 240} | kwargs
-    return subprocess.run(command, check=False, cwd=cwd, env=environment, **options)
+    options = {"capture_output": True, "text": True, "timeout": 240, **kwargs}
+    return subprocess.run(command, check=False, cwd=cwd, env={**os.environ, **(env or {})}, **options)
 
 
 def run_script(script, *arguments, cwd, input="") -> subprocess.CompletedProcess:
     """The same within this process: importing torch and timm takes longer than most of what is tested here."""
-    import importlib
-
     module = importlib.import_module(script.removesuffix(".py"))
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:

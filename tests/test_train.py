@@ -1,5 +1,6 @@
-"""train.py: its pure parts, and the real script: killed, resumed, in two processes, misused."""
+"""train.py: its pure parts, and the real script: killed, resumed, in two processes, with weights of another run."""
 
+import csv
 import json
 import math
 import os
@@ -10,9 +11,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run_script
+from PIL import Image
 
 import evaluate
 import models
@@ -23,14 +26,29 @@ SHORT = ("--no-pretrained", "--img-size", "32", "--batch-size", "16", "--warmup-
 
 def start(*arguments, cwd) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    options = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     # What a shell starts in the background ignores SIGINT, and would hand that down.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=cwd, text=True, **options)
+    return subprocess.Popen(command, cwd=cwd, **options)
 
 
-def weights_of(folder, name="ckpt.pt", key="state_dict"):
-    return models.load(folder / name, models.FORMAT if name == "ckpt.pt" else train.LAST_FORMAT)[key]
+def wait_for_epoch(process, epoch):
+    for line in process.stdout:
+        if line.strip().startswith(f"{epoch} "):
+            return
+
+
+def state_of(folder):
+    return models.load(folder / "last.pt", train.LAST_FORMAT)
+
+
+def metrics_of(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+def splits_of(folder):
+    with open(folder / "splits.csv", newline="") as f:
+        return list(csv.DictReader(f))
 
 
 def same(a: dict, b: dict) -> bool:
@@ -38,11 +56,15 @@ def same(a: dict, b: dict) -> bool:
 
 
 def without_times(folder) -> dict:
-    """metrics.json but for what a clock or the folder's name decides."""
-    metrics = json.loads((folder / "metrics.json").read_text())
+    """metrics.json but for what a clock decides."""
+    metrics = metrics_of(folder)
     for entry in [metrics, *metrics["epochs"]]:
-        entry.pop("seconds", None), entry.pop("images_per_second", None)
+        del entry["seconds"]
+        del entry["images_per_second"]
     return metrics
+
+
+# --- pure parts ---
 
 
 def test_learning_rate_is_a_warm_up_and_a_cosine():
@@ -53,98 +75,155 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
     assert train.learning_rate(0, 10, 0, 1.0) == 1.0
 
 
-def test_class_weights_make_classes_count_the_same():
-    labels = torch.tensor([0, 1, 1, 1])
-    weights = train.class_weights(labels, 2, True)
-    assert weights.tolist() == pytest.approx([2.0, 2 / 3])
-    assert float(weights[labels].mean()) == pytest.approx(1)
-    assert train.class_weights(labels, 2, False).tolist() == [1.0, 1.0]
+def history(*aurocs):
+    return [{"epoch": i, "val_auroc": auroc} for i, auroc in enumerate(aurocs, 1)]
+
+
+@pytest.mark.parametrize(
+    ("aurocs", "selected", "since_best"),
+    [
+        ([0.9], 1, 0),
+        ([0.90, 0.95, 0.951], 3, 0),
+        ([0.90, 0.95, 0.951, 0.60], 3, 1),
+        ([0.90, 0.95, 0.951, 0.60, 0.949], 5, 2),  # within a standard error of the best: the longer trained
+        ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], 5, 3),
+        ([0.9, 0.9], 2, 1),
+    ],
+)
+def test_which_epoch_is_selected_and_how_long_ago_the_best_was(monkeypatch, aurocs, selected, since_best):
+    monkeypatch.setattr(evaluate, "auroc_error", lambda auroc, positives, negatives: 0.005)
+    assert train.selected_epoch(history(*aurocs), 10, 10) == selected
+    assert train.epochs_since_best(history(*aurocs)) == since_best
+
+
+def test_the_history_tells_the_best_epoch_and_the_seconds():
+    epochs = [
+        {"epoch": 1, "selected": True, "seconds": 2.5, "images_per_second": 10.0},
+        {"epoch": 2, "selected": True, "seconds": 1.5, "images_per_second": 30.0},
+        {"epoch": 3, "selected": False, "seconds": 1.0, "images_per_second": 20.0},
+    ]
+    assert train.summarize(epochs) == {"best_epoch": 2, "seconds": 5.0, "images_per_second": 20.0}
+
+
+def test_the_loss_counts_classes_the_same_in_every_batch():
+    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.5, 0.0]])
+    labels = torch.tensor([0, 1, 1])
+    each = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(1 + math.exp(0.5))]
+    loss = train.weighted_loss(logits, labels, torch.tensor([2.0, 0.5]), 0.0)
+    assert float(loss) == pytest.approx((2 * each[0] + 0.5 * each[1] + 0.5 * each[2]) / 3)
+
+
+def test_layers_keep_their_own_share_of_the_rate():
+    model = torch.nn.Linear(2, 2)
+    groups = [{"params": [model.weight], "lr_scale": 0.1}, {"params": [model.bias]}]
+    optimizer = torch.optim.SGD(groups, lr=1.0)
+    ema = train.ModelEmaV3(model, decay=0.0)
+    learner = train.Learner(model, model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    loader = [(torch.ones(1, 2), torch.tensor([0]))]
+    train.train_epoch(learner, torch.nn.functional.cross_entropy, loader, [0.5], 0, torch.float32)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
+
+
+# --- what a run writes ---
 
 
 def test_what_a_run_writes(run_folder, demo):
-    metrics = json.loads((run_folder / "metrics.json").read_text())
+    metrics = metrics_of(run_folder)
     assert metrics["finished"] and [e["epoch"] for e in metrics["epochs"]] == [1, 2]
     assert metrics["arguments"]["epochs"] == 2 and metrics["data"]["demo"] is True
     assert metrics["weights"]["source"] == "random"
-    lines = (run_folder / "splits.csv").read_text().splitlines()
-    assert lines[0] == "path,class,patient,subtype,split,demo"
-    assert len(lines) - 1 == sum(metrics["data"]["images"].values())
-    assert not any("test/" in line for line in lines)
+    rows = splits_of(run_folder)
+    assert list(rows[0]) == ["path", "class", "patient", "subtype", "split", "demo"]
+    assert len(rows) == sum(metrics["data"]["images"].values())
+    assert not any("test/" in r["path"] for r in rows)
     ckpt = models.load(run_folder / "ckpt.pt")
     best = metrics["epochs"][metrics["best_epoch"] - 1]
-    assert ckpt["epoch"] == metrics["best_epoch"]
-    top = max(e["val_auroc"] for e in metrics["epochs"])
-    ill = sum(",val," in line and "PNEUMONIA" in line for line in lines)
-    error = evaluate.auroc_error(top, ill, metrics["data"]["images"]["val"] - ill)
-    assert ckpt["epoch"] == max(e["epoch"] for e in metrics["epochs"] if e["val_auroc"] >= top - error)
+    assert ckpt["epoch"] == metrics["best_epoch"] and ckpt["finished"] and ckpt["epochs"] == 2
     assert ckpt["validation"]["val_auroc"] == best["val_auroc"]
-    assert 0 < ckpt["threshold"]["value"] < 1 and "stressed" in ckpt["threshold"]["from"]
+    assert 0 < ckpt["threshold"]["value"] < 1
     assert ckpt["data"]["demo"] and ckpt["data"]["fingerprint"] == metrics["data"]["fingerprint"]
-    held_out = {line.split(",")[0] for line in lines if line.endswith(",val,phantom")}
+    held_out = {r["path"] for r in rows if r["split"] == "val"}
     assert set(ckpt["data"]["val"]) == held_out and held_out
+    assert {r["patient"] for r in rows if r["split"] == "train"} == set(ckpt["data"]["patients"])
 
 
-def test_the_longest_trained_of_equally_good_epochs_is_selected(demo, tmp_path, monkeypatch):
-    """2 and 3 lie within an error of the best, which 3 itself raises; 4 lies far below; patience counts from 3."""
-    areas = iter([0.90, 0.95, 0.951, 0.60, 0.949, 0.94, 0.93, 0.92])
-    validate = train.validate
-    monkeypatch.setattr(train, "validate", lambda *args: validate(*args) | {"val_auroc": next(areas)})
-    monkeypatch.setattr(evaluate, "auroc_error", lambda area, *sides: 0.005)
-    arguments = ("--data", demo, *SHORT, "--epochs", 8, "--output", "r")
-    done = run_script("train.py", *arguments, "--patience", 4, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads((tmp_path / "r" / "metrics.json").read_text())
-    assert (len(metrics["epochs"]), metrics["best_epoch"]) == (7, 5)
-    assert models.load(tmp_path / "r" / "ckpt.pt")["epoch"] == 5
-
-
-def test_repeatable_to_the_bit_and_seeds_differ(demo, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        done = run_script(
-            "train.py", "--data", demo, *SHORT, "--epochs", 1, "--seed", seed, "--output", name, cwd=tmp_path
-        )
+def test_the_split_is_a_function_of_folds_and_fold_alone(demo, tmp_path):
+    held_out = []
+    for name, options in (("a", ("--seed", 1)), ("b", ("--seed", 2)), ("c", ("--fold", 1))):
+        options = (*options, "--folds", 5, "--epochs", 1, "--output", name)
+        done = run_script("train.py", "--data", demo, *SHORT, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-    a, b, c = (tmp_path / n for n in "abc")
-    assert same(weights_of(a), weights_of(b)) and without_times(a) == without_times(b)
-    assert (a / "ckpt.pt").read_bytes() == (b / "ckpt.pt").read_bytes()
-    assert not same(weights_of(a), weights_of(c))
+        held_out.append({r["path"] for r in splits_of(tmp_path / name) if r["split"] == "val"})
+    assert held_out[0] == held_out[1] and not held_out[0] & held_out[2]
+    assert not same(models.load(tmp_path / "a")["state_dict"], models.load(tmp_path / "b")["state_dict"])
+
+
+def test_the_positive_class_is_said_and_can_be_set(tmp_path):
+    for label in ("NEUMONIA", "NORMAL"):
+        (tmp_path / "d" / "train" / label).mkdir(parents=True)
+        for i in range(12):
+            pixels = np.random.default_rng(i).integers(0, 256, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "d" / "train" / label / f"{i}.png")
+    common = ("train.py", "--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output")
+    guessed = run_script(*common, "guessed", cwd=tmp_path)
+    assert "positive class: NORMAL" in guessed.stdout and "is a guess: NORMAL" in guessed.stderr
+    asked = run_script(*common, "asked", "--positive", "NEUMONIA", cwd=tmp_path)
+    assert "positive class: NEUMONIA" in asked.stdout and "guess" not in asked.stderr
+    assert models.load(tmp_path / "asked")["positive"] == "NEUMONIA"
+
+
+def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, tmp_path):
+    common = ("train.py", "--data", demo, *SHORT[1:], "--img-size", 64, "--epochs", 1, "--weights", run_folder)
+    same_split = run_script(*common, "--output", "same", cwd=tmp_path)
+    assert same_split.returncode == 0 and "LEAK" not in same_split.stderr, same_split.stderr
+    other = run_script(*common, "--fold", 3, "--output", "other", cwd=tmp_path)
+    assert other.returncode == 0, other.stderr
+    held_out = [r for r in splits_of(tmp_path / "other") if r["split"] == "val"]
+    (leak,) = [line for line in other.stderr.splitlines() if "LEAK" in line]
+    assert f"{len(held_out)} of the {len(held_out)} validation images" in leak
+    # A third generation still knows the patients of the first.
+    seen = set(models.load(tmp_path / "other")["data"]["patients"])
+    assert seen == {r["patient"] for r in splits_of(tmp_path / "other")}
+    assert len(models.load(tmp_path / "other")["data"]["pixels"]) == len(splits_of(tmp_path / "other"))
+
+
+# --- interruption and resume ---
 
 
 def test_a_killed_run_ends_as_one_that_was_not(demo, tmp_path):
-    """SIGKILL at several moments, the first seconds and a save included; then --resume: the same bits everywhere."""
+    """SIGKILL while training; then --resume: the same bits everywhere, as of a run with the same arguments."""
     arguments = ("--data", demo, *SHORT, "--epochs", 4)
     done = run_script("train.py", *arguments, "--output", "whole", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     process = start(*arguments, "--output", "cut", cwd=tmp_path)
-    for line in process.stdout:
-        if line.strip().startswith("2 "):
-            break
+    wait_for_epoch(process, 2)
+    in_use = run_script("train.py", "--resume", "cut", cwd=tmp_path)
+    assert in_use.returncode == 2 and "another process is training in cut" in in_use.stderr
     process.kill()
     process.communicate()
     # As if killed while saving: half a file under its temporary name, and a checkpoint newer than the state.
     (tmp_path / "cut" / ".last.pt.1.tmp").write_bytes(b"half")
-    assert len(json.loads((tmp_path / "cut" / "metrics.json").read_text())["epochs"]) in (1, 2)
+    assert len(metrics_of(tmp_path / "cut")["epochs"]) < 4
+    assert models.load(tmp_path / "cut")["finished"] is False
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     for _ in range(2):  # a run that is finished stays as it is
         done = run_script("train.py", "--resume", "cut", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert without_times(whole) == without_times(cut)
-    assert (whole / "ckpt.pt").read_bytes() == (cut / "ckpt.pt").read_bytes()
-    assert (whole / "splits.csv").read_bytes() == (cut / "splits.csv").read_bytes()
+    for name in ("ckpt.pt", "splits.csv"):
+        assert (whole / name).read_bytes() == (cut / name).read_bytes()
     for key in ("model", "ema"):
-        assert same(weights_of(whole, "last.pt", key), weights_of(cut, "last.pt", key))
-    assert weights_of(whole, "last.pt", "best") == weights_of(cut, "last.pt", "best")
+        assert same(state_of(whole)[key], state_of(cut)[key])
 
 
-def test_a_run_killed_before_its_first_state_starts_again(run_folder, tmp_path):
-    """metrics.json comes first and holds the arguments: that is enough to resume. The default threshold rule."""
-    shutil.copytree(run_folder, tmp_path / "run")
-    for name in ("last.pt", "ckpt.pt", "splits.csv"):
-        (tmp_path / "run" / name).unlink()
-    for _ in range(2):
-        done = run_script("train.py", "--resume", "run", cwd=tmp_path)
+def test_another_seed_gives_other_bits(demo, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        options = ("--epochs", 1, "--seed", seed, "--output", name)
+        done = run_script("train.py", "--data", demo, *SHORT, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert (tmp_path / "run" / "ckpt.pt").read_bytes() == (run_folder / "ckpt.pt").read_bytes()
+    a, b, c = (tmp_path / n / "ckpt.pt" for n in "abc")
+    assert a.read_bytes() == b.read_bytes()
+    assert not same(models.load(a)["state_dict"], models.load(c)["state_dict"])
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
@@ -158,128 +237,78 @@ def test_a_run_whose_checkpoint_is_lost_does_not_go_on(run_folder, tmp_path, dam
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
-def test_damaged_arguments_are_no_run(run_folder, tmp_path):
-    for arguments in ({}, [], {"epochs": 3}):
-        (tmp_path / "metrics.json").write_text(json.dumps({"arguments": arguments}))
-        done = run_script("train.py", "--resume", ".", cwd=tmp_path)
-        assert done.returncode == 2 and "holds no run" in done.stderr and len(done.stderr.splitlines()) == 1
+def change_an_image(root):
+    path = next((root / "train" / "NORMAL").iterdir())
+    Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
 
 
-def test_interruption_says_how_to_go_on(demo, tmp_path):
-    process = start("--data", demo, *SHORT, "--epochs", 50, "--output", "r", cwd=tmp_path)
-    for line in process.stdout:
-        if line.strip().startswith("1 "):
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "python train.py --resume r" in err and "Traceback" not in err
+def state_of_another_seed(root):
+    metrics = root.parent / "run" / "metrics.json"
+    metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": 1'))
 
 
-def test_resume_takes_the_runs_arguments(run_folder, demo, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(change_an_image, "not those that the run"), (state_of_another_seed, "belongs to a run with other arguments")],
+)
+def test_a_run_goes_on_with_its_own_data_and_state_alone(run_folder, demo, tmp_path, change, message):
     shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copytree(demo, tmp_path / "moved")
+    common = ("train.py", "--resume", "run", "--data", "moved", "--epochs", 3)
+    change(tmp_path / "moved")
+    refused = run_script(*common, cwd=tmp_path)
+    assert refused.returncode == 2 and message in refused.stderr, refused.stderr
+
+
+def test_resume_takes_the_runs_arguments_and_moved_data(run_folder, demo, tmp_path):
+    shutil.copytree(run_folder, tmp_path / "run")
+    shutil.copytree(demo, tmp_path / "moved")
     for contradiction in (("--seed", "5"), ("--batch-size", "8"), ("--model", "resnet18"), ("--no-balance",)):
         done = run_script("train.py", "--resume", "run", *contradiction, cwd=tmp_path)
         assert done.returncode == 2 and contradiction[0].removeprefix("--no-") in done.stderr
         assert len(done.stderr.splitlines()) == 1
-    done = run_script("train.py", "--resume", "run", "--epochs", "3", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "run" / "metrics.json").read_text())["epochs"]) == 3
+    done = run_script("train.py", "--resume", "run", "--epochs", "3", "--data", "moved", cwd=tmp_path)
+    assert done.returncode == 0 and "another number of epochs" in done.stderr, done.stderr
+    assert len(metrics_of(tmp_path / "run")["epochs"]) == 3
     before = (tmp_path / "run" / "ckpt.pt").read_bytes()
     done = run_script("train.py", "--data", demo, *SHORT, "--output", "run", cwd=tmp_path)
     assert done.returncode == 2 and "--resume run" in done.stderr
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
 
 
-def test_two_processes_see_what_one_sees(demo, tmp_path):
-    """One image more or less would change the losses; gradients that are not shared would change the weights."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    arguments = ["--data", demo, "--no-pretrained", "--img-size", 32, "--epochs", 1, "--threshold", "0.5"]
-    # A model whose output for an image does not depend on the others of its batch: the losses must agree closely.
-    arguments += [
-        "--model",
-        "convnext_atto",
-        "--augment",
-        "none",
-        "--device",
-        "cpu",
-        "--warmup-epochs",
-        0,
-        "--lr",
-        1e-4,
-    ]
-    one = run_script("train.py", *arguments, "--batch-size", 16, "--output", "one", cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += [str(ROOT / "train.py"), *map(str, arguments), "--batch-size", "8", "--output", "two"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    two = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interruption_says_how_to_go_on(demo, tmp_path, number, code):
+    process = start("--data", demo, *SHORT, "--epochs", 500, "--output", "a run", cwd=tmp_path)
+    wait_for_epoch(process, 1)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert (
+        err.splitlines()[-1] == "interrupted; go on with: python train.py --resume 'a run'" and "Traceback" not in err
     )
-    assert two.returncode == 0, two.stderr
-    assert len(list(tmp_path.iterdir())) == 2
-    a, b = (json.loads((tmp_path / n / "metrics.json").read_text()) for n in ("one", "two"))
-    assert a["data"] == b["data"]
-    assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
-    assert math.isclose(a["epochs"][0]["val_loss"], b["epochs"][0]["val_loss"], rel_tol=1e-5)
-    assert math.isclose(a["epochs"][0]["train_loss"], b["epochs"][0]["train_loss"], rel_tol=1e-5)
-    one, two = (weights_of(tmp_path / n, "last.pt", "model") for n in ("one", "two"))
-    # Every step moves each weight by about the rate, 1e-4, where it is not the same gradient in another direction.
-    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
-    assert apart.mean() < 2e-6
-    done = run_script("train.py", "--resume", "two", cwd=tmp_path)
-    assert done.returncode == 2 and "was started with 2 processes, not 1" in done.stderr
 
 
-def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
-    command += [str(ROOT / "train.py"), "--data", str(demo), *SHORT, "--epochs", "500", "--output", "r"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "r" / "ckpt.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    children = [int(p) for p, parent in (x.split() for x in listing.splitlines()[1:]) if int(parent) == process.pid]
-    os.kill(max(children), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+def test_two_runs_in_one_second_get_two_folders(demo, tmp_path, monkeypatch):
+    class Clock(train.datetime):
+        @classmethod
+        def now(cls):
+            return cls(2026, 1, 1)
+
+    monkeypatch.setattr(train, "datetime", Clock)
+    for _ in range(2):
+        done = run_script("train.py", "--data", demo, *SHORT, "--epochs", 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    found = sorted(p.name for p in (tmp_path / "runs").iterdir())
+    assert found == ["20260101-000000-mobilenetv3_small_050", "20260101-000000-mobilenetv3_small_050-2"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "nowhere"], "nowhere does not exist"),
-        (["--epochs", "0"], "--epochs: 0 is not in [1, inf]"),
-        (["--epochs", "x"], "invalid int value"),
-        (["--model", "mobilenetv3_smal_050", "--no-pretrained"], "mobilenetv3_small_050"),
-        (["--device", "cuda:77", "--no-pretrained"], "--device cuda:77"),
-        (["--weights", "none.pt"], "weights file none.pt does not exist"),
-        (["--weights", "x.pt", "--pretrained"], "not allowed with argument"),
-        (["--threshold", "best"], "--threshold"),
-        (["--threshold", "sensitivity=youden"], "--threshold"),
-        (["--seed", "-1"], "--seed"),
-        (["--model", "convnext_atto", "--no-pretrained", "--img-size", "4"], "does not take 4 x 4 pixels"),
-        (["--lr", "-1"], "--lr: -1 is not in"),
-        (["--resume", "nowhere"], "holds no run"),
-        (["--pretrained"], "no pretrained weights"),
-    ],
-)
-def test_user_errors_are_one_line_and_exit_code_2(arguments, message, demo, tmp_path):
-    where = [] if "--data" in arguments else ["--data", demo]
-    done = run_script("train.py", *where, "--img-size", 32, *arguments, cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: DEMO")]
-    assert len(errors) == 1 and message in errors[0], done.stderr
-
-
-def test_a_loss_that_is_not_finite_is_named(demo, tmp_path):
-    done = run_script("train.py", "--data", demo, *SHORT, "--lr", "1e30", "--output", "r", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "not finite in epoch 1" in done.stderr and "Traceback" not in done.stderr
-    assert models.load(tmp_path / "r" / "last.pt", train.LAST_FORMAT)["history"] == []
+def test_patience_ends_a_run_that_counts_as_finished(demo, tmp_path, monkeypatch):
+    aurocs = iter([0.9, 0.8, 0.7, 0.6])
+    monkeypatch.setattr(evaluate, "macro_auroc", lambda *_: next(aurocs))
+    done = run_script("train.py", "--data", demo, *SHORT, "--epochs", 9, "--patience", 2, "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert len(metrics_of(tmp_path / "r")["epochs"]) == 3 and metrics_of(tmp_path / "r")["finished"]
+    assert "no better validation AUROC in 2 epochs" in done.stdout
 
 
 def test_a_full_disk_loses_nothing(demo, tmp_path):
@@ -294,9 +323,80 @@ def test_a_full_disk_loses_nothing(demo, tmp_path):
         "import train; train.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "go on with --resume r" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "go on with: python train.py --resume r" in done.stderr.splitlines()[-1]
     assert (tmp_path / "r" / "last.pt").read_bytes() == before
     assert not list((tmp_path / "r").glob(".*.tmp"))
+
+
+def test_a_loss_that_is_not_finite_is_named(demo, tmp_path):
+    done = run_script("train.py", "--data", demo, *SHORT, "--lr", "1e30", "--output", "r", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "not finite in step" in done.stderr and "Traceback" not in done.stderr
+    assert state_of(tmp_path / "r")["epochs"] == []
+
+
+# --- several processes ---
+
+
+def launch(*arguments, port):
+    """The command that starts train.py in two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
+    return [*command, str(ROOT / "train.py"), *map(str, arguments)]
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_two_processes_see_what_one_sees(demo, tmp_path):
+    """One image more or less would change the losses; gradients that are not shared would change the weights."""
+    # A model whose output for an image does not depend on the others of its batch: the losses must agree closely.
+    arguments = ["--model", "convnext_atto", "--no-pretrained", "--augment", "none", "--device", "cpu"]
+    arguments += [
+        "--data",
+        demo,
+        "--img-size",
+        32,
+        "--epochs",
+        1,
+        "--threshold",
+        0.5,
+        "--warmup-epochs",
+        0,
+        "--lr",
+        1e-4,
+    ]
+    one = run_script("train.py", *arguments, "--batch-size", 16, "--output", "one", cwd=tmp_path)
+    assert one.returncode == 0, one.stderr
+    command = launch(*arguments, "--batch-size", 8, "--output", "two", port=free_port())
+    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert two.returncode == 0, two.stderr
+    a, b = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
+    assert a["data"] == b["data"]
+    assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
+    for loss in ("val_loss", "train_loss"):
+        assert math.isclose(a["epochs"][0][loss], b["epochs"][0][loss], rel_tol=1e-5)
+    one, two = state_of(tmp_path / "one")["model"], state_of(tmp_path / "two")["model"]
+    # Every step moves each weight by about the rate, 1e-4, where it is not the same gradient in another direction.
+    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    assert apart.mean() < 2e-6
+    done = run_script("train.py", "--resume", "two", cwd=tmp_path)
+    assert done.returncode == 2 and "was started with 2 processes, not 1" in done.stderr
+
+
+def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
+    command = launch("--data", demo, *SHORT, "--epochs", 500, "--output", "r", port=free_port())
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "r" / "ckpt.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    children = [int(p) for p, parent in (x.split() for x in listing.splitlines()[1:]) if int(parent) == process.pid]
+    os.kill(max(children), signal.SIGKILL)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
 
 
 def test_help_is_grouped_and_short():
