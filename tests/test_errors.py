@@ -1,0 +1,58 @@
+"""What a user can do wrong, for all scripts in one table: one line on stderr that says what, exit code 2, no traceback."""
+
+import pytest
+from conftest import run_script
+
+TRAIN = [
+    ("--data nowhere", "nowhere does not exist"),
+    ("--epochs 0", "--epochs: 0 is not in [1, inf]"),
+    ("--epochs x", "invalid int value"),
+    ("--model mobilenetv3_smal_050 --no-pretrained", "mobilenetv3_small_050"),
+    ("--device cuda:77 --no-pretrained", "--device cuda:77"),
+    ("--weights none.pt", "none.pt does not exist"),
+    ("--weights x.pt --pretrained", "not allowed with argument"),
+    ("--threshold best", "--threshold"),
+    ("--threshold sensitivity=youden", "--threshold"),
+    ("--seed -1", "--seed"),
+    ("--model convnext_atto --no-pretrained --img-size 4", "does not take 4 x 4 pixels"),
+    ("--lr -1", "--lr: -1 is not in"),
+    ("--resume nowhere", "holds no run"),
+    ("--resume empty", "holds no run"),
+    ("--resume list", "holds no run"),
+    ("--resume other", "holds no run"),
+    ("--resume other --output x", "leave out --output"),
+    ("--pretrained", "no pretrained weights"),
+    ("--folds 5 --fold 5", "they are 0 to 4"),
+    ("--positive COVID --no-pretrained", "--positive COVID is none of the classes NORMAL, PNEUMONIA"),
+    ("--lear 1", "unrecognized arguments"),
+]
+DATA = [
+    ("check nowhere", "nowhere does not exist"),
+    ("check empty", "no folder train"),
+    ("demo empty --images 3", "--images"),
+    ("demo other", "is not empty"),
+]
+CASES = [("train.py", *case) for case in TRAIN] + [("data.py", *case) for case in DATA]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with things to stumble over."""
+    for name, text in (("empty", None), ("list", "[]"), ("other", '{"arguments": {"epochs": 3}}')):
+        (tmp_path / name).mkdir()
+        if text:
+            (tmp_path / name / "metrics.json").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), CASES)
+def test_user_errors_are_one_line_and_exit_code_2(script, arguments, message, demo, folder):
+    words = arguments.split()
+    if script == "train.py" and "--data" not in words:
+        words = ["--data", demo, "--img-size", 32, *words]
+    done = run_script(script, *words, cwd=folder)
+    assert done.returncode == 2, done.stderr
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING: DEMO")]
+    assert message in errors[-1] and len(errors[-1]) < 330, done.stderr
+    usage = [line for line in errors[:-1] if not line.startswith(("usage:", " "))]
+    assert not usage, done.stderr
