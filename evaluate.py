@@ -1,46 +1,65 @@
 """Score one checkpoint on a split of its data, or compare several on the same images.
 
 python evaluate.py                              # the newest run, on the test split
-python evaluate.py runs/A/ckpt.pt --plots       # writes test.json, test.csv and test.png beside the checkpoint
-python evaluate.py runs/*/ckpt.pt               # one sorted table, with paired differences
+python evaluate.py runs/A --plots               # writes test.json, test.csv, report.md and pictures into the run
+python evaluate.py runs/A runs/B runs/C         # one table; B and C are compared with A, the reference
+python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run that did not see it
 python evaluate.py predictions.csv              # what another program predicted: path, label, probability
 """
 
 import argparse
-import contextlib
 import csv
+import functools
+import glob
+import hashlib
 import importlib.util
-import io
 import json
 import math
+import os
+import platform
+import subprocess
+import sys
 import time
+import warnings
 from collections import defaultdict
+from dataclasses import dataclass, replace
+from datetime import datetime
 from pathlib import Path
 
-import numpy as np
-import torch
-from scipy.optimize import brentq, minimize, minimize_scalar
-from scipy.special import expit, log_expit, log_softmax, logit
+import data  # before the libraries: it looks after Ctrl-C while they are being imported
 
-import data
+# isort: split
+import numpy as np
+import sklearn
+import timm
+import torch
+import torchvision
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve, roc_curve
+
 import models
 
-TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "ppv": "PPV", "npv": "NPV", "f1": "F1", "mcc": "MCC"}
+BLOCK = 300_000  # weights of a bootstrap that are held at once
+EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
 
 
 # --- metrics on weighted images: one row of weights is one draw of the bootstrap ---
 
 
-def confusion(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Weighted tp, fp, fn, tn, each [draws], from bool [images] twice and weights [draws, images]."""
-    cells = [positive & predicted, ~positive & predicted, positive & ~predicted, ~positive & ~predicted]
-    return tuple((weights @ np.stack(cells, 1).astype(float)).T)
+def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of a confusion matrix, each [draws]; NaN where one is undefined (its denominator is zero).
 
-
-def rates(tp: np.ndarray, fp: np.ndarray, fn: np.ndarray, tn: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics of a confusion matrix; NaN where one is undefined (its denominator is zero)."""
+    positive, predicted: bool [images]; weights: float [draws, images].
+    """
+    tp = weights @ (positive & predicted)
+    fp = weights @ (~positive & predicted)
+    fn = weights @ (positive & ~predicted)
+    tn = weights @ (~positive & ~predicted)
     with np.errstate(divide="ignore", invalid="ignore"):
-        sensitivity, specificity = tp / (tp + fn), tn / (tn + fp)
+        sensitivity = tp / (tp + fn)
+        specificity = tn / (tn + fp)
         return {
             "accuracy": (tp + tn) / (tp + fp + fn + tn),
             "balanced_accuracy": (sensitivity + specificity) / 2,
@@ -57,54 +76,124 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
     """AUROC (ties count half) and AUPRC (average precision, a step function), each [draws]; NaN without both classes."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # first image of each group of equal scores
-    w = weights[:, order]
-    pos = np.add.reduceat(w * positive[order], starts, axis=1)
-    neg = np.add.reduceat(w * ~positive[order], starts, axis=1)
-    above, false = np.cumsum(pos, 1), np.cumsum(neg, 1)
+    weights = weights[:, order]
+    positives = np.add.reduceat(weights * positive[order], starts, axis=1)
+    negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1)
+    tp = np.cumsum(positives, 1)
+    fp = np.cumsum(negatives, 1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        auroc = (neg * (above - pos / 2)).sum(1) / (above[:, -1] * false[:, -1])
-        precision = np.where(above + false > 0, above / (above + false), 0)
-        auprc = (pos * precision).sum(1) / above[:, -1]
-        return {"auroc": auroc, "auprc": np.where(false[:, -1] > 0, auprc, np.nan)}
+        auroc = (negatives * (tp - positives / 2)).sum(1) / (tp[:, -1] * fp[:, -1])
+        precision = np.where(tp + fp > 0, tp / (tp + fp), 0)
+        auprc = (positives * precision).sum(1) / tp[:, -1]
+        return {"auroc": auroc, "auprc": np.where(fp[:, -1] > 0, auprc, np.nan)}
 
 
-def binary_rates(positive: np.ndarray, called: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The rates, each [draws], of bool labels and predictions."""
-    return rates(*confusion(positive, called, weights))
+def binary_metrics(positive: np.ndarray, score: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
+    """Every metric of two classes, each [draws]."""
+    return {**ranking(positive, score, weights), **rates(positive, predicted, weights)}
 
 
-def at_prevalence(share: float, positive: np.ndarray, called: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The rates that their sensitivity and specificity give where another share of the images is positive."""
-    found = binary_rates(positive, called, weights)
-    tp, tn = found["sensitivity"] * share, found["specificity"] * (1 - share)
-    return rates(tp, (1 - found["specificity"]) * (1 - share), (1 - found["sensitivity"]) * share, tn)
-
-
-def binary_metrics(positive: np.ndarray, score: np.ndarray, called: np.ndarray, weights: np.ndarray) -> dict:
-    """Every metric, each [draws], of bool labels, scores and bool predictions."""
-    return ranking(positive, score, weights) | binary_rates(positive, called, weights)
-
-
-def task_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, positive: int, weights: np.ndarray) -> dict:
-    """Every metric, each [draws], of two classes; of more: accuracy, and means over each class against the rest.
+def macro_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
+    """Accuracy, and means over each class against the rest, each [draws].
 
     labels, predicted: int [images]; p: probabilities [images, classes].
     """
-    some = [positive] if p.shape[1] == 2 else range(p.shape[1])
-    each = [binary_metrics(labels == c, p[:, c], predicted == c, weights) for c in some]
-    if len(each) == 1:
-        return each[0]
-    area, recall = (np.mean([e[k] for e in each], 0) for k in ("auroc", "sensitivity"))
-    accuracy = weights @ (labels == predicted) / weights.sum(1)
-    return {"auroc": area, "accuracy": accuracy, "balanced_accuracy": recall}
+    each = [binary_metrics(labels == c, p[:, c], predicted == c, weights) for c in range(p.shape[1])]
+    return {
+        "auroc": np.mean([metrics["auroc"] for metrics in each], axis=0),
+        "accuracy": weights @ (labels == predicted) / weights.sum(1),
+        "balanced_accuracy": np.mean([metrics["sensitivity"] for metrics in each], axis=0),
+    }
 
 
-def draw_weights(patients: list[str], draws: int, seed: int) -> np.ndarray:
-    """How often each image counts in each draw, [draws, images]: patients are resampled, with all of their images."""
-    keys, patient = np.unique(patients, return_inverse=True)
-    rng = np.random.default_rng(seed)
-    counts = rng.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), size=draws)
-    return counts[:, patient].astype(np.float64)
+def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) -> float:
+    """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
+    once = np.ones((1, len(labels)))
+    if probabilities.shape[1] == 2:
+        return float(ranking(labels == positive, probabilities[:, positive], once)["auroc"][0])
+    return float(macro_metrics(labels, probabilities, labels, once)["auroc"][0])
+
+
+def auroc_error(auroc: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
+    pair = auroc / (2 - auroc) - auroc**2
+    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
+    variance = (auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple) / (positives * negatives)
+    return math.sqrt(max(variance, 0.0))
+
+
+# --- intervals ---
+
+
+@dataclass
+class Bootstrap:
+    """Draws of patients with replacement, each with all of their images."""
+
+    draws: int = 2000
+    seed: int = 0
+
+    def values(self, metrics, patients: np.ndarray) -> dict[str, np.ndarray]:
+        """What metrics(weights [block, images]) returns, [draws] for each name; patients: int [images], from 0 on."""
+        rng = np.random.default_rng(self.seed)
+        count = int(patients.max()) + 1
+        block = max(1, BLOCK // len(patients))  # bounds the memory, whatever the numbers of images and of draws
+        blocks = []
+        for start in range(0, self.draws, block):
+            rows = min(block, self.draws - start)
+            drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
+            blocks.append(metrics(weights[:, patients].astype(float)))
+        return {name: np.concatenate([b[name] for b in blocks]) for name in (blocks[0] if blocks else ())}
+
+
+def patient_numbers(names) -> np.ndarray:
+    """int64 [images]: equal names get equal numbers, from 0 on."""
+    numbers = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
+
+
+def clopper_pearson(share: float, n: int) -> list[float]:
+    """95 % interval of a share of n (Clopper and Pearson 1934)."""
+    k = share * n
+    low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
+    high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
+    return [float(low), float(high)]
+
+
+def deviation(
+    drawn: np.ndarray, runs: list[np.ndarray], patients: float = math.inf, least: float = 0.0
+) -> tuple[float, float]:
+    """Standard deviation of a mean over runs, or of the difference of two, and its degrees of freedom.
+
+    The variance of testing, that of the draws of patients, drawn [draws], or least where that is larger, and that of
+    training, between the values of runs that differ in their seed divided by their number, add up (Satterthwaite 1946).
+    """
+    drawn = drawn[np.isfinite(drawn)]
+    testing = max(drawn.var(), least**2) if len(drawn) else 0.0
+    parts = [(testing, patients - 1)]
+    parts += [(values.var(ddof=1) / len(values), len(values) - 1) for values in runs if len(values) > 1]
+    total = sum(variance for variance, _ in parts)
+    inverse = sum(variance**2 / max(freedom, 1) for variance, freedom in parts)
+    return math.sqrt(total), total**2 / inverse if inverse else math.inf
+
+
+def with_interval(values: np.ndarray, drawn: np.ndarray, patients: int, low: int = 0) -> dict:
+    """{"value", "ci95"} of a mean over runs, values [runs], in [low, 1], from its bootstrap, drawn [runs, draws].
+
+    The interval is symmetric on the logit scale. Where that has none (the value lies at an end, or no draw differs), it
+    is Clopper and Pearson's on the number of patients in the metric's denominator.
+    """
+    value = float(values.mean())
+    if math.isnan(value) or not drawn.size:
+        return {"value": number(value), "ci95": None}
+    share = (value - low) / (1 - low)
+    sd, freedom = deviation(drawn.mean(0), [values])
+    if sd < 1e-9 or not 0 < share < 1:
+        ends = clopper_pearson(share, patients)
+    else:
+        half = stdtrit(freedom, 0.975) * sd / (1 - low) / (share * (1 - share))
+        ends = expit(logit(share) + np.array([-half, half]))
+    return {"value": value, "ci95": [float(low + (1 - low) * end) for end in ends]}
 
 
 def number(value: float) -> float | None:
@@ -112,27 +201,35 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def with_interval(point: np.ndarray, drawn: np.ndarray, patients: int) -> dict:
-    """{"value", "ci95"}: point [1], and the 2.5 and 97.5 % points of its bootstrap, drawn [draws].
-
-    No interval where the value is undefined, or in most draws, or was not drawn, or from fewer than two patients.
-    """
-    value, finite = number(point[0]), drawn[np.isfinite(drawn)]
-    enough = value is not None and patients > 1 and len(finite) >= max(20, len(drawn) / 2)
-    return {"value": value, "ci95": np.percentile(finite, (2.5, 97.5)).tolist() if enough else None}
-
-
-def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) -> float:
-    """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
-    once = np.ones((1, len(labels)))
-    return float(task_metrics(labels, probabilities, probabilities.argmax(1), positive, once)["auroc"][0])
+def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, patients: np.ndarray) -> int:
+    """How many patients the denominator of a metric holds; those of the rarer class where it needs both."""
+    groups = {
+        "accuracy": [positive | ~positive],
+        "sensitivity": [positive],
+        "specificity": [~positive],
+        "ppv": [predicted],
+        "npv": [~predicted],
+        "f1": [positive | predicted],
+    }
+    return min(np.count_nonzero(np.bincount(patients[mask])) for mask in groups.get(metric, [positive, ~positive]))
 
 
-def auroc_error(area: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
-    pair, triple = area / (2 - area) - area**2, 2 * area**2 / (1 + area) - area**2
-    variance = (area * (1 - area) + (positives - 1) * pair + (negatives - 1) * triple) / (positives * negatives)
-    return math.sqrt(max(variance, 0.0))
+def binary_estimates(
+    positive: np.ndarray, score: np.ndarray, predicted: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap
+) -> dict[str, dict]:
+    """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
+    patients = np.unique(patients, return_inverse=True)[1]
+    metrics = functools.partial(binary_metrics, positive, score, predicted)
+    point = metrics(np.ones((1, len(patients))))
+    drawn = bootstrap.values(metrics, patients)
+    result = {}
+    for name, value in point.items():
+        behind = patients_behind(name, positive, predicted, patients)
+        result[name] = with_interval(value, drawn.get(name, np.empty(0))[None], behind, -1 if name == "mcc" else 0)
+    return result
+
+
+# --- calibration and decisions ---
 
 
 def nll(positive: np.ndarray, z: np.ndarray) -> float:
@@ -144,25 +241,68 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     """Brier score, negative log-likelihood, ECE (10 equal bins), calibration slope and intercept, from logits z.
 
     Slope: of a logistic regression on the logit (1 is ideal); intercept: calibration in the large, with the slope fixed
-    at 1 (0 is ideal); Van Calster et al. 2019. Both are None where the classes are separated or one is missing.
+    at 1 (0 is ideal); Van Calster et al. 2019. Both are None where the classes are separated or one is missing, and
+    leave out probabilities of exactly 0 or 1.
     """
-    p, y = expit(z), positive.astype(float)
+    p = expit(z)
     bins = np.minimum((p * 10).astype(int), 9)
-    gaps = [abs(p[bins == b].sum() - y[bins == b].sum()) for b in range(10)]
-    result = {"brier": float(np.mean((p - y) ** 2)), "nll": nll(positive, z), "ece": float(sum(gaps) / len(p))}
-    result |= {"slope": None, "intercept": None}
-    a, b = z[positive], z[~positive]
+    gaps = np.abs(np.bincount(bins, p - positive))
+    exact = np.abs(z) >= -logit(EXACT) * 0.999
+    result = {
+        "brier": float(np.mean((p - positive) ** 2)),
+        "nll": nll(positive, z),
+        "ece": float(gaps.sum() / len(p)),
+        "slope": None,
+        "intercept": None,
+        "exact": int(exact.sum()),
+    }
+    y, z = positive[~exact], z[~exact]
     # No logistic regression has a finite slope where the classes do not overlap, or all scores are equal.
-    if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
-        scale = max(float(np.std(z)), 1e-12)
-        fit = minimize(lambda c: nll(positive, c[0] + c[1] * z / scale), [0.0, 1.0])
+    if y.any() and not y.all() and z[y].min() < z[~y].max() and z[~y].min() < z[y].max():
+        scale = max(float(z.std()), 1e-12)
+        fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(z[:, None] / scale, y)
         bound = float(np.abs(z).max()) + 50
-        result["slope"] = float(fit.x[1] / scale)
+        result["slope"] = float(fit.coef_[0, 0] / scale)
         result["intercept"] = float(brentq(lambda shift: float(np.mean(expit(z + shift) - y)), -bound, bound))
     return result
 
 
+def mean_of(values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    return {"mean": weights @ values / weights.sum(1)}
+
+
+def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
+    """Mean probability and observed frequency, with its interval, in each of 10 equal bins that holds images."""
+    bins = np.minimum((p * 10).astype(int), 9)
+    points = []
+    for b in np.unique(bins):
+        inside = bins == b
+        numbers = patient_numbers(patients[inside].tolist())
+        drawn = bootstrap.values(functools.partial(mean_of, positive[inside]), numbers)
+        share = np.array([positive[inside].mean()])
+        observed = with_interval(share, drawn.get("mean", np.empty(0))[None], numbers.max() + 1)
+        points.append({"predicted": float(p[inside].mean()), "observed": observed, "images": int(inside.sum())})
+    return points
+
+
+def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
+    """Net benefit per image of treating whom the model calls positive, and of treating all (Vickers and Elkin 2006).
+
+    That of treating none is 0. A threshold of t says that a false positive costs t / (1 - t) of a true one's worth.
+    """
+    rows = []
+    for t in np.arange(1, 100) / 100:
+        cost = t / (1 - t)
+        treated = p >= t
+        model = (positive & treated).mean() - cost * (~positive & treated).mean()
+        everyone = positive.mean() - cost * (~positive).mean()
+        rows.append({"threshold": float(t), "model": float(model), "all": float(everyone)})
+    return rows
+
+
 # --- what is chosen on validation ---
+
+LOG_T_BOUND = math.log(20)
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
@@ -176,8 +316,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         log_p = log_softmax(logits.astype(np.float64) / math.exp(log_t), axis=1)
         return float(-np.mean(log_p[np.arange(len(labels)), labels]))
 
-    bound = math.log(20)
-    return float(math.exp(minimize_scalar(loss, bounds=(-bound, bound), method="bounded").x))
+    return float(math.exp(minimize_scalar(loss, bounds=(-LOG_T_BOUND, LOG_T_BOUND), method="bounded").x))
+
+
+def at_bound(temperature: float) -> bool:
+    """Whether fit_temperature found no minimum inside: the logits separate the classes, or tell nothing."""
+    return abs(math.log(temperature)) > LOG_T_BOUND - 1e-3
 
 
 def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
@@ -192,26 +336,103 @@ def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
         return float(rule)
     if not positive.any() or positive.all():
         return 0.5
-    score = np.unique(z)[::-1]
-    tp = np.searchsorted(np.sort(-z[positive]), -score, side="right")
-    fp = np.searchsorted(np.sort(-z[~positive]), -score, side="right")
-    sensitivity, specificity = tp / positive.sum(), 1 - fp / (~positive).sum()
-    wanted = sensitivity + specificity if rule == "youden" else sensitivity >= float(rule.split("=")[1]) - 1e-12
+    fpr, tpr, score = (
+        values[1:] for values in roc_curve(positive, z, drop_intermediate=False)
+    )  # the first is infinite
+    wanted = tpr - fpr if rule == "youden" else tpr >= float(rule.split("=")[1]) - 1e-12
     i = int(np.argmax(wanted))
     below = score[i + 1] if i + 1 < len(score) else score[i] - 1e-6  # rounding must not put the lowest score under it
     return float(expit((score[i] + below) / 2))
 
 
-# --- scoring: a checkpoint or a CSV becomes one dict, scored, with a row per image in records, labels and logits ---
+# --- scoring ---
+
+
+@dataclass
+class Scored:
+    """What a checkpoint, or another program, says of a set of images; arrays have one row an image."""
+
+    source: str  # the file
+    sha256: str  # of the file
+    model: str  # timm's name, or that of the file
+    classes: list[str]
+    positive: int  # position in classes
+    split: str
+    root: str
+    demo: bool
+    records: list[data.Record]
+    logits: np.ndarray  # float64 [images, classes]
+    temperature: np.ndarray  # float64 [images]: of the run that scored the image
+    threshold: np.ndarray  # float64 [images], on the probability of the positive one of two classes
+    rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
+    left_out: list[dict]  # path and reason
+    stressed: dict[str, np.ndarray]  # logits of changed copies
+    border: np.ndarray | None = None  # float64 [images]: logit of the classifier that sees the border alone
+    leaks: dict | None = None  # how many images and patients it was trained on
+    fingerprint: str | None = None  # of the images' pixels
+    parameters: int | None = None
+    images_per_second: float | None = None
+    run: dict | None = None  # of a checkpoint: arguments, environment, epoch, epochs, finished, and its data
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int64 [images]: positions in classes."""
+        return np.array([self.classes.index(r.label) for r in self.records])
+
+    @functools.cached_property
+    def patients(self) -> np.ndarray:
+        return patient_numbers(r.patient for r in self.records)
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """Calibrated, float64 [images, classes]."""
+        return softmax(self.logits / self.temperature[:, None], axis=1)
+
+    @property
+    def score(self) -> np.ndarray:
+        """Probability of the positive class."""
+        return self.probabilities[:, self.positive]
+
+    @functools.cached_property
+    def predicted(self) -> np.ndarray:
+        """int64 [images]: positions in classes."""
+        if len(self.classes) > 2:
+            return self.probabilities.argmax(1)
+        return np.where(self.score >= self.threshold, self.positive, 1 - self.positive)
+
+    @property
+    def binary(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of two classes: whether each image is positive, its probability, and whether it is predicted positive."""
+        return self.labels == self.positive, self.score, self.predicted == self.positive
+
+    @property
+    def unfinished(self) -> str:
+        if self.run is None or self.run["finished"]:
+            return ""
+        return f"UNFINISHED: epoch {self.run['epochs']} of {self.run['arguments']['epochs']}"
+
+    def take(self, index: np.ndarray) -> "Scored":
+        """The images at index, int64 or bool."""
+        index = np.arange(len(self.records))[index]
+        return replace(
+            self,
+            records=[self.records[i] for i in index],
+            logits=self.logits[index],
+            temperature=self.temperature[index],
+            threshold=self.threshold[index],
+            stressed={name: logits[index] for name, logits in self.stressed.items()},
+            border=None if self.border is None else self.border[index],
+        )
 
 
 @torch.inference_mode()
 def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torch.device) -> np.ndarray:
     """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout."""
+    layout = models.memory_format(model, device)
     logits = []
     for batch in batches:
         x = data.normalise(batch.to(device, non_blocking=True), mean, std)
-        logits.append(model(x.to(memory_format=torch.channels_last)).float())
+        logits.append(model(x.to(memory_format=layout)).float())
     return torch.cat(logits).cpu().double().numpy()
 
 
@@ -221,13 +442,27 @@ def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 64):
         yield images[index[i : i + size]]
 
 
-def infer_stressed(model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, *preprocessing) -> dict:
-    """{name of the stress: logits [len(index), classes]}; preprocessing is mean, std and device, as for infer."""
-    found = defaultdict(list)
-    for batch in in_batches(images, index):
-        for name, copy in data.stress(batch.cpu()):
-            found[name].append(infer(model, [copy], *preprocessing))
-    return {name: np.concatenate(logits) for name, logits in found.items()}
+def infer_stressed(
+    model: torch.nn.Module,
+    images: torch.Tensor,
+    index: torch.Tensor,
+    partners: torch.Tensor | None,
+    paths: list[str],
+    mean: float,
+    std: float,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """{name of the stress: logits [len(index), classes]} of changed copies of the images at index.
+
+    partners: for each of index the position in images of one of another class (see data.stress); paths: of the images.
+    """
+    logits = defaultdict(list)
+    for start in range(0, len(index), 64):
+        part = slice(start, start + 64)
+        others = None if partners is None else images[partners[part]].cpu()
+        for name, copies in data.stress(images[index[part]].cpu(), others, paths[part]):
+            logits[name].append(infer(model, [copies], mean, std, device))
+    return {name: np.concatenate(batches) for name, batches in logits.items()}
 
 
 def binary_logit(logits: np.ndarray, positive: int) -> np.ndarray:
@@ -235,274 +470,626 @@ def binary_logit(logits: np.ndarray, positive: int) -> np.ndarray:
     return logits[:, positive] - logits[:, 1 - positive]
 
 
-def score_checkpoint(path: str, args: argparse.Namespace) -> dict:
-    """Run a checkpoint over a split; what report() needs, with one row per image."""
-    ckpt = models.load(path)
+@functools.lru_cache(maxsize=4)
+def read_split(root: Path, split: str, folds: int, fold: int, size: int) -> tuple[list, data.Images, list[dict]]:
+    """Records and images of test/, or all that training reads, and what of the split can't be read; several runs of one
+    comparison read, and warn, once."""
+    records = data.scan(root, "test") if split == "test" else data.find_training(root, folds, fold)
+    images = data.load_images(root, records, size)
+    failed = {i: reason for i, reason in images.failed.items() if records[i].split == split}
+    return records, images, data.report_left_out(records, failed)
+
+
+def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
+    """Run a checkpoint over a split.
+
+    Raises:
+        UserError: no such split, other classes, changed training images, or logits that are not finite.
+    """
     root = data.find_root(args.data or ckpt["data"]["root"])
-    if data.is_demo(root):
-        data.warn_demo(root)
-    drawn = False  # whether training drew this split from what it read
-    if args.split != "test":
-        # All that training read, in its order: the same cache file serves.
-        records = data.scan(root, "train") + (data.scan(root, "val") if (root / "val").is_dir() else [])
-        drawn = data.fingerprint(records) == ckpt["data"]["fingerprint"]
-        if not drawn and not args.data:
-            raise data.DataError(f"the images in {root} have changed since {path} was trained: its splits are gone")
-    else:
-        records = data.scan(root, "test")
-    held_out = set(ckpt["data"]["val"])
-    for r in records if drawn else ():
-        r["split"] = "val" if r["path"] in held_out else "train"
-    wanted = [r["split"] == args.split for r in records]
-    if not any(wanted):
-        raise data.DataError(f"{root} has no folder {args.split}/")
-    if {r["class"] for r in records} - set(ckpt["classes"]):
-        raise data.DataError(f"{path} knows the classes {', '.join(ckpt['classes'])}; {root} has others")
-    images, digests, failed = data.load_images(root, records, ckpt["input_size"])
-    left_out = data.report_left_out(records, {i: reason for i, reason in failed.items() if wanted[i]})
-    keep = [i for i in range(len(records)) if wanted[i] and i not in failed]
-    records, index = [records[i] for i in keep], torch.tensor(keep)
-    if not records:
-        raise data.DataError(f"no image of {root}/{args.split} can be read")
+    arguments, size = ckpt["arguments"], ckpt["input_size"]
+    parts = arguments.get("folds", 10), arguments.get("fold", 0)
+    records, images, left_out = read_split(root, args.split, *parts, size)
+    same = args.split == "test" or data.fingerprint(records, images.digests) == ckpt["data"]["fingerprint"]
+    if not same and not args.data:
+        raise data.UserError(f"the images in {root} are not those that {path} was trained on: its splits are gone")
+    data.check_classes(records, ckpt["classes"], str(root))
+    index = [i for i, r in enumerate(records) if r.split == args.split and i not in images.failed]
+    if not index:
+        raise data.UserError(f"no image of the {args.split} split of {root} can be read")
+    records, index = [records[i] for i in index], torch.tensor(index)
     device = models.pick_device(args.device)
     model = models.from_checkpoint(ckpt, device)
     preprocessing = ckpt["mean"], ckpt["std"], device
+
     start = time.perf_counter()
-    logits = infer(model, in_batches(images, index), *preprocessing)
+    logits = infer(model, in_batches(images.pixels, index), *preprocessing)
     seconds = time.perf_counter() - start
-    known_pixels, known_patients = set(ckpt["data"]["pixels"].tolist()), set(ckpt["data"]["patients"])
-    leaks = {"images": sum(d in known_pixels for d in digests[index].tolist())}
-    leaks["patients"] = len(data.named_patients(records) & known_patients)
-    scored = {k: ckpt[k] for k in ("model", "classes", "temperature", "threshold", "arguments")}
-    scored |= {"checkpoint": str(path), "split": args.split, "root": str(root), "left_out": left_out, "leaks": leaks}
-    scored |= {"parameters": models.parameters(model), "images_per_second": len(records) / seconds}
-    scored |= {"demo": data.is_demo(root) or ckpt["data"]["demo"], "records": records, "logits": logits}
-    scored["stressed"] = {}
-    if args.stress and len(ckpt["classes"]) == 2:
-        scored["stressed"] = infer_stressed(model, images, index, *preprocessing)
-    scored["positive"] = ckpt["classes"].index(ckpt["positive"])
-    return scored | {"labels": np.array([ckpt["classes"].index(r["class"]) for r in records])}
+    infinite = np.flatnonzero(~np.isfinite(logits).all(1))
+    if len(infinite):
+        raise data.UserError(f"{path} gives logits that are not finite for {records[infinite[0]].path}: it is damaged")
+    stressed = {}
+    if args.stress:
+        partners = None
+        if len({r.label for r in records}) > 1:
+            partners = index[data.draw_partners(records)]
+        paths = [r.path for r in records]
+        stressed = infer_stressed(model, images.pixels, index, partners, paths, *preprocessing)
+    border = None
+    if ckpt["border"] is not None:
+        border = np.concatenate([models.border_logit(ckpt["border"], b) for b in in_batches(images.pixels, index)])
+
+    trained_pixels = set(ckpt["data"]["pixels"].tolist())
+    digests = images.digests[index]
+    rule = ckpt["threshold"]
+    if args.threshold is not None:
+        rule = {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
+    threshold = math.nan if rule["value"] is None else rule["value"]
+    return Scored(
+        source=path,
+        sha256=sha256(models.in_run_folder(path)),
+        model=ckpt["model"],
+        classes=ckpt["classes"],
+        positive=ckpt["classes"].index(ckpt["positive"]),
+        split=args.split,
+        root=str(root),
+        demo=data.is_demo(root) or ckpt["data"]["demo"],
+        records=records,
+        logits=logits,
+        temperature=np.full(len(records), ckpt["temperature"]),
+        threshold=np.full(len(records), threshold),
+        rule=rule,
+        left_out=left_out,
+        stressed=stressed,
+        border=border,
+        leaks={
+            "images": sum(d in trained_pixels for d in digests.tolist()),
+            "patients": len(data.named_patients(records) & set(ckpt["data"]["patients"])),
+        },
+        fingerprint=data.fingerprint(records, digests),
+        parameters=models.parameters(model),
+        images_per_second=len(records) / seconds,
+        run={
+            "arguments": arguments,
+            "environment": ckpt["environment"],
+            "epoch": ckpt["epoch"],
+            "epochs": ckpt["epochs"],
+            "finished": ckpt["finished"],
+            "images": {"train": len(trained_pixels), "val": len(ckpt["data"]["val"])},
+            "root": ckpt["data"]["root"],
+            "weights": ckpt["weights"]["note"],
+        },
+    )
 
 
-def score_csv(path: str) -> dict:
-    """Read the predictions of another program: columns path, label, probability (of the positive class), patient."""
+def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
+    """Records and probabilities of a CSV with the columns path, label, probability, and perhaps patient and subtype.
+
+    Raises:
+        UserError: with the reason.
+    """
+    problem = f"{path} needs a header with the columns path, label, probability, and one row per image"
+    records, p, no_groups = [], [], {}
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = list(csv.DictReader(f))
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise data.DataError(f"{path} can't be read: {e}") from None
-    if not rows or any(r.get(k) is None for r in rows for k in ("path", "label", "probability")):
-        raise data.DataError(f"{path} needs a header with the columns path, label, probability, and one row per image")
-    if {"flags", "error"} <= rows[0].keys():
-        raise data.DataError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
-    try:
-        p = np.array([float(r["probability"]) for r in rows])
-    except (TypeError, ValueError):
-        raise data.DataError(f"{path}: column probability holds something that is no number") from None
+            reader = csv.DictReader(f)
+            if {"flags", "error"} <= set(reader.fieldnames or ()):
+                raise data.UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
+            for row in reader:
+                if None in (row.get("path"), row.get("label"), row.get("probability")):
+                    raise data.UserError(problem)
+                patient, subtype, series = data.identify(Path(row["path"]).name)
+                patient = row.get("patient") or patient or row["path"]
+                subtype = row.get("subtype") or subtype
+                label = sys.intern(row["label"])  # a million rows share two
+                records.append(
+                    data.Record(row["path"], label, "predictions", patient, subtype, series, 0, 0, no_groups)
+                )
+                p.append(float(row["probability"]))
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise data.UserError(f"{path} can't be read: {e}") from None
+    except ValueError:
+        raise data.UserError(f"{path}: column probability holds something that is no number") from None
+    if not records:
+        raise data.UserError(problem)
+    return records, np.array(p)
+
+
+def score_csv(path: str, args: argparse.Namespace) -> Scored:
+    """What another program predicted: the probability of the positive class for each image."""
+    records, p = read_predictions(path)
     if not ((p >= 0) & (p <= 1)).all():
-        raise data.DataError(f"{path}: probabilities must lie in [0, 1]")
-    if len({r["path"] for r in rows}) < len(rows):
-        raise data.DataError(f"{path}: a path stands there twice")
-    names = sorted({r["label"] for r in rows})
+        raise data.UserError(f"{path}: probabilities must lie in [0, 1]")
+    if len({r.path for r in records}) < len(records):
+        raise data.UserError(f"{path}: a path stands there twice")
+    classes = sorted({r.label for r in records})
+    asked = args.positive
     for known in (["0", "1"], ["NORMAL", "PNEUMONIA"]):
-        if set(names) <= set(known):  # one of the two alone will do
-            names = known
-    if len(names) != 2 or "" in names:
-        raise data.DataError(f"{path}: expected two labels, found {', '.join(names)}")
-    positive = data.positive_class(names)
-    records = []
-    for r in rows:
-        patient, subtype, _ = data.identify(Path(r["path"]).name)
-        records.append({"path": r["path"], "class": r["label"], "patient": r.get("patient") or patient or r["path"]})
-        records[-1]["subtype"] = r.get("subtype") or subtype
+        if set(classes) <= set(known):  # one of the two alone will do
+            classes, asked = known, asked or known[1]
+    if len(classes) != 2 or "" in classes:
+        raise data.UserError(f"{path}: expected two labels, found {', '.join(classes)}")
+    exact = [r.path for r, value in zip(records, p) if value in (0, 1)]
+    if exact:
+        data.warn(f"{len(exact)} probabilities of {path} are exactly 0 or 1, such as that of {exact[0]}")
+    positive = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
-    logits[:, positive] = logit(p.clip(1e-15, 1 - 1e-15))  # a probability of exactly 0 or 1 stays finite
-    scored = {"checkpoint": str(path), "model": Path(path).stem, "split": "predictions", "root": str(path)}
-    scored |= {"classes": names, "positive": positive, "records": records, "logits": logits}
-    scored |= {"parameters": None, "images_per_second": None, "demo": False, "stressed": {}, "arguments": None}
-    scored |= {"left_out": [], "leaks": {"images": 0, "patients": 0}, "temperature": 1.0}
-    scored["threshold"] = {"value": 0.5, "rule": "0.5", "from": "default"}
-    return scored | {"labels": np.array([names.index(r["class"]) for r in records])}
+    logits[:, positive] = logit(p.clip(EXACT, 1 - EXACT))
+    threshold = 0.5 if args.threshold is None else args.threshold
+    return Scored(
+        source=path,
+        sha256=sha256(Path(path)),
+        model=Path(path).stem,
+        classes=classes,
+        positive=positive,
+        split="predictions",
+        root=path,
+        demo=False,
+        records=records,
+        logits=logits,
+        temperature=np.ones(len(p)),
+        threshold=np.full(len(p), threshold),
+        rule={
+            "value": threshold,
+            "rule": f"{threshold:g}",
+            "from": "default" if args.threshold is None else "command line",
+        },
+        left_out=[],
+        stressed={},
+    )
 
 
-def predict_classes(scored: dict, threshold: float | None) -> tuple[np.ndarray, np.ndarray]:
-    """Calibrated probabilities [images, classes] and predicted classes [images]."""
-    p = models.probabilities(torch.from_numpy(scored["logits"]), scored["temperature"]).numpy()
-    if p.shape[1] > 2:
-        return p, p.argmax(1)
-    positive = scored["positive"]
-    return p, np.where(p[:, positive] >= threshold, positive, 1 - positive)
-
-
-def report(scored: dict, weights: np.ndarray, args: argparse.Namespace) -> dict:
-    """Everything that the printed report and the JSON say about one scored checkpoint.
-
-    scored: from score_checkpoint or score_csv; weights: [draws, images] from draw_weights.
-    """
-    records, labels, classes, target = (scored[k] for k in ("records", "labels", "classes", "positive"))
-    binary, threshold = len(classes) == 2, scored["threshold"]
-    if binary and args.threshold is not None:
-        threshold = {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
-    p, predicted = predict_classes(scored, threshold["value"])
-    patients, everyone = np.array([r["patient"] for r in records]), np.ones(len(records), bool)
-
-    def estimate(metrics, *about, of: np.ndarray = everyone) -> dict[str, dict]:
-        """{metric: {"value", "ci95"}} of the images in the mask of."""
-        point, drawn = metrics(*about, of[None].astype(float)), metrics(*about, weights * of)
-        return {k: with_interval(point[k], drawn[k], len(set(patients[of]))) for k in point}
-
-    result = {k: scored[k] for k in ("checkpoint", "model", "parameters", "split", "classes")}
-    result["data"] = {"root": scored["root"], "demo": scored["demo"], "images": len(records)}
-    result["data"] |= {"patients": len(set(patients)), "left_out": scored["left_out"], "leaks": scored["leaks"]}
-    result |= {"images_per_second": scored["images_per_second"], "threshold": threshold}
-    result["bootstrap"] = {"unit": "patient", "draws": len(weights), "seed": args.seed}
-    if binary:
-        positive, called, score = labels == target, predicted == target, p[:, target]
-        result["positive"] = classes[target]
-        result["data"]["prevalence"] = float(positive.mean())
-        result["metrics"] = estimate(binary_metrics, positive, score, called)
-        result["at_half"] = estimate(binary_rates, positive, score >= 0.5)
-        cells = confusion(positive, called, np.ones(len(records)))
-        result["confusion"] = {k: int(v) for k, v in zip(("tp", "fp", "fn", "tn"), cells)}
-        if args.prevalence is not None:
-            found = estimate(at_prevalence, args.prevalence, positive, called)
-            result["at_prevalence"] = {"prevalence": args.prevalence, "ppv": found["ppv"], "npv": found["npv"]}
-        z = binary_logit(scored["logits"], target)
-        result["calibration"] = calibration(positive, z / scored["temperature"])
-        result["calibration"] |= {"temperature": scored["temperature"], "before_temperature": calibration(positive, z)}
-        result["subgroups"] = {}
-        # Positives by their subtype, negatives by the series that their file names belong to.
-        names = [r["subtype"] if y else data.identify(Path(r["path"]).name)[2] for r, y in zip(records, positive)]
-        for name in sorted(set(names) - {""}):
-            for side, metric in ((positive, "sensitivity"), (~positive, "specificity")):
-                mask = side & (np.array(names) == name)
-                if mask.any():
-                    entry = {"images": int(mask.sum()), "patients": len(set(patients[mask]))}
-                    entry[metric] = estimate(binary_rates, positive, called, of=mask)[metric]
-                    result["subgroups"][name] = entry
-        if scored["stressed"]:
-            result["stress"] = stress_report(scored, positive, threshold["value"])
-    else:
-        score, n = p.max(1), len(classes)
-        result["metrics"] = estimate(task_metrics, labels, p, predicted, target)
-        each = [estimate(binary_metrics, labels == c, p[:, c], predicted == c) for c in range(n)]
-        result["auroc_one_vs_rest"] = {c: e["auroc"] for c, e in zip(classes, each)}
-        result["sensitivity_per_class"] = {c: e["sensitivity"] for c, e in zip(classes, each)}
-        result["confusion"] = np.bincount(labels * n + predicted, minlength=n * n).reshape(n, n).tolist()
-    # The ten most confident mistakes: the farthest from the threshold, or where there is none the most probable.
-    confidence = np.abs(score - (threshold["value"] or 0))
-    result["failures"] = []
-    for i in sorted(np.flatnonzero(predicted != labels), key=lambda i: -confidence[i])[:10]:
-        r = records[i]
-        result["failures"].append({"path": r["path"], "label": r["class"], "probability": float(score[i])})
+def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
+    """Runs whose arguments differ in the named ones alone stand together; one run that is given twice stays apart."""
+    groups = defaultdict(list)
+    for s in scored:
+        arguments = {"source": s.source} if s.run is None else dict(s.run["arguments"])
+        differing = json.dumps([arguments.pop(name, None) for name in names])
+        groups[json.dumps(arguments, sort_keys=True)].append((differing, s))
+    result = []
+    for group in groups.values():
+        runs = [s for _, s in group]
+        distinct = len({differing for differing, _ in group}) == len(group)
+        result += [runs] if distinct else [[s] for s in runs]
     return result
 
 
-def stress_report(scored: dict, positive: np.ndarray, threshold: float) -> dict:
+def pool(runs: list[Scored]) -> Scored:
+    """The runs of a cross-validation as one: each image is scored by the run that did not see it."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    arguments = {k: v for k, v in first.run["arguments"].items() if k != "fold"}
+    return replace(
+        first,
+        source=", ".join(s.source for s in runs),
+        sha256=data.hash_lines(s.sha256 for s in runs),
+        records=[r for s in runs for r in s.records],
+        logits=np.concatenate([s.logits for s in runs]),
+        temperature=np.concatenate([s.temperature for s in runs]),
+        threshold=np.concatenate([s.threshold for s in runs]),
+        rule={"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]},
+        left_out=[item for s in runs for item in s.left_out],
+        stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
+        border=None if first.border is None else np.concatenate([s.border for s in runs]),
+        leaks={name: sum(s.leaks[name] for s in runs) for name in first.leaks},
+        fingerprint=data.hash_lines(s.fingerprint for s in runs),
+        run={**first.run, "arguments": arguments, "finished": all(s.run["finished"] for s in runs)},
+    )
+
+
+def align(s: Scored, first: Scored) -> Scored:
+    """The same in the order of the first one's images.
+
+    Raises:
+        UserError: the two did not score the same task.
+    """
+    both = f"{s.source} and {first.source}"
+    if (s.classes, s.positive) != (first.classes, first.positive):
+        names = " and ".join(", ".join(c.classes) for c in (s, first))
+        raise data.UserError(f"{both} tell other classes apart ({names}): they can't be compared")
+    place = {r.path: i for i, r in enumerate(s.records)}
+    odd = place.keys() ^ {r.path for r in first.records}
+    if odd:
+        raise data.UserError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
+    aligned = s.take(np.array([place[r.path] for r in first.records]))
+    if (aligned.labels != first.labels).any():
+        raise data.UserError(f"{both} do not agree on the labels")
+    return aligned
+
+
+# --- provenance ---
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Versions, device and git commit, for the record."""
+    try:
+        folder = Path(__file__).resolve().parent
+        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        commit = subprocess.run(git, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        commit = None
+    libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
+    return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
+
+
+def provenance(args: argparse.Namespace) -> dict:
+    """When and how this evaluation was made."""
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": data.command_line("python", *sys.argv),
+        "environment": describe_environment(models.pick_device(args.device)),
+    }
+
+
+# --- the report of one model ---
+
+
+def describe(s: Scored) -> dict:
+    """What a report says of any model."""
+    return {
+        "checkpoint": s.source,
+        "sha256": s.sha256,
+        "model": s.model,
+        "parameters": s.parameters,
+        "unfinished": s.unfinished,
+        "run": s.run,
+        "split": s.split,
+        "classes": s.classes,
+        "data": {
+            "root": s.root,
+            "demo": s.demo,
+            "fingerprint": s.fingerprint,
+            "images": len(s.records),
+            "patients": len(np.unique(s.patients)),
+            "prevalence": float((s.labels == s.positive).mean()) if len(s.classes) == 2 else None,
+            "left_out": s.left_out,
+            "leaks": s.leaks,
+        },
+        "images_per_second": s.images_per_second,
+        "threshold": s.rule,
+    }
+
+
+def report(s: Scored, bootstrap: Bootstrap) -> dict:
+    """Everything that the files say about one model."""
+    figures = report_two if len(s.classes) == 2 else report_more
+    return {**describe(s), **figures(s, bootstrap), "failures": mistakes(s, 10)}
+
+
+def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
+    """The figures of two classes."""
+    positive, score, predicted = s.binary
+    at_half = binary_estimates(positive, score, score >= 0.5, s.patients, bootstrap)
+    z = binary_logit(s.logits, s.positive)
+    one_temperature = len(np.unique(s.temperature)) == 1
+    result = {
+        "positive": s.classes[s.positive],
+        "metrics": binary_estimates(positive, score, predicted, s.patients, bootstrap),
+        "at_half": {name: at_half[name] for name in at_half if name not in ("auroc", "auprc")},
+        "confusion": {
+            "tp": int((positive & predicted).sum()),
+            "fp": int((~positive & predicted).sum()),
+            "fn": int((positive & ~predicted).sum()),
+            "tn": int((~positive & ~predicted).sum()),
+        },
+        "calibration": {
+            **calibration(positive, z / s.temperature),
+            "temperature": float(s.temperature[0]) if one_temperature else None,
+            "at_bound": one_temperature and at_bound(s.temperature[0]),
+            "before_temperature": calibration(positive, z),
+            "curve": calibration_curve(positive, score, s.patients, bootstrap),
+        },
+        "decision_curve": decision_curve(positive, score),
+        "subgroups": subgroups(s, bootstrap),
+    }
+    if s.border is not None:
+        result["shortcut"] = shortcut(s, bootstrap)
+    if s.stressed:
+        result["stress"] = stress_report(s)
+    return result
+
+
+def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
+    """The figures of more than two classes."""
+    point = macro_metrics(s.labels, s.probabilities, s.predicted, np.ones((1, len(s.labels))))
+    metrics = functools.partial(macro_metrics, s.labels, s.probabilities, s.predicted)
+    drawn = bootstrap.values(metrics, s.patients)
+    behind = min(len(np.unique(s.patients[s.labels == c])) for c in np.unique(s.labels))
+    each = {}
+    for c, name in enumerate(s.classes):
+        each[name] = binary_estimates(s.labels == c, s.probabilities[:, c], s.predicted == c, s.patients, bootstrap)
+    count = len(s.classes)
+    return {
+        "metrics": {k: with_interval(v, drawn.get(k, np.empty(0))[None], behind) for k, v in point.items()},
+        "auroc_one_vs_rest": {name: e["auroc"] for name, e in each.items()},
+        "sensitivity_per_class": {name: e["sensitivity"] for name, e in each.items()},
+        "confusion": np.bincount(s.labels * count + s.predicted, minlength=count**2).reshape(count, count).tolist(),
+    }
+
+
+def group_estimates(s: Scored, mask: np.ndarray, bootstrap: Bootstrap) -> dict:
+    """Counts, and of AUROC, sensitivity and specificity what is defined, of the images in a mask."""
+    part = s.take(mask)
+    metrics = binary_estimates(*part.binary, part.patients, bootstrap)
+    defined = {k: metrics[k] for k in ("auroc", "sensitivity", "specificity") if metrics[k]["value"] is not None}
+    return {"images": len(part.records), "patients": len(np.unique(part.patients)), **defined}
+
+
+def thirds(values: list[str]) -> list[str]:
+    """Numbers as the third that they lie in; other values, and numbers of three kinds or less, as they are."""
+    try:
+        numbers = np.array([float(v or "nan") for v in values])
+    except ValueError:
+        return values
+    if len(set(values)) <= 3:
+        return values
+    low, high = np.nanquantile(numbers, (1 / 3, 2 / 3))
+    names = []
+    for number in numbers:
+        if number <= low:
+            names.append(f"<= {low:g}")
+        elif number <= high:
+            names.append(f"<= {high:g}")
+        else:
+            names.append(f"> {high:g}" if number > high else "")
+    return names
+
+
+def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
+    """By each further column of metadata.csv, and by subtype or, where there is none, by the series of file names."""
+    columns = {"": [r.subtype or r.series for r in s.records]}
+    for name in dict.fromkeys(name for r in s.records for name in r.groups):
+        columns[f"{name} "] = thirds([r.groups.get(name, "") for r in s.records])
+    groups = {}
+    for column, values in columns.items():
+        values = np.array(values, dtype=object)
+        for value in sorted(set(values) - {""}):
+            groups[f"{column}{value}"] = group_estimates(s, values == value, bootstrap)
+    return groups
+
+
+def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
+    """What the border of the images tells without any lung, and how the model does where that misleads."""
+    positive = s.labels == s.positive
+    border = s.border > 0
+    groups = {}
+    for c, mask in ((1 - s.positive, ~positive & border), (s.positive, positive & ~border)):
+        if mask.any():
+            groups[s.classes[c]] = group_estimates(s, mask, bootstrap)
+    values = [group[k]["value"] for group in groups.values() for k in ("sensitivity", "specificity") if k in group]
+    return {
+        "border_auroc": binary_estimates(positive, s.border, border, s.patients, bootstrap)["auroc"],
+        "groups": groups,
+        "worst": min(values, default=None),
+    }
+
+
+def stress_report(s: Scored) -> dict:
     """AUROC, sensitivity and specificity of each stressed copy at the threshold in force; their mean and worst."""
+    once = np.ones((1, len(s.records)))
     rows = {}
-    for name, logits in scored["stressed"].items():
-        z = binary_logit(logits, scored["positive"]) / scored["temperature"]
-        found = binary_metrics(positive, z, expit(z) >= threshold, np.ones((1, len(z))))
-        rows[name] = {k: found[k][0] for k in ("auroc", "sensitivity", "specificity", "balanced_accuracy")}
-    columns = {k: [row[k] for row in rows.values()] for k in rows["blur"]}
-    rows |= {name: {k: how(v) for k, v in columns.items()} for name, how in (("mean", np.mean), ("worst", np.min))}
+    for name, logits in s.stressed.items():
+        metrics = binary_metrics(*replace(s, logits=logits).binary, once)
+        rows[name] = {k: float(metrics[k][0]) for k in ("auroc", "sensitivity", "specificity", "balanced_accuracy")}
+    summary = {"mean": {}, "worst": {}}
+    for metric in rows["blur"]:
+        values = [row[metric] for row in rows.values()]
+        summary["mean"][metric] = float(np.mean(values))
+        summary["worst"][metric] = float(np.min(values))
+    rows.update(summary)
     return {name: {k: number(v) for k, v in row.items()} for name, row in rows.items()}
 
 
-def to_rows(scored: dict, threshold: float | None) -> list[dict]:
-    """One row per image for the CSV; every figure of the report follows from it."""
-    p, predicted = predict_classes(scored, threshold)
-    classes, positive, logits = scored["classes"], scored["positive"], scored["logits"]
-    if len(classes) == 2:
-        columns = {"logit": binary_logit(logits, positive), "probability": p[:, positive]}
-    else:
-        columns = {f"logit_{c}": logits[:, j] for j, c in enumerate(classes)}
-        columns |= {f"probability_{c}": p[:, j] for j, c in enumerate(classes)}
+def mistakes(s: Scored, count: int) -> list[dict]:
+    """The most confident ones: where the truth was given the least probability."""
+    of_truth = s.probabilities[np.arange(len(s.records)), s.labels]
+    wrong = np.flatnonzero(s.predicted != s.labels)
     rows = []
-    for i, r in enumerate(scored["records"]):
-        row = {k: r[k] for k in ("path", "patient", "subtype")} | {"label": r["class"]}
-        row |= {k: f"{v[i]:.9g}" for k, v in columns.items()} | {"prediction": classes[predicted[i]]}
-        rows.append(row | ({"demo": "phantom"} if scored["demo"] else {}))
+    for i in wrong[np.argsort(of_truth[wrong], kind="stable")][:count]:
+        of = s.positive if len(s.classes) == 2 else s.predicted[i]
+        rows.append(
+            {
+                "path": s.records[i].path,
+                "label": s.records[i].label,
+                "prediction": s.classes[s.predicted[i]],
+                "probability": float(s.probabilities[i, of]),
+            }
+        )
+    return rows
+
+
+def to_rows(s: Scored) -> list[dict]:
+    """One row per image for the CSV; every figure of the report follows from it."""
+    if len(s.classes) == 2:
+        columns = {"logit": binary_logit(s.logits, s.positive), "probability": s.score}
+    else:
+        columns = {f"logit_{name}": s.logits[:, c] for c, name in enumerate(s.classes)}
+        columns.update({f"probability_{name}": s.probabilities[:, c] for c, name in enumerate(s.classes)})
+    rows = []
+    for i, r in enumerate(s.records):
+        row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
+        for name, values in columns.items():
+            row[name] = f"{values[i]:.9g}"
+        row["prediction"] = s.classes[s.predicted[i]]
+        if s.demo:
+            row["demo"] = "phantom"
+        rows.append(row)
     return rows
 
 
 # --- comparison ---
 
 
-def align(scored: list[dict]) -> None:
-    """Bring all into the order of the first one's images; DataError where they did not score the same task."""
-    first = scored[0]
-    paths = [r["path"] for r in first["records"]]
-    for s in scored[1:]:
-        both = f"{s['checkpoint']} and {first['checkpoint']}"
-        if (s["classes"], s["positive"]) != (first["classes"], first["positive"]):
-            names = " and ".join(", ".join(c["classes"]) for c in (s, first))
-            raise data.DataError(f"{both} tell other classes apart ({names}): they can't be compared")
-        place = {r["path"]: i for i, r in enumerate(s["records"])}
-        if odd := place.keys() ^ set(paths):
-            raise data.DataError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
-        order = [place[p] for p in paths]
-        s["records"] = [s["records"][i] for i in order]
-        s["labels"], s["logits"] = s["labels"][order], s["logits"][order]
-        s["stressed"] = {name: logits[order] for name, logits in s["stressed"].items()}
-        if (s["labels"] != first["labels"]).any():
-            raise data.DataError(f"{both} do not agree on the labels")
+@dataclass
+class Measured:
+    """A model: one run, or several that differ in their seed alone."""
+
+    runs: list[Scored]
+    values: dict[str, np.ndarray]  # of each metric [runs]
+    drawn: dict[str, np.ndarray]  # and in each draw of patients [runs, draws]
+
+    def estimate(self, metric: str, patients: int) -> dict:
+        values = self.values[metric]
+        sd = float(values.std(ddof=1)) if len(values) > 1 else None
+        return {**with_interval(values, self.drawn[metric], patients), "sd": sd}
 
 
-def compare(scored: list[dict], args: argparse.Namespace) -> dict:
-    """All on the same images: a list sorted by AUROC, and paired differences to the best (patient bootstrap)."""
-    align(scored)
-    patients = [r["patient"] for r in scored[0]["records"]]
-    count, weights = len(set(patients)), draw_weights(patients, args.bootstrap, args.seed)
-    with_point = np.vstack([np.ones(len(patients)), weights])
-    found = []
-    for s in scored:
-        full = report(s, weights, args)
-        entry = {k: full[k] for k in ("checkpoint", "model", "parameters", "images_per_second", "threshold", "metrics")}
-        entry |= {"leaks": s["leaks"], "stress": full.get("stress")}
-        p, predicted = predict_classes(s, full["threshold"]["value"])
-        found.append((entry, task_metrics(s["labels"], p, predicted, s["positive"], with_point), s["arguments"]))
-    found.sort(key=lambda e: -(e[0]["metrics"]["auroc"]["value"] or 0))
-    best = found[0][1]
-    for entry, drawn, _ in found[1:]:
-        entry["difference"] = {}
-        for k in ("auroc", "accuracy"):
-            gaps = drawn[k] - best[k]
-            point, gaps = gaps[:1], gaps[1:][np.isfinite(gaps[1:])]
-            tail = min((gaps <= 0).sum(), (gaps >= 0).sum())
-            p_value = min(1.0, 2 * (tail + 1) / (len(gaps) + 1)) if len(gaps) and count > 1 else None
-            entry["difference"][k] = with_interval(point, gaps, count) | {"p": p_value}
-    result = {
-        "split": scored[0]["split"],
-        "images": len(patients),
-        "demo": any(s["demo"] for s in scored),
-        "patients": count,
-    }
-    result["compared"] = [entry for entry, _, _ in found]
-    return result | {"over_seeds": over_seeds([entry | {"arguments": a} for entry, _, a in found])}
+def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """The metrics of two or of more classes, each [draws]."""
+    if len(s.classes) == 2:
+        return binary_metrics(*s.binary, weights)
+    return macro_metrics(s.labels, s.probabilities, s.predicted, weights)
 
 
-def over_seeds(entries: list[dict]) -> list[dict]:
-    """Mean and standard deviation over the runs that differ in their seed alone."""
-    groups = defaultdict(list)
-    for e in entries:
-        if e["arguments"] is not None:
-            groups[json.dumps({k: v for k, v in e["arguments"].items() if k != "seed"}, sort_keys=True)].append(e)
-    result = []
-    for group in groups.values():
-        seeds = sorted(e["arguments"]["seed"] for e in group)
-        if len(set(seeds)) == 1:
-            continue
-        result.append({"model": group[0]["model"], "seeds": seeds})
-        for k in ("auroc", "accuracy", "sensitivity", "specificity"):
-            values = [e["metrics"][k]["value"] for e in group if k in e["metrics"]]
-            if values and None not in values:
-                result[-1][k] = {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1))}
+def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
+    names = ["auroc", "accuracy"] + ["sensitivity", "specificity"] * (len(runs[0].classes) == 2)
+    points = [task_metrics(s, np.ones((1, len(s.records)))) for s in runs]
+    draws = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
+    return Measured(
+        runs=runs,
+        values={k: np.concatenate([point[k] for point in points]) for k in names},
+        drawn={k: np.stack([drawn.get(k, np.empty(0)) for drawn in draws]) for k in names},
+    )
+
+
+def sign_flip_p(differences: np.ndarray) -> float:
+    """Exact two-sided p of the sum of integers, one a patient, whose signs are random under the null (Fisher 1935).
+
+    With one image a patient and the right answers of two models it is McNemar's exact test.
+    """
+    sizes = np.abs(differences[differences != 0])
+    chance = np.ones(1)  # of each sum from -total to total
+    for size in sizes:
+        chance = (np.pad(chance, (2 * size, 0)) + np.pad(chance, (0, 2 * size))) / 2
+    sums = np.arange(len(chance)) - sizes.sum()
+    return float(min(1.0, chance[np.abs(sums) >= abs(differences.sum())].sum()))
+
+
+def right_answers(model: Measured) -> np.ndarray:
+    """How many of its runs' answers are right, int64 [patients]."""
+    right = sum((s.predicted == s.labels).astype(int) for s in model.runs)
+    return np.bincount(model.runs[0].patients, right).astype(int)
+
+
+def difference(model: Measured, reference: Measured, metric: str, patients: int) -> dict:
+    """{"value", "ci95", "p"} of the model's mean less the reference's, paired by patient; null without draws.
+
+    Where few patients tell the accuracies apart, the draws make it too sure: the standard deviation is then at least
+    what the exact test's p says (Altman and Bland 2011).
+    """
+    value = float(model.values[metric].mean() - reference.values[metric].mean())
+    drawn = model.drawn[metric].mean(0) - reference.drawn[metric].mean(0)
+    if math.isnan(value) or not len(drawn):
+        return {"value": number(value), "ci95": None, "p": None}
+    exact_p, least = 0.0, 0.0
+    if metric == "accuracy":
+        mine = right_answers(model) * len(reference.runs)
+        theirs = right_answers(reference) * len(model.runs)
+        if np.count_nonzero(mine - theirs) <= 500:  # beyond these the draws are as good
+            exact_p = sign_flip_p(mine - theirs)
+            least = abs(value) / max(-ndtri(exact_p / 2), 0.5)
+    sd, freedom = deviation(drawn, [model.values[metric], reference.values[metric]], patients, least)
+    p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
+    half = stdtrit(freedom, 0.975) * sd
+    return {"value": value, "ci95": [float(value - half), float(value + half)], "p": float(max(p, exact_p))}
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979)."""
+    order = np.argsort(p)
+    adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
+    result = np.empty(len(p))
+    result[order] = np.minimum(adjusted, 1)
+    return result.tolist()
+
+
+def worst_of(runs: list[Scored]) -> dict:
+    """What a comparison says of stress and shortcuts: means over the runs."""
+    result = {"stress": None, "shortcut": None}
+    if all(s.stressed for s in runs):
+        reports = [stress_report(s) for s in runs]
+        result["stress"] = {}
+        for how in ("mean", "worst"):
+            result["stress"][how] = {k: mean_or_none([r[how][k] for r in reports]) for k in reports[0][how]}
+    if all(s.border is not None for s in runs):
+        result["shortcut"] = mean_or_none([shortcut(s, Bootstrap(0))["worst"] for s in runs])
     return result
 
 
-# --- what a person reads ---
+def mean_or_none(values: list[float | None]) -> float | None:
+    return None if None in values else float(np.mean(values))
+
+
+def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
+    """Models on the same images, sorted by AUROC; all but the first, the reference, have their differences to it."""
+    first = groups[0][0]
+    behind = min(len(np.unique(first.patients[first.labels == c])) for c in np.unique(first.labels))
+    measured = [measure([align(s, first) for s in runs], bootstrap) for runs in groups]
+    entries = []
+    for number, model in enumerate(measured, 1):
+        runs = model.runs
+        entry = describe(runs[0])
+        entry["number"] = number
+        entry["checkpoint"] = ", ".join(s.source for s in runs)
+        entry["sha256"] = [s.sha256 for s in runs]
+        entry["unfinished"] = next((s.unfinished for s in runs if s.unfinished), "")
+        entry["runs"] = [s.source for s in runs]
+        entry["seeds"] = [s.run["arguments"].get("seed") for s in runs if s.run]
+        entry["metrics"] = {k: model.estimate(k, behind) for k in model.values}
+        entry.update(worst_of(runs))
+        entry["difference"] = {}
+        entries.append(entry)
+    for metric in ("auroc", "accuracy"):
+        gaps = [difference(model, measured[0], metric, behind) for model in measured[1:]]
+        adjusted = holm([1.0 if gap["p"] is None else gap["p"] for gap in gaps])
+        for entry, gap, p in zip(entries[1:], gaps, adjusted):
+            entry["difference"][metric] = {**gap, "p_holm": None if gap["p"] is None else p}
+    entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
+    return {
+        "split": first.split,
+        "images": len(first.records),
+        "patients": len(np.unique(first.patients)),
+        "demo": any(entry["data"]["demo"] for entry in entries),
+        "compared": entries,
+    }
+
+
+# --- what a person reads: blocks of text and tables, as plain text or Markdown ---
+
+TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "ppv": "PPV", "npv": "NPV", "f1": "F1", "mcc": "MCC"}
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+    def as_text(self) -> str:
+        """Aligned columns, each at most 40 wide."""
+        rows = [[shorten(cell) for cell in row] for row in (self.header, *self.rows)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(self.header))]
+        lines = [f"\n{self.title}"] if self.title else [""]
+        for row in rows:
+            lines.append("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
+        return "\n".join(lines)
+
+    def as_markdown(self) -> str:
+        lines = [f"\n## {self.title}\n"] if self.title else [""]
+        for row in (self.header, ["---"] * len(self.header), *self.rows):
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+        return "\n".join([*lines, ""])
+
+
+def shorten(text: str, width: int = 40) -> str:
+    return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
 def title(metric: str) -> str:
@@ -513,231 +1100,539 @@ def show(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def show_interval(entry: dict) -> str:
-    ci = entry["ci95"]
-    return f"{show(entry['value']):>6} {'[' + show(ci[0]) + ', ' + show(ci[1]) + ']' if ci else '-':<16}"
+def show_interval(entry: dict | None) -> str:
+    if entry is None:
+        return ""
+    if entry["ci95"] is None:
+        return show(entry["value"])
+    return f"{show(entry['value'])} [{show(entry['ci95'][0])}, {show(entry['ci95'][1])}]"
 
 
-def print_report(r: dict) -> None:
+def header_lines(r: dict) -> list[str]:
+    """What was scored, on what, and how."""
     d, t = r["data"], r["threshold"]
-    size = f" ({r['parameters'] / 1e6:.2f} M parameters)" if r["parameters"] else ""
-    demo = "   DEMO: synthetic phantoms, not radiographs" if d["demo"] else ""
-    prevalence = f", prevalence {d['prevalence']:.3f}" if "prevalence" in d else ""
-    print(f"{r['model']}{size}   {r['checkpoint']}\n{r['split']} split of {d['root']}{demo}")
-    print(f"{d['images']} images of {d['patients']} patients{prevalence}; {len(d['left_out'])} left out")
-    if t["value"] is not None:
-        print(f"threshold {t['value']:.4f} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
-    print(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients\n")
-    if "at_half" in r:
-        print(f"{'':18} {'at the threshold':24} at 0.5")
-        for k, v in r["metrics"].items():
-            half = show_interval(r["at_half"][k]) if k in r["at_half"] else ""
-            print(f"{title(k):18} {show_interval(v)}  {half}".rstrip())
-        if "at_prevalence" in r:
-            a = r["at_prevalence"]
-            print(
-                f"at a prevalence of {a['prevalence']:g}: PPV {show_interval(a['ppv'])} NPV {show_interval(a['npv'])}"
-            )
-        c = r["confusion"]
-        print(
-            f"\nconfusion: {c['tp']} true and {c['fp']} false positives, {c['tn']} true and {c['fn']} false negatives"
-        )
-        for name, c in (("calibration", r["calibration"]), ("  uncalibrated", r["calibration"]["before_temperature"])):
-            figures = "  ".join(f"{k} {show(c[k])}" for k in ("brier", "nll", "ece", "slope", "intercept"))
-            print(f"{name:14} {figures}" + (f"  (T = {c['temperature']:.3f})" if "temperature" in c else ""))
-        for name, g in r["subgroups"].items():
-            metric = "sensitivity" if "sensitivity" in g else "specificity"
-            print(f"{name:14} {metric} {show_interval(g[metric])} {g['images']} images of {g['patients']} patients")
-        if "stress" in r:
-            print(f"\n{'stress':18} {'AUROC':>7} {'sensitivity':>12} {'specificity':>12} {'their mean':>11}")
-            for name, row in r["stress"].items():
-                print(
-                    f"{name:18} " + " ".join(f"{show(v):>{width}}" for v, width in zip(row.values(), (7, 12, 12, 11)))
-                )
-    else:
-        for k, v in r["metrics"].items():
-            print(f"{'macro ' if k == 'auroc' else ''}{title(k):18} {show_interval(v)}")
-        for c in r["classes"]:
-            area, recall = (show_interval(r[k][c]) for k in ("auroc_one_vs_rest", "sensitivity_per_class"))
-            print(f"{c:18} AUROC {area}  sensitivity {recall}")
-        print("\nconfusion (rows: true class)")
-        for c, row in zip(r["classes"], r["confusion"]):
-            print(f"  {c:16}" + "".join(f"{v:8}" for v in row))
-    if r["failures"]:
-        print("\nmost confident mistakes (probability, true class, file)")
-    for f in r["failures"]:
-        print(f"  {f['probability']:.4f}  {f['label']:10} {f['path']}")
+    size = f", {r['parameters'] / 1e6:.2f} M parameters" if r["parameters"] else ""
+    prevalence = f", prevalence {d['prevalence']:.3f}" if d["prevalence"] is not None else ""
+    demo = "; DEMO: synthetic phantoms, not radiographs" if d["demo"] else ""
+    lines = [
+        f"{r['model']}{size}: {r['checkpoint']}",
+        f"{r['split']} split of {d['root']}{demo}",
+        f"{d['images']} images of {d['patients']} patients{prevalence}; {len(d['left_out'])} left out",
+    ]
+    if "positive" in r:
+        value = "" if t["value"] is None else f" {t['value']:.4f}"
+        lines.append(f"threshold{value} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
+    lines.append(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients")
+    if r["unfinished"]:
+        lines.insert(0, r["unfinished"])
+    return lines
 
 
-def print_comparison(c: dict) -> None:
-    demo = " (DEMO: phantoms)" if c["demo"] else ""
-    print(f"{c['split']} split, {c['images']} images of {c['patients']} patients{demo}\n")
-    print(f"{'AUROC':23} {'accuracy':23} {'sens.':>6} {'spec.':>6} {'params':>7} {'img/s':>6}  model")
-    for e in c["compared"]:
-        m = e["metrics"]
-        size = f"{e['parameters'] / 1e6:.2f} M" if e["parameters"] else "-"
-        sides = " ".join(f"{show(m[k]['value'] if k in m else None):>6}" for k in ("sensitivity", "specificity"))
-        print(f"{show_interval(m['auroc'])} {show_interval(m['accuracy'])} {sides}", end=" ")
-        print(f"{size:>7} {show(e['images_per_second'], 0):>6}  {e['model']}\n    {e['checkpoint']}")
-        for name in ("mean", "worst") if e["stress"] else ():
-            row = "  ".join(f"{title(k)} {show(v)}" for k, v in e["stress"][name].items())
-            print(f"    under stress, {name}: {row}")
-    print(f"\npaired difference to the best, {c['compared'][0]['checkpoint']}")
-    for e in c["compared"][1:]:
-        for k, v in e["difference"].items():
-            print(f"{title(k):9} {show_interval(v)} p = {show(v['p'])}   {e['checkpoint']}")
-    for s in c["over_seeds"]:
-        figures = ", ".join(f"{title(k)} {v['mean']:.3f} ({v['sd']:.3f})" for k, v in s.items() if "mean" in v)
-        print(f"\n{s['model']} over seeds {', '.join(map(str, s['seeds']))}, mean (sd)\n  {figures}")
-
-
-def plot(scored: dict, r: dict, weights: np.ndarray, history: list[dict], path: Path) -> None:
-    """One PNG, 1,600 pixels wide: ROC, precision-recall, reliability, confusion, scores, and the training curves."""
-    from matplotlib.figure import Figure  # an optional extra; pyplot would look for a display
-
-    positive = scored["labels"] == scored["positive"]
-    z = binary_logit(scored["logits"], scored["positive"]) / scored["temperature"]
-    p, threshold, m = expit(z), r["threshold"]["value"], {k: v["value"] for k, v in r["metrics"].items()}
-    fig = Figure(figsize=(16, 10), dpi=100, layout="constrained")
-    (roc, pr, reliability), (matrix, scores, training) = fig.subplots(2, 3)
-    order = np.argsort(-p)
-    ends = np.flatnonzero(np.diff(p[order], append=-1))  # last image of each group of equal scores
-
-    def curve(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """1 - specificity and sensitivity from each threshold on, where image i counts w[i]."""
-        fp, tp = (np.append(0, np.cumsum((w * side)[order])[ends]) for side in (~positive, positive))
-        return fp / max(fp[-1], 1e-12), tp / max(tp[-1], 1e-12)
-
-    if len(weights):
-        grid = np.linspace(0, 1, 101)
-        band = np.percentile([np.interp(grid, *curve(w)) for w in weights[:500]], (2.5, 97.5), axis=0)
-        roc.fill_between(grid, *band, color="0.85", label="95 % interval")
-    fp, tp = curve(np.ones(len(p)))
-    roc.plot(fp, tp, "k-", label=f"AUROC {show(m['auroc'])}")
-    roc.plot([0, 1], [0, 1], "k:", lw=1)
-    if None not in (m["specificity"], m["sensitivity"]):
-        roc.plot(1 - m["specificity"], m["sensitivity"], "ko", ms=8, label=f"threshold {threshold:.3f}")
-    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    roc.legend(loc="lower right")
-    precision = np.cumsum(positive[order])[ends] / (ends + 1)
-    pr.step(tp[1:], precision, "k-", where="post", label=f"AUPRC {show(m['auprc'])}")
-    pr.axhline(positive.mean(), color="k", ls=":", lw=1, label=f"prevalence {positive.mean():.3f}")
-    pr.set(title="Precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.05))
-    pr.legend(loc="lower left")
-    bins = np.minimum((p * 10).astype(int), 9)
-    points = [(p[bins == b].mean(), positive[bins == b].mean(), (bins == b).sum()) for b in np.unique(bins)]
-    reliability.plot([0, 1], [0, 1], "k:", lw=1)
-    reliability.plot([x for x, _, _ in points], [y for _, y, _ in points], "ko-")
-    for x, y, count in points:
-        offset = (0, -14 if y > 0.5 else 8)
-        reliability.annotate(str(count), (x, y), offset, textcoords="offset points", ha="center")
-    reliability.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(-0.05, 1.05), ylim=(-0.1, 1.1))
-    reliability.set(title=f"Reliability (counts; ECE {show(r['calibration']['ece'])})")
-    names = [scored["classes"][1 - scored["positive"]], r["positive"]]
+def confusion_matrix(r: dict) -> tuple[list[str], np.ndarray]:
+    """Class names and counts, a row for each true class."""
+    if "positive" not in r:
+        return r["classes"], np.array(r["confusion"])
     c = r["confusion"]
-    cells = np.array([[c["tn"], c["fp"]], [c["fn"], c["tp"]]])
-    matrix.imshow(cells, cmap="Greys", vmin=0, vmax=max(cells.max(), 1) * 1.3)
-    for (i, j), count in np.ndenumerate(cells):
-        color = "w" if count > cells.max() * 0.7 else "k"
-        matrix.text(j, i, count, ha="center", va="center", fontsize=22, color=color)
-    matrix.set(title="Confusion matrix", xlabel="predicted", ylabel="true")
-    matrix.set_xticks([0, 1], names)
-    matrix.set_yticks([0, 1], names, rotation=90, va="center")
+    negative = next(name for name in r["classes"] if name != r["positive"])
+    return [negative, r["positive"]], np.array([[c["tn"], c["fp"]], [c["fn"], c["tp"]]])
+
+
+def metric_table(name: str, columns: dict[str, dict]) -> Table:
+    """A row for each metric, a column for each named set of them."""
+    rows = []
+    for metric in next(iter(columns.values())):
+        rows.append([title(metric), *(show_interval(metrics.get(metric)) for metrics in columns.values())])
+    return Table(name, ["", *columns], rows)
+
+
+def group_table(name: str, groups: dict) -> Table:
+    rows = []
+    for group, g in groups.items():
+        figures = [show_interval(g.get(k)) for k in ("auroc", "sensitivity", "specificity")]
+        rows.append([shorten(group, 20), f"{g['images']} ({g['patients']})", *figures])
+    return Table(name, ["", "n (patients)", "AUROC", "sensitivity", "specificity"], rows)
+
+
+def number_table(name: str, rows: dict[str, dict], columns: list[str]) -> Table:
+    """A row for each entry, with the named figures."""
+    return Table(name, ["", *map(title, columns)], [[k, *(show(row[c]) for c in columns)] for k, row in rows.items()])
+
+
+def extremes(groups: dict) -> str:
+    """The groups with the smallest and the largest value of each metric, in one line."""
+    parts = []
+    for metric in ("auroc", "sensitivity", "specificity"):
+        values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
+        if len(values) > 1:
+            least, most = min(values, key=values.get), max(values, key=values.get)
+            parts.append(f"{title(metric)} {values[least]:.3f} ({least}) to {values[most]:.3f} ({most})")
+    return "; ".join(parts)
+
+
+def two_class_blocks(r: dict) -> list:
+    c = r["calibration"]
+    blocks = [metric_table("", {"at the threshold": r["metrics"], "at 0.5": r["at_half"]})]
+    rows = {"as reported": c, "before temperature": c["before_temperature"]}
+    blocks.append(number_table("calibration", rows, ["brier", "nll", "ece", "slope", "intercept"]))
+    if c["at_bound"]:
+        blocks.append(f"temperature {c['temperature']:.3f}: at the bound of its fit, so validation could not tell it")
+    elif c["temperature"] is not None:
+        blocks.append(f"temperature {c['temperature']:.3f}")
+    if c["exact"]:
+        blocks.append(f"{c['exact']} probabilities of exactly 0 or 1 are left out of slope and intercept")
+    if r["subgroups"]:
+        blocks.append(group_table("subgroups", r["subgroups"]))
+        blocks.append(extremes(r["subgroups"]))
+    if "shortcut" in r:
+        blocks.append(
+            group_table(
+                "where the border of the image, without any lung, speaks for the other class", r["shortcut"]["groups"]
+            )
+        )
+        blocks.append(f"AUROC of the border alone: {show_interval(r['shortcut']['border_auroc'])}")
+    if "stress" in r:
+        columns = ["auroc", "sensitivity", "specificity", "balanced_accuracy"]
+        blocks.append(number_table("stress", r["stress"], columns))
+    return blocks
+
+
+def more_class_blocks(r: dict) -> list:
+    each = {"AUROC against the rest": r["auroc_one_vs_rest"], "sensitivity": r["sensitivity_per_class"]}
+    return [metric_table("", {"mean over the classes": r["metrics"]}), metric_table("each class", each)]
+
+
+def report_blocks(r: dict) -> list:
+    """The report of one model, from its JSON."""
+    blocks = header_lines(r)
+    blocks += two_class_blocks(r) if "positive" in r else more_class_blocks(r)
+    names, cells = confusion_matrix(r)
+    rows = [[name, *map(str, counts)] for name, counts in zip(names, cells)]
+    blocks.append(Table("confusion matrix", ["true class", *(f"predicted {name}" for name in names)], rows))
+    rows = [[show(f["probability"], 4), f["label"], f["prediction"], f["path"]] for f in r["failures"]]
+    if rows:
+        of = f"P({r['positive']})" if "positive" in r else "P(predicted)"
+        blocks.append(Table("most confident mistakes", [of, "true class", "predicted", "file"], rows))
+    return blocks
+
+
+def card_lines(r: dict) -> list[str]:
+    """What else a model card says (Mitchell et al. 2019), of what is known."""
+    lines = ["intended use: research on radiographs like those of the training data; not for diagnosis"]
+    if r["run"]:
+        n = r["run"]["images"]
+        lines.append(f"trained on {n['train']} images, validated on {n['val']}, of {r['run']['root']}")
+        lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']}")
+    lines.append("limits: measured on the images below alone; other hospitals, devices and ages were not")
+    lines.append(f"SHA-256 {r['sha256']}; {r['provenance']['date']}; {r['provenance']['command']}")
+    return lines
+
+
+def comparison_blocks(c: dict) -> list:
+    """The report of several models, from its JSON."""
+    demo = "; DEMO: synthetic phantoms, not radiographs" if c["demo"] else ""
+    blocks = [f"{c['split']} split, {c['images']} images of {c['patients']} patients{demo}"]
+    columns = ["", "model", "AUROC", "accuracy", "sens.", "spec.", "params", "img/s"]
+    models_table = Table("", columns, [])
+    shifts = Table("under stress, and in the worst group of the border", ["", "mean AUROC", "worst AUROC"], [])
+    shifts.header += ["worst sensitivity", "worst specificity", "worst border group"]
+    differences = Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], [])
+    seeds = Table("mean (standard deviation) over seeds", ["", "seeds", "AUROC", "accuracy"], [])
+    for e in c["compared"]:
+        number, m, stress = str(e["number"]), e["metrics"], e["stress"]
+        role = " (reference)" if e["number"] == 1 else ""
+        blocks.append(f"{number}{role}  {e['checkpoint']}  {e['unfinished']}".rstrip())
+        sides = [show(m[k]["value"]) if k in m else "-" for k in ("sensitivity", "specificity")]
+        size = f"{e['parameters'] / 1e6:.2f} M" if e["parameters"] else "-"
+        figures = [show_interval(m["auroc"]), show_interval(m["accuracy"]), *sides]
+        models_table.rows.append([number, shorten(e["model"], 21), *figures, size, show(e["images_per_second"], 0)])
+        if stress or e["shortcut"] is not None:
+            figures = [stress and stress["mean"]["auroc"]]
+            figures += [stress and stress["worst"][k] for k in ("auroc", "sensitivity", "specificity")]
+            shifts.rows.append([number, *map(show, [*figures, e["shortcut"]])])
+        for metric, gap in e["difference"].items():
+            p_values = [show(gap["p"]), show(gap["p_holm"])]
+            differences.rows.append([f"{number} - 1", title(metric), show_interval(gap), *p_values])
+        if len(e["runs"]) > 1:
+            spread = [f"{show(m[k]['value'])} ({show(m[k]['sd'])})" for k in ("auroc", "accuracy")]
+            seeds.rows.append([number, ", ".join(map(str, e["seeds"])), *spread])
+    blocks += [table for table in (models_table, differences, seeds, shifts) if table.rows]
+    blocks.append("sorted by AUROC: the top of a table is flattered by chance. p by Holm: for the number of models.")
+    return blocks
+
+
+def as_text(blocks: list) -> str:
+    return "\n".join(block.as_text() if isinstance(block, Table) else data.printable(block) for block in blocks)
+
+
+def as_markdown(heading: str, blocks: list) -> str:
+    lines = [f"# {heading}\n"]
+    for block in blocks:
+        lines.append(block.as_markdown() if isinstance(block, Table) else f"- {data.printable(block)}")
+    return "\n".join(lines) + "\n"
+
+
+# --- pictures: one function per panel ---
+
+GRID = np.linspace(0, 1, 101)
+BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.6"  # of Okabe and Ito's set: they differ in lightness as well
+COLOURS, STYLES = ("k", BLUE, ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
+
+
+def new_figure(width: float, height: float):
+    """Without pyplot, which would look for a display."""
+    from matplotlib import rcParams
+    from matplotlib.figure import Figure
+
+    rcParams["text.parse_math"] = False  # file names may hold dollar signs
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, stem: Path) -> list[Path]:
+    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".pdf")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # names in scripts that the font lacks show as boxes
+        for path in paths:
+            with data.replacing(path) as f:
+                figure.savefig(f, format=path.suffix[1:], dpi=300)
+    return paths
+
+
+def curve_draws(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """In each draw sensitivity over 1 - specificity, and precision over recall, on GRID [draws, len(GRID)]."""
+    roc, precision_recall = [], []
+    for w in weights:
+        if w[positive].any() and w[~positive].any():
+            fpr, tpr, _ = roc_curve(positive, score, sample_weight=w)
+            roc.append(np.interp(GRID, fpr, tpr))
+            precision, recall, _ = precision_recall_curve(positive, score, sample_weight=w)
+            precision_recall.append(np.interp(GRID, recall[::-1], precision[::-1]))
+    return {"roc": np.array(roc).reshape(-1, len(GRID)), "pr": np.array(precision_recall).reshape(-1, len(GRID))}
+
+
+def fill_band(ax, drawn: np.ndarray | None) -> None:
+    if drawn is not None and len(drawn):
+        ax.fill_between(
+            GRID, *np.percentile(drawn, (2.5, 97.5), axis=0), color=BLUE, alpha=0.2, lw=0, label="95 % band"
+        )
+
+
+def roc_panel(ax, positive: np.ndarray, score: np.ndarray, label: str, **style) -> None:
+    if positive.any() and not positive.all():
+        fpr, tpr, _ = roc_curve(positive, score)
+        ax.plot(fpr, tpr, label=label, **style)
+    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1)
+    ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
+    ax.legend(loc="lower right", fontsize="small")
+
+
+def precision_panel(ax, positive: np.ndarray, score: np.ndarray, label: str) -> None:
+    if positive.any() and not positive.all():
+        precision, recall, _ = precision_recall_curve(positive, score)
+        ax.step(recall, precision, where="post", color=BLUE, label=label)
+    ax.axhline(positive.mean(), color=GREY, ls=":", lw=1, label=f"prevalence {positive.mean():.3f}")
+    ax.set(title="precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.03))
+    ax.legend(loc="lower left", fontsize="small")
+
+
+def operating_point(ax, x: float | None, y: float | None) -> None:
+    if x is not None and y is not None:
+        ax.plot(x, y, "o", color=ORANGE, mec="k", ms=8, label="at the threshold", zorder=5)
+
+
+def calibration_panel(ax, c: dict) -> None:
+    """Observed over predicted with intervals; the counts stand above the panel, over their bins."""
+    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1)
+    for point in c["curve"]:
+        x, y, ci95 = point["predicted"], point["observed"]["value"], point["observed"]["ci95"]
+        if ci95:
+            ax.vlines(x, *ci95, color=BLUE)
+        ax.plot(x, y, "o", color=BLUE)
+        ax.text(min(int(x * 10), 9) / 10 + 0.05, 1.06, str(point["images"]), ha="center", fontsize="x-small")
+    ax.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.03, 1.03))
+    ax.set_title(f"calibration: slope {show(c['slope'], 2)}, intercept {show(c['intercept'], 2)}", pad=20)
+
+
+def decision_panel(ax, r: dict) -> None:
+    curve = r["decision_curve"]
+    thresholds = [row["threshold"] for row in curve]
+    ax.plot(thresholds, [row["all"] for row in curve], "--", color=ORANGE, label="treat all")
+    ax.axhline(0, color=GREY, lw=1, label="treat none")
+    ax.plot(thresholds, [row["model"] for row in curve], color=BLUE, label="as the model says")
+    top = max(r["data"]["prevalence"], 0.05) * 1.1
+    ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
+    ax.legend(loc="lower left", fontsize="small")
+
+
+def score_panel(ax, z: np.ndarray, positive: np.ndarray, names: list[str], threshold: float | None) -> None:
     edges = np.linspace(min(z.min(), -1), max(z.max(), 1), 41)
-    scores.hist(z[~positive], edges, color="0.75", label=names[0])
-    scores.hist(z[positive], edges, histtype="step", color="k", lw=1.5, label=names[1])
-    if 0 < threshold < 1:
-        scores.axvline(logit(threshold), color="k", ls="--", lw=1, label="threshold")
-    scores.set(title="Scores", xlabel="calibrated logit", ylabel="images")
-    scores.legend()
-    if history:
-        h = {k: [entry[k] for entry in history] for k in ("epoch", "train_loss", "val_loss", "val_auroc")}
-        lines = training.plot(h["epoch"], h["train_loss"], "k-", label="training loss")
-        lines += training.plot(h["epoch"], h["val_loss"], "k--", label="validation loss")
-        training.set(title="Training", xlabel="epoch", ylabel="loss")
-        style = {"color": "0.5", "ms": 4, "label": "validation AUROC (right)"}
-        lines += training.twinx().plot(h["epoch"], h["val_auroc"], "o-", **style)
-        training.legend(handles=lines, loc="center right")
+    ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(names[0], 20))
+    ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(names[1], 20))
+    if threshold is not None and 0 < threshold < 1:
+        ax.axvline(logit(threshold), color="k", ls="--", lw=1, label="threshold")
+    ax.set(title="scores", xlabel="calibrated logit", ylabel="images")
+    ax.legend(fontsize="small")
+
+
+def confusion_panel(ax, names: list[str], cells: np.ndarray) -> None:
+    """Counts, and their share of the true class."""
+    display = ConfusionMatrixDisplay(cells, display_labels=[shorten(name, 16) for name in names])
+    display.plot(ax=ax, cmap="Greys", colorbar=False)
+    for (i, j), text in np.ndenumerate(display.text_):
+        text.set_text(f"{cells[i, j]}\n{100 * cells[i, j] / max(cells[i].sum(), 1):.1f} %")
+    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=90, va="center")
+    ax.set(title="confusion matrix", xlabel="predicted", ylabel="true class")
+
+
+def training_panel(ax, history: list[dict]) -> None:
+    if not history:
+        ax.set_axis_off()
+        ax.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
+        return
+    epochs = [h["epoch"] for h in history]
+    right = ax.twinx()
+    ax.plot(epochs, [h["train_loss"] for h in history], color=BLUE, label="training loss")
+    ax.plot(epochs, [h["val_loss"] for h in history], "--", color=BLUE, label="validation loss")
+    right.plot(epochs, [h["val_auroc"] for h in history], "o-", color=ORANGE, ms=3, label="validation AUROC")
+    selected = max((h["epoch"] for h in history if h["selected"]), default=epochs[-1])
+    ax.axvline(selected, color="k", ls=":", lw=1, label=f"epoch {selected}, selected")
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    ax.set(title="training", xlabel="epoch", ylabel="loss")
+    right.set_ylabel("validation AUROC")
+    handles = ax.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
+    ax.legend(handles=handles, loc="center right", fontsize="small")
+
+
+def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
+    """The figure of one model."""
+    m = r["metrics"]
+    if "positive" not in r:
+        figure = new_figure(15, 5)
+        roc, matrix, training = figure.subplots(1, 3)
+        for c, name in enumerate(s.classes):
+            label = f"{shorten(name, 16)} {show_interval(r['auroc_one_vs_rest'][name])}"
+            roc_panel(
+                roc,
+                s.labels == c,
+                s.probabilities[:, c],
+                label,
+                color=COLOURS[c % len(COLOURS)],
+                ls=STYLES[c % len(STYLES)],
+            )
     else:
-        training.set_axis_off()
-        training.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
-    demo = "   DEMO DATA: synthetic phantoms" if r["data"]["demo"] else ""
-    fig.suptitle(f"{r['model']}, {r['split']} split, {r['data']['images']} images{demo}")
-    buffer = io.BytesIO()
-    fig.savefig(buffer, format="png")
-    data.write_atomic(path, buffer.getvalue())
+        figure = new_figure(19, 10)
+        (roc, precision, reliability, decision), (matrix, scores, training, spare) = figure.subplots(2, 4)
+        spare.set_axis_off()
+        positive, score, _ = s.binary
+        drawn = Bootstrap(min(bootstrap.draws, 300), bootstrap.seed).values(
+            functools.partial(curve_draws, positive, score), s.patients
+        )
+        sensitivity, specificity, ppv = (m[k]["value"] for k in ("sensitivity", "specificity", "ppv"))
+        fill_band(roc, drawn.get("roc"))
+        fill_band(precision, drawn.get("pr"))
+        operating_point(roc, None if specificity is None else 1 - specificity, sensitivity)
+        operating_point(precision, sensitivity, ppv)
+        roc_panel(roc, positive, score, f"AUROC {show_interval(m['auroc'])}", color=BLUE)
+        precision_panel(precision, positive, score, f"AUPRC {show_interval(m['auprc'])}")
+        calibration_panel(reliability, r["calibration"])
+        decision_panel(decision, r)
+        z = binary_logit(s.logits, s.positive) / s.temperature
+        score_panel(scores, z, positive, confusion_matrix(r)[0], r["threshold"]["value"])
+    confusion_panel(matrix, *confusion_matrix(r))
+    training_panel(training, history)
+    demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
+    figure.suptitle(f"{r['model']}, {r['split']} split, {r['data']['images']} images{demo} {r['unfinished']}")
+    return figure
 
 
-def make_parser() -> argparse.ArgumentParser:
+def plot_mistakes(s: Scored, ckpt: dict, device: torch.device):
+    """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
+    figure = new_figure(13, 11)
+    axes = figure.subplots(3, 4).ravel()
+    model = models.from_checkpoint(ckpt, device)
+    for ax in axes:
+        ax.set_axis_off()
+    for ax, f in zip(axes, mistakes(s, len(axes))):
+        pixels, _ = data.read_image(Path(s.root, f["path"]), ckpt["input_size"])
+        x = data.normalise(torch.from_numpy(pixels)[None].to(device), ckpt["mean"], ckpt["std"])
+        heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
+        ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
+        ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
+        name = shorten(data.printable(Path(f["path"]).name), 34)
+        of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
+        caption = f"{name}\n{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}\nP({shorten(of, 15)}) {f['probability']:.3f}"
+        ax.set_title(caption, fontsize="small")
+    figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (Grad-CAM)")
+    return figure
+
+
+def plot_comparison(groups: list[list[Scored]], c: dict):
+    """ROC curves of the models, each one's first run, and the differences to the reference with their intervals."""
+    figure = new_figure(13, 6)
+    roc, gaps = figure.subplots(1, 2)
+    entries = sorted(c["compared"], key=lambda e: e["number"])
+    names = [f"{e['number']}  {shorten(e['model'], 24)}" for e in entries]
+    for i, (runs, e) in enumerate(zip(groups, entries)):
+        positive, score, _ = runs[0].binary
+        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+        roc_panel(roc, positive, score, f"{names[i]}  {show_interval(e['metrics']['auroc'])}", **style)
+        for shift, metric in ((-0.1, "auroc"), (0.1, "accuracy")):
+            gap = e["difference"].get(metric)
+            if gap and gap["value"] is not None:
+                colour = BLUE if metric == "auroc" else ORANGE
+                gaps.plot(gap["value"], i + shift, "o", color=colour, label=title(metric) if i == 1 else None)
+                gaps.hlines(i + shift, *(gap["ci95"] or [gap["value"]] * 2), color=colour)
+    gaps.axvline(0, color="k", ls=":", lw=1)
+    gaps.set_yticks(range(1, len(names)), names[1:])
+    gaps.invert_yaxis()
+    gaps.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
+    if len(names) > 1:
+        gaps.legend(fontsize="small")
+    return figure
+
+
+# --- command line ---
+
+
+def make_parser() -> data.Parser:
     parser = data.Parser(prog="evaluate.py", description="Score checkpoints, or the predictions of other programs.")
     add, share = parser.add_argument, data.within(float, 0, 1)
-    add("inputs", nargs="*", metavar="FILE", help="ckpt.pt or CSV; several are compared (newest run)")
+    add(
+        "inputs",
+        nargs="*",
+        metavar="FILE",
+        help="run, ckpt.pt or CSV; of several the first is the reference (newest run)",
+    )
     add("--split", choices=("test", "val", "train"), default="test", help="which images")
     add("--data", metavar="DIR", help="another folder with the same classes")
+    add("--positive", metavar="CLASS", help="the positive label of a CSV (1, PNEUMONIA, else the last)")
     add("--threshold", type=share, metavar="P", help="for exploring: another threshold than the stored one")
-    add("--prevalence", type=share, metavar="P", help="PPV and NPV at this prevalence too")
-    add("--stress", action="store_true", help="also under changed exposure, JPEG, blur and crop")
-    add("--plots", action="store_true", help="write a PNG (needs matplotlib)")
+    add("--stress", action="store_true", help="also under changed exposure, JPEG, blur, crop, noise and borders")
+    add("--plots", action="store_true", help="write pictures, PNG and PDF (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="draws for the intervals")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the bootstrap")
-    add("--output", metavar="DIR", help="folder for the files (beside the checkpoint)")
+    add("--output", metavar="DIR", help="folder for the files (beside the checkpoint; none for a comparison)")
     add("--json", action="store_true", help="print JSON alone")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
 
-def run(args: argparse.Namespace) -> None:
-    inputs = args.inputs or [str(models.newest_checkpoint())]
-    if len(inputs) > 1 and (args.plots or args.prevalence is not None):
-        raise data.DataError("--plots and --prevalence take one checkpoint; leave them out of a comparison")
+def find_inputs(patterns: list[str]) -> list[str]:
+    """The inputs, those of glob patterns that the shell has left alone too; the newest run where there are none."""
+    inputs = []
+    for pattern in patterns:
+        found = sorted(glob.glob(pattern)) if not os.path.exists(pattern) else []
+        inputs += found or [pattern]
+    return inputs or [str(models.newest_checkpoint())]
+
+
+def check_arguments(args: argparse.Namespace, inputs: list[str], checkpoints: dict[str, dict]) -> None:
+    """Raise UserError where an option does not fit the inputs."""
     if args.plots and not importlib.util.find_spec("matplotlib"):
-        raise data.DataError("--plots needs matplotlib: pip install matplotlib")
-    scored = [score_csv(i) if i.lower().endswith(".csv") else score_checkpoint(i, args) for i in inputs]
+        raise data.UserError("--plots needs matplotlib: pip install matplotlib")
+    for name, value in (("--threshold", args.threshold), ("--stress", args.stress or None)):
+        if value is not None and any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values()):
+            raise data.UserError(f"{name} is for two classes; leave it out here")
+    if args.positive is not None and len(checkpoints) == len(inputs):
+        raise data.UserError("--positive is for CSV files: a checkpoint knows its positive class")
+
+
+def warn_leaks(scored: list[Scored]) -> None:
+    """Say once which of the images were trained on."""
+    sources = defaultdict(list)
     for s in scored:
-        n, m = s["leaks"]["images"], s["leaks"]["patients"]
-        if n or m:
-            data.warn(f"LEAK: {s['checkpoint']} was trained on {n} of these images and {m} of these patients")
-    source = Path(inputs[0])
-    beside = source if source.is_dir() else source.parent  # a run folder names its ckpt.pt
+        if s.leaks and any(s.leaks.values()):
+            sources[s.leaks["images"], s.leaks["patients"]].append(s.source)
+    for (images, patients), names in sources.items():
+        data.warn(f"LEAK: trained on {images} of these images and {patients} of these patients: {', '.join(names)}")
+
+
+def is_csv(path: str) -> bool:
+    return path.lower().endswith(".csv")
+
+
+def read_history(folder: Path) -> list[dict]:
+    """The epochs of a run; pictures do without where there is no metrics.json."""
+    try:
+        return json.loads((folder / "metrics.json").read_text())["epochs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def write_report(s: Scored, r: dict, blocks: list, source: Path, args: argparse.Namespace) -> list[Path]:
+    """The files of one model; returns their paths. A report of several runs has no folder but --output."""
+    beside = source if source.is_dir() else source.parent  # a run's folder stands for its checkpoint
+    pooled = s.rule["value"] is None and len(s.classes) == 2
+    if pooled and not args.output:
+        return []
     folder = Path(args.output or beside)
     folder.mkdir(parents=True, exist_ok=True)
-    if len(scored[0]["classes"]) > 2 and (args.plots or args.stress or args.prevalence is not None):
-        raise data.DataError("--plots, --stress and --prevalence are for two classes; leave them out here")
-    if len(scored) > 1:
-        result = compare(scored, args)
-        if args.output:
-            data.write_atomic(folder / "compare.json", json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result, indent=1)) if args.json else print_comparison(result)
-        return
-    s, is_csv = scored[0], inputs[0].lower().endswith(".csv")
-    weights = draw_weights([r["patient"] for r in s["records"]], args.bootstrap, args.seed)
-    result = report(s, weights, args)
-    stem = f"{source.stem}.scored" if is_csv else args.split  # the test.csv of a run must not replace its test.json
+    stem = args.split if s.run else f"{source.stem}.scored"  # the test.csv of a run must not replace its test.json
     if args.data:
         stem += f"-{data.find_root(args.data).resolve().name}"
-    suffixes = [".json"]
-    if not is_csv:
-        rows = to_rows(s, result["threshold"]["value"])
-        data.write_atomic(folder / f"{stem}.csv", data.to_csv(rows, list(rows[0])))
-        suffixes.append(".csv")
-    data.write_atomic(folder / f"{stem}.json", json.dumps(result, indent=1) + "\n")
+    written = [folder / f"{stem}.json", folder / ("report.md" if args.output or stem == "test" else f"{stem}.md")]
+    data.write_json(written[0], r)
+    data.write_text(written[1], as_markdown(f"Model card: {s.model}", [*card_lines(r), *blocks]))
+    if s.run:
+        written.append(folder / f"{stem}.csv")
+        data.write_csv(written[-1], to_rows(s))
     if args.plots:
-        history = []
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # the figure does without
-            history = json.loads((beside / "metrics.json").read_text())["epochs"]
-        plot(s, result, weights, history, folder / f"{stem}.png")
-        suffixes.append(".png")
-    if args.json:
-        print(json.dumps(result, indent=1))
+        bootstrap = Bootstrap(args.bootstrap, args.seed)
+        written += save_figure(plot_report(s, r, bootstrap, [] if pooled else read_history(beside)), folder / stem)
+        if s.run and not pooled and r["failures"]:
+            figure = plot_mistakes(s, models.load(source), models.pick_device(args.device))
+            written += save_figure(figure, folder / f"{stem}-mistakes")
+    return written
+
+
+def write_comparison(groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
+    """The files of a comparison, which has no folder but --output; returns their paths."""
+    if not args.output:
+        return []
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "compare.json", folder / "report.md"]
+    data.write_json(written[0], c)
+    data.write_text(written[1], as_markdown("Comparison of models", blocks))
+    if args.plots:
+        written += save_figure(plot_comparison(groups, c), folder / "compare")
+    return written
+
+
+def run(args: argparse.Namespace) -> None:
+    inputs = find_inputs(args.inputs)
+    checkpoints = {path: models.load(path) for path in inputs if not is_csv(path)}
+    check_arguments(args, inputs, checkpoints)
+    for root in sorted({data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}):
+        data.prepare_demo(root)
+    scored = []
+    for path in inputs:
+        scored.append(score_csv(path, args) if is_csv(path) else score_checkpoint(path, checkpoints[path], args))
+    warn_leaks(scored)
+    may_differ = ["seed", "fold"]  # of one model, whose runs are all tested on the same images
+    if args.split != "test":
+        scored = [pool(runs) for runs in group_runs(scored, "fold")]
+        may_differ = ["seed"]
+    bootstrap = Bootstrap(args.bootstrap, args.seed)
+    common = {"bootstrap": {"unit": "patient", "draws": args.bootstrap, "seed": args.seed}}
+    common["provenance"] = provenance(args)
+    if len(scored) == 1:
+        result = {**report(scored[0], bootstrap), **common}
+        blocks = report_blocks(result)
+        written = write_report(scored[0], result, blocks, Path(inputs[0]), args)
     else:
-        print_report(result)
-        print(f"\nwritten: {folder / stem}{', '.join(suffixes)}")
+        groups = group_runs(scored, *may_differ)
+        result = {**compare(groups, bootstrap), **common}
+        blocks = comparison_blocks(result)
+        written = write_comparison(groups, result, blocks, args)
+    print(json.dumps(result, indent=1) if args.json else as_text(blocks))
+    files = ", ".join(map(str, written)) or "nothing; --output DIR keeps the report"
+    print(f"\nwritten: {data.printable(files)}", file=sys.stderr if args.json else sys.stdout)
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    data.run_script(parser, lambda: run(args), models.ModelError)
+    data.run_script(parser, lambda: run(args))
 
 
 if __name__ == "__main__":
