@@ -217,6 +217,7 @@ class Learner:
     ema: ModelEmaV3
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    frozen: bool  # all but the head, running statistics and dropout included
 
     def stateful(self) -> dict:
         return {
@@ -244,6 +245,9 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed
 def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device, layout) -> Learner:
     """Put the model on the device, wrapped for several processes and compiled where that is asked for."""
     model.to(device, memory_format=layout)
+    if args.freeze:
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
     net = model
     if dist.is_initialized():
         net = DistributedDataParallel(model)  # starts from the weights of the master
@@ -251,9 +255,11 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
         net = torch.compile(net)
     # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, weight_decay=args.weight_decay, foreach=True)
+    decays = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay}
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, foreach=True, **decays)
     half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
-    return Learner(model, net, ema, optimizer, torch.amp.GradScaler(device.type, enabled=half))
+    scaler = torch.amp.GradScaler(device.type, enabled=half)
+    return Learner(model, net, ema, optimizer, scaler, args.freeze)
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -305,7 +311,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     Raises:
         UserError: the loss is not finite; names the step.
     """
-    learner.net.train()
+    learner.net.train(not learner.frozen)
     losses = []
     for step, (rate, (x, y)) in enumerate(zip(rates, loader)):
         for group in learner.optimizer.param_groups:
@@ -714,14 +720,20 @@ def make_parser() -> data.Parser:
     g.add_argument("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
     g = parser.add_argument_group("model")
     g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
-    g = g.add_mutually_exclusive_group()
-    g.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
-    g.add_argument("--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict")
+    source = g.add_mutually_exclusive_group()
+    source.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
+    source.add_argument(
+        "--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict"
+    )
+    g.add_argument("--freeze", action="store_true", help="train the head alone: a linear probe")
     g = parser.add_argument_group("recipe")
     g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
     g.add_argument("--lr", type=number(float, 0), default=0.003, help="peak rate of AdamW; transformers want less")
     g.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
+    g.add_argument(
+        "--layer-decay", type=number(float, 0.1, 1), metavar="X", help="rate of each layer / of the one above"
+    )
     g.add_argument("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
     g.add_argument(
         "--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none"

@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
@@ -50,20 +49,25 @@ def ratio(limit, real) -> float:
 def set_up(count: int, compiled: bool = False):
     """A model, count random images, and a function that trains one epoch on the first n of them."""
     torch.manual_seed(0)
-    model = models.build(NAME, 2, SIZE).to(memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=0.05, foreach=True)
+    model = models.build(NAME, 2, SIZE)
+    arguments = f"--batch-size {BATCH} --lr 0.001 --precision fp32" + " --compile" * compiled
+    args = train.make_parser().parse_args(arguments.split())
+    layout = models.memory_format(model, CPU)
+    learner = train.make_learner(model, args, CPU, layout)
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     labels = torch.randint(0, 2, (count,))
-    state = {"rank": 0, "world": 1, "device": CPU, "dtype": torch.float32, "mean": 0.45, "std": 0.23}
-    state |= {"strength": data.AUGMENT["medium"], "weights": torch.ones(2), "train_size": SIZE}
-    args = argparse.Namespace(lr=1e-3, batch_size=BATCH, epochs=1, warmup_epochs=0, label_smoothing=0.0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    ema = ModelEmaV3(model, decay=0.99, use_warmup=True)
-    net = torch.compile(model) if compiled else model
+    everything = torch.arange(count)
+    d = train.TrainingSet(Path(), [], images, everything, labels, everything, everything, ["A", "B"], 1, [])
+    criterion = train.make_criterion(d, args, CPU)
+    operations = data.preset(args.augment, SIZE)
+    pre = {"mean": 0.45, "std": 0.23}
 
     def epoch(n: int = count) -> None:
-        order, draws = data.shuffle(n, 0, 1), data.draw(n, 0, 1)
-        train.train_epoch(net, model, ema, optimizer, scaler, images, labels, order, draws, state, 1, args)
+        steps = n // BATCH
+        order = data.shuffle(n, 0, 1)[: steps * BATCH].view(steps, BATCH)
+        draws = data.draw(operations, n, 0, 1)
+        loader = train.batches(d, order, operations, draws, pre, CPU, layout, slice(None))
+        train.train_epoch(learner, criterion, loader, steps * [args.lr], 0, torch.float32)
 
     return model, images, epoch
 
@@ -111,14 +115,15 @@ def decoding(folder: Path) -> dict:
         pillow_alone(files)
 
     with tempfile.TemporaryDirectory() as root, ProcessPoolExecutor(data.CORES) as pool:
-        records = [{"path": f"train/{i}.jpeg", "bytes": 0, "mtime": i} for i in range(len(files))]
-        (Path(root) / "train").mkdir()
-        for record, path in zip(records, files):
-            os.symlink(path.resolve(), Path(root) / record["path"])
+        for i, path in enumerate(files):
+            target = Path(root, "train", "AB"[i % 2], f"{i}.jpeg")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.symlink(path.resolve(), target)
+        records = data.scan(Path(root), "train")
 
         def real() -> None:
             for record in records:  # as if the files had changed: nothing in the cache serves
-                record["mtime"] += len(files)
+                record.mtime_ns += 1
             data.load_images(Path(root), records, SIZE)
 
         # Cores share caches and memory: the same Pillow in as many processes is what this machine has to give.

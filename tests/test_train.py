@@ -118,7 +118,7 @@ def test_layers_keep_their_own_share_of_the_rate():
     groups = [{"params": [model.weight], "lr_scale": 0.1}, {"params": [model.bias]}]
     optimizer = torch.optim.SGD(groups, lr=1.0)
     ema = train.ModelEmaV3(model, decay=0.0)
-    learner = train.Learner(model, model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+    learner = train.Learner(model, model, ema, optimizer, torch.amp.GradScaler("cpu", enabled=False), False)
     loader = [(torch.ones(1, 2), torch.tensor([0]))]
     train.train_epoch(learner, torch.nn.functional.cross_entropy, loader, [0.5], 0, torch.float32)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.5]
@@ -185,6 +185,38 @@ def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, t
     seen = set(models.load(tmp_path / "other")["data"]["patients"])
     assert seen == {r["patient"] for r in splits_of(tmp_path / "other")}
     assert len(models.load(tmp_path / "other")["data"]["pixels"]) == len(splits_of(tmp_path / "other"))
+
+
+def moved(demo, tmp_path, *options):
+    """How far each weight of a vision transformer moved in one epoch from a run's first state, and its first state."""
+    arguments = ["--model", "vit_tiny_patch16_224", *SHORT[1:], "--epochs", 1, "--ema-decay", 0, *options]
+    torch.manual_seed(0)
+    first = models.build("vit_tiny_patch16_224", 2, 32)
+    torch.save(first.state_dict(), tmp_path / "first.pt")
+    done = run_script("train.py", "--data", demo, "--weights", "first.pt", *arguments, "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    after = state_of(tmp_path / "r")["model"]
+    return {k: float((after[k] - v).abs().mean()) for k, v in first.state_dict().items()}
+
+
+def test_a_frozen_backbone_does_not_move(demo, tmp_path):
+    change = moved(demo, tmp_path, "--freeze")
+    assert change.pop("head.weight") > 0 and change.pop("head.bias") > 0
+    assert set(change.values()) == {0.0}
+
+
+def test_a_frozen_backbone_keeps_its_statistics(demo, tmp_path):
+    done = run_script("train.py", "--data", demo, *SHORT, "--epochs", 1, "--freeze", "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    state = state_of(tmp_path / "r")["model"]
+    assert all(v.eq(0).all() for k, v in state.items() if k.endswith("running_mean"))
+    assert state["classifier.bias"].ne(0).any()
+
+
+def test_lower_layers_move_less_with_layer_decay(demo, tmp_path):
+    change = moved(demo, tmp_path, "--layer-decay", 0.5)
+    # AdamW moves a weight by about its rate: block 3 lies 8 layers under block 11.
+    assert change["blocks.11.attn.qkv.weight"] / change["blocks.3.attn.qkv.weight"] == pytest.approx(2**8, rel=0.5)
 
 
 # --- interruption and resume ---
