@@ -35,7 +35,7 @@ import timm
 import torch
 import torchvision
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
+from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, softmax, stdtr, stdtrit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve, roc_curve
 
@@ -180,19 +180,22 @@ def deviation(
 def with_interval(values: np.ndarray, drawn: np.ndarray, patients: int, low: int = 0) -> dict:
     """{"value", "ci95"} of a mean over runs, values [runs], in [low, 1], from its bootstrap, drawn [runs, draws].
 
-    The interval is symmetric on the logit scale. Where that has none (the value lies at an end, or no draw differs), it
-    is Clopper and Pearson's on the number of patients in the metric's denominator.
+    The interval is symmetric on the logit scale, where a draw keeps a sixth of the value's distance from either end.
+    Where there is none (the value lies at an end, or no draw differs), it is Clopper and Pearson's on the number of
+    patients in the metric's denominator. tests/coverage_simulation.py tells how often it holds the truth.
     """
     value = float(values.mean())
     if math.isnan(value) or not drawn.size:
         return {"value": number(value), "ci95": None}
     share = (value - low) / (1 - low)
-    sd, freedom = deviation(drawn.mean(0), [values])
-    if sd < 1e-9 or not 0 < share < 1:
-        ends = clopper_pearson(share, patients)
-    else:
-        half = stdtrit(freedom, 0.975) * sd / (1 - low) / (share * (1 - share))
-        ends = expit(logit(share) + np.array([-half, half]))
+    ends = clopper_pearson(share, patients)
+    if 0 < share < 1:
+        shares = [(x - low) / (1 - low) for x in (drawn.mean(0), values)]
+        drawn_logits, logits = (logit(np.clip(x, share / 6, 1 - (1 - share) / 6)) for x in shares)
+        sd, freedom = deviation(drawn_logits, [logits])
+        if sd > 1e-9:
+            half = stdtrit(freedom, 0.975) * sd
+            ends = expit([logit(share) - half, logit(share) + half])
     return {"value": value, "ci95": [float(low + (1 - low) * end) for end in ends]}
 
 
@@ -302,11 +305,13 @@ def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
 
 # --- what is chosen on validation ---
 
-LOG_T_BOUND = math.log(20)
+TEMPERATURES = (0.05, 20.0)  # the bounds of its fit
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature in [0.05, 20] that minimises the negative log-likelihood (Guo et al. 2017).
+    """The temperature that minimises the negative log-likelihood (Guo et al. 2017).
+
+    It is one of TEMPERATURES where no minimum lies between them: the logits separate the classes, or tell nothing.
 
     Args:
         logits: float [images, classes]; labels: int [images].
@@ -316,12 +321,13 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
         log_p = log_softmax(logits.astype(np.float64) / math.exp(log_t), axis=1)
         return float(-np.mean(log_p[np.arange(len(labels)), labels]))
 
-    return float(math.exp(minimize_scalar(loss, bounds=(-LOG_T_BOUND, LOG_T_BOUND), method="bounded").x))
+    low, high = np.log(TEMPERATURES)
+    inside = minimize_scalar(loss, bounds=(low, high), method="bounded").x
+    return float(np.exp(min(low, high, inside, key=loss)))
 
 
 def at_bound(temperature: float) -> bool:
-    """Whether fit_temperature found no minimum inside: the logits separate the classes, or tell nothing."""
-    return abs(math.log(temperature)) > LOG_T_BOUND - 1e-3
+    return bool(np.isclose(temperature, TEMPERATURES).any())
 
 
 def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
@@ -916,7 +922,7 @@ def to_rows(s: Scored) -> list[dict]:
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
         for name, values in columns.items():
-            row[name] = f"{values[i]:.9g}"
+            row[name] = float(values[i])
         row["prediction"] = s.classes[s.predicted[i]]
         if s.demo:
             row["demo"] = "phantom"
@@ -994,7 +1000,7 @@ def difference(model: Measured, reference: Measured, metric: str, patients: int)
         theirs = right_answers(reference) * len(model.runs)
         if np.count_nonzero(mine - theirs) <= 500:  # beyond these the draws are as good
             exact_p = sign_flip_p(mine - theirs)
-            least = abs(value) / max(-ndtri(exact_p / 2), 0.5)
+            least = abs(value) / max(-stdtrit(patients - 1, exact_p / 2), 0.5)
     sd, freedom = deviation(drawn, [model.values[metric], reference.values[metric]], patients, least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
@@ -1316,11 +1322,14 @@ def fill_band(ax, drawn: np.ndarray | None) -> None:
         )
 
 
-def roc_panel(ax, positive: np.ndarray, score: np.ndarray, label: str, **style) -> None:
+def draw_roc(ax, positive: np.ndarray, score: np.ndarray, label: str, **style) -> None:
     if positive.any() and not positive.all():
         fpr, tpr, _ = roc_curve(positive, score)
         ax.plot(fpr, tpr, label=label, **style)
-    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1)
+
+
+def finish_roc(ax) -> None:
+    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1, label="chance")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
     ax.legend(loc="lower right", fontsize="small")
 
@@ -1364,7 +1373,7 @@ def decision_panel(ax, r: dict) -> None:
 
 
 def score_panel(ax, z: np.ndarray, positive: np.ndarray, names: list[str], threshold: float | None) -> None:
-    edges = np.linspace(min(z.min(), -1), max(z.max(), 1), 41)
+    edges = np.linspace(z.min(), z.max() + 1e-6, 41)
     ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(names[0], 20))
     ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(names[1], 20))
     if threshold is not None and 0 < threshold < 1:
@@ -1399,7 +1408,7 @@ def training_panel(ax, history: list[dict]) -> None:
     ax.set(title="training", xlabel="epoch", ylabel="loss")
     right.set_ylabel("validation AUROC")
     handles = ax.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    ax.legend(handles=handles, loc="center right", fontsize="small")
+    ax.legend(handles=handles, loc="best", fontsize="small")
 
 
 def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
@@ -1410,16 +1419,10 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
         roc, matrix, training = figure.subplots(1, 3)
         for c, name in enumerate(s.classes):
             label = f"{shorten(name, 16)} {show_interval(r['auroc_one_vs_rest'][name])}"
-            roc_panel(
-                roc,
-                s.labels == c,
-                s.probabilities[:, c],
-                label,
-                color=COLOURS[c % len(COLOURS)],
-                ls=STYLES[c % len(STYLES)],
-            )
+            style = {"color": COLOURS[c % len(COLOURS)], "ls": STYLES[c % len(STYLES)]}
+            draw_roc(roc, s.labels == c, s.probabilities[:, c], label, **style)
     else:
-        figure = new_figure(19, 10)
+        figure = new_figure(17, 8)
         (roc, precision, reliability, decision), (matrix, scores, training, spare) = figure.subplots(2, 4)
         spare.set_axis_off()
         positive, score, _ = s.binary
@@ -1431,12 +1434,13 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
         fill_band(precision, drawn.get("pr"))
         operating_point(roc, None if specificity is None else 1 - specificity, sensitivity)
         operating_point(precision, sensitivity, ppv)
-        roc_panel(roc, positive, score, f"AUROC {show_interval(m['auroc'])}", color=BLUE)
+        draw_roc(roc, positive, score, f"AUROC {show_interval(m['auroc'])}", color=BLUE)
         precision_panel(precision, positive, score, f"AUPRC {show_interval(m['auprc'])}")
         calibration_panel(reliability, r["calibration"])
         decision_panel(decision, r)
         z = binary_logit(s.logits, s.positive) / s.temperature
         score_panel(scores, z, positive, confusion_matrix(r)[0], r["threshold"]["value"])
+    finish_roc(roc)
     confusion_panel(matrix, *confusion_matrix(r))
     training_panel(training, history)
     demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
@@ -1446,7 +1450,7 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
 
 def plot_mistakes(s: Scored, ckpt: dict, device: torch.device):
     """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
-    figure = new_figure(13, 11)
+    figure = new_figure(11, 10)
     axes = figure.subplots(3, 4).ravel()
     model = models.from_checkpoint(ckpt, device)
     for ax in axes:
@@ -1474,13 +1478,14 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     for i, (runs, e) in enumerate(zip(groups, entries)):
         positive, score, _ = runs[0].binary
         style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
-        roc_panel(roc, positive, score, f"{names[i]}  {show_interval(e['metrics']['auroc'])}", **style)
+        draw_roc(roc, positive, score, f"{names[i]}  {show_interval(e['metrics']['auroc'])}", **style)
         for shift, metric in ((-0.1, "auroc"), (0.1, "accuracy")):
             gap = e["difference"].get(metric)
             if gap and gap["value"] is not None:
                 colour = BLUE if metric == "auroc" else ORANGE
                 gaps.plot(gap["value"], i + shift, "o", color=colour, label=title(metric) if i == 1 else None)
                 gaps.hlines(i + shift, *(gap["ci95"] or [gap["value"]] * 2), color=colour)
+    finish_roc(roc)
     gaps.axvline(0, color="k", ls=":", lw=1)
     gaps.set_yticks(range(1, len(names)), names[1:])
     gaps.invert_yaxis()

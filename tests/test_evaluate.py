@@ -1,12 +1,15 @@
-"""Evaluation: figures against scikit-learn and hand-worked numbers, edge cases, comparisons, and the real script."""
+"""Evaluation: each figure against scikit-learn, a hand-worked value or a simulation; edge cases, comparisons, files."""
 
 import csv
+import functools
+import hashlib
 import io
 import json
 import math
 import re
 import shutil
 import sys
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,9 @@ import sklearn.metrics as sk
 import torch
 from conftest import run_process, run_script
 from PIL import Image
+from scipy.optimize import minimize
 from scipy.special import expit, logit
+from scipy.stats import beta, binomtest
 
 import data
 import evaluate
@@ -24,10 +29,6 @@ import models
 
 # A warning from a library must never reach the user's screen.
 pytestmark = pytest.mark.filterwarnings("error")
-
-
-def arguments(*words) -> SimpleNamespace:
-    return evaluate.make_parser().parse_args([str(w) for w in words])
 
 
 def write_csv(path: Path, rows: list[dict]) -> Path:
@@ -51,63 +52,52 @@ def strict_json(text: str) -> dict:
     return json.loads(text, parse_constant=refuse)
 
 
-def simple_rows(labels, probabilities, **columns) -> list[dict]:
-    rows = [{"path": f"{i}.png", "label": y, "probability": p} for i, (y, p) in enumerate(zip(labels, probabilities))]
-    return [r | {k: v[i] for k, v in columns.items()} for i, r in enumerate(rows)]
+def to_rows(labels, probabilities, **columns) -> list[dict]:
+    rows = []
+    for i, (y, p) in enumerate(zip(labels, probabilities)):
+        others = {name: values[i] for name, values in columns.items()}
+        rows.append({"path": f"{i}.png", "label": y, "probability": p, **others})
+    return rows
 
 
-def report_of(path: Path, *words) -> dict:
-    args = arguments(*words)
-    scored = evaluate.score_csv(str(path))
-    return evaluate.report(scored, evaluate.draw_weights([r["patient"] for r in scored["records"]], 200, 0), args)
+def evaluate_files(folder: Path, *words, code: int = 0):
+    """What evaluate.py prints as JSON, and its stderr."""
+    done = run_script("evaluate.py", *words, "--json", cwd=folder)
+    assert done.returncode == code, done.stderr
+    return (strict_json(done.stdout) if code == 0 else None), done.stderr
 
 
-def run_main(monkeypatch, *words) -> int:
-    """Exit code of the script's main() in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
-    try:
-        evaluate.main()
-    except SystemExit as e:
-        return e.code
-    return 0
+def score(folder: Path, rows: list[dict], *words) -> dict:
+    """The report of predictions in a CSV."""
+    return evaluate_files(folder, write_csv(folder / "p.csv", rows), "--bootstrap", 200, *words)[0]
 
 
-# --- ranking, rates, bootstrap ---
+def values(metrics: dict) -> dict:
+    return {k: v["value"] for k, v in metrics.items()}
+
+
+# --- metrics ---
 
 
 @pytest.mark.parametrize("levels", [3, 20, 10**6])
-def test_ranking_equals_scikit_learn(levels):
+def test_ranking_equals_scikit_learn(tmp_path, levels):
     rng = np.random.default_rng(levels)
     for n in (2, 7, 300):
         y = rng.permutation(np.arange(n) % 3 > 0)
-        score = (rng.integers(0, levels, n) + y * levels // 4) / levels
-        weights = rng.integers(0, 4, (5, n)).astype(float)
-        weights[0] = 1
-        weights[:, [np.argmax(y), np.argmin(y)]] += 1  # both classes in each draw
-        found = evaluate.ranking(y, score, weights)
-        for i, w in enumerate(weights.astype(int)):
-            repeated = np.repeat(y, w), np.repeat(score, w)
-            assert found["auroc"][i] == pytest.approx(sk.roc_auc_score(*repeated), abs=1e-12)
-            assert found["auprc"][i] == pytest.approx(sk.average_precision_score(*repeated), abs=1e-12)
+        p = (rng.integers(0, levels, n) + y * levels // 4) / levels / 1.26
+        metrics = score(tmp_path, to_rows(y.astype(int), p))["metrics"]
+        assert metrics["auroc"]["value"] == pytest.approx(sk.roc_auc_score(y, p), abs=1e-12)
+        assert metrics["auprc"]["value"] == pytest.approx(sk.average_precision_score(y, p), abs=1e-12)
 
 
-def test_ranking_by_hand():
-    y, score = np.array([1, 0, 1, 0]) > 0, np.array([0.9, 0.5, 0.5, 0.1])
-    found = evaluate.ranking(y, score, np.ones((1, 4)))
-    assert found["auroc"][0] == pytest.approx(3.5 / 4)  # four pairs, one of them tied
-    assert found["auprc"][0] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
-
-
-@pytest.mark.parametrize("label", [True, False])
-def test_ranking_without_both_classes_is_undefined(label):
-    found = evaluate.ranking(np.full(4, label), np.array([0.1, 0.4, 0.4, 0.8]), np.ones((1, 4)))
-    assert math.isnan(found["auroc"][0]) and math.isnan(found["auprc"][0])
-    p = np.linspace(0.1, 0.9, 4)
-    assert math.isnan(evaluate.macro_auroc(np.full(4, int(label)), np.stack([1 - p, p], 1), 1))
-
-
-def test_rates_by_hand():
-    found = evaluate.rates(*(np.array([float(v)]) for v in (40, 5, 10, 45)))  # tp, fp, fn, tn
+def test_metrics_by_hand(tmp_path):
+    rows = to_rows([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1])
+    metrics = values(score(tmp_path, rows)["metrics"])
+    assert metrics["auroc"] == pytest.approx(3.5 / 4)  # four pairs, one of them tied
+    assert metrics["auprc"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
+    # 40 true and 5 false positives, 10 false and 45 true negatives
+    labels = [1] * 40 + [0] * 5 + [1] * 10 + [0] * 45
+    report = score(tmp_path, to_rows(labels, [0.9] * 45 + [0.1] * 55))
     expected = {
         "accuracy": 0.85,
         "balanced_accuracy": 0.85,
@@ -118,75 +108,30 @@ def test_rates_by_hand():
         "f1": 80 / 95,
         "mcc": (40 * 45 - 5 * 10) / math.sqrt(45 * 50 * 50 * 55),
     }
-    assert {k: float(v[0]) for k, v in found.items()} == pytest.approx(expected)
+    assert {k: v for k, v in values(report["metrics"]).items() if k in expected} == pytest.approx(expected)
+    assert report["confusion"] == {"tp": 40, "fp": 5, "fn": 10, "tn": 45}
 
 
-def test_rates_of_weighted_images_equal_scikit_learn():
+def test_a_weighted_draw_is_scored_as_the_repeated_images_are():
     rng = np.random.default_rng(0)
-    y, predicted = rng.random(200) < 0.7, rng.random(200) < 0.6
-    weights = rng.integers(0, 3, (4, 200)).astype(float)
-    found = evaluate.rates(*evaluate.confusion(y, predicted, weights))
-    known = {
-        "accuracy": sk.accuracy_score,
-        "balanced_accuracy": sk.balanced_accuracy_score,
-        "sensitivity": sk.recall_score,
-        "ppv": sk.precision_score,
-        "f1": sk.f1_score,
-        "mcc": sk.matthews_corrcoef,
-    }
-    for i, w in enumerate(weights.astype(int)):
-        repeated = np.repeat(y, w), np.repeat(predicted, w)
-        assert {k: found[k][i] for k in known} == pytest.approx({k: f(*repeated) for k, f in known.items()})
+    y, p = rng.random(200) < 0.7, rng.integers(0, 30, 200) / 30
+    weights = rng.integers(0, 3, (4, 200))
+    metrics = evaluate.binary_metrics(y, p, p >= 0.4, weights.astype(float))
+    for i, w in enumerate(weights):
+        truth, scores = np.repeat(y, w), np.repeat(p, w)
+        assert metrics["auroc"][i] == pytest.approx(sk.roc_auc_score(truth, scores))
+        assert metrics["auprc"][i] == pytest.approx(sk.average_precision_score(truth, scores))
+        assert metrics["mcc"][i] == pytest.approx(sk.matthews_corrcoef(truth, scores >= 0.4))
+        assert metrics["ppv"][i] == pytest.approx(sk.precision_score(truth, scores >= 0.4))
 
 
-@pytest.mark.parametrize(
-    ("cells", "undefined"),
-    [
-        ((0, 0, 5, 5), {"ppv", "mcc"}),  # none called positive
-        ((5, 5, 0, 0), {"npv", "mcc"}),
-        ((3, 0, 2, 0), {"specificity", "balanced_accuracy", "mcc"}),  # positives alone
-        ((0, 2, 0, 3), {"sensitivity", "balanced_accuracy", "mcc"}),
-        ((4, 0, 1, 5), set()),  # no false positive
-    ],
-)
-def test_rates_without_a_denominator_are_undefined(cells, undefined):
-    found = evaluate.rates(*(np.array([float(v)]) for v in cells))
-    assert {k for k, v in found.items() if math.isnan(v[0])} == undefined
-
-
-def test_bootstrap_resamples_patients_with_all_of_their_images():
-    patients = ["a", "b", "a", "c", "b", "a", "d"]
-    weights = evaluate.draw_weights(patients, 500, seed=3)
-    assert weights.shape == (500, 7)
-    assert (weights[:, 0] == weights[:, 2]).all() and (weights[:, 0] == weights[:, 5]).all()
-    assert (weights[:, 1] == weights[:, 4]).all()
-    assert not (weights[:, 0] == weights[:, 1]).all()
-    assert set(weights[:, [0, 1, 3, 6]].sum(1)) == {4}  # as many patients in each draw
-    assert weights.mean(0) == pytest.approx(np.ones(7), abs=0.15)
-    assert (evaluate.draw_weights(patients, 500, seed=3) == weights).all()
-    assert (evaluate.draw_weights(patients, 500, seed=4) != weights).any()
-
-
-@pytest.mark.parametrize("images", [1, 5])
-def test_an_interval_counts_patients_and_not_images(tmp_path, images):
-    # 200 patients, 80 % of them right: the standard error is 0.0283, however many images each patient has.
-    rows = []
-    for i in range(200):
-        right = i % 5 > 0
-        y = i % 2
-        row = {"patient": f"p{i}", "label": y, "probability": 0.9 if (y == 1) == right else 0.1}
-        rows += [row | {"path": f"{i}-{k}.png"} for k in range(images)]
-    found = report_of(write_csv(tmp_path / "p.csv", rows))["metrics"]["accuracy"]
-    assert found["value"] == pytest.approx(0.8)
-    assert found["ci95"] == pytest.approx([0.8 - 1.96 * 0.0283, 0.8 + 1.96 * 0.0283], abs=0.012)
-
-
-def test_intervals_are_null_where_too_few_draws_define_them():
-    def interval(drawn: np.ndarray) -> list[float] | None:
-        return evaluate.with_interval(np.array([0.5]), drawn, patients=2)["ci95"]
-
-    assert interval(np.array([np.nan] * 100 + [0.5] * 5)) is None
-    assert interval(np.append(np.linspace(0, 1, 1001), np.nan)) == pytest.approx([0.025, 0.975])
+def test_macro_auroc_of_training(tmp_path):
+    rng = np.random.default_rng(1)
+    labels, p = rng.integers(0, 3, 60), rng.dirichlet(np.ones(3), 60)
+    each = [sk.roc_auc_score(labels == c, p[:, c]) for c in range(3)]
+    assert evaluate.macro_auroc(labels, p, 0) == pytest.approx(np.mean(each))
+    assert evaluate.macro_auroc(labels == 1, p[:, :2], 1) == pytest.approx(sk.roc_auc_score(labels == 1, p[:, 1]))
+    assert math.isnan(evaluate.macro_auroc(np.zeros(4, int), np.full((4, 2), 0.5), 1))
 
 
 def test_standard_error_of_an_auroc():
@@ -202,6 +147,72 @@ def test_standard_error_of_an_auroc():
     assert evaluate.auroc_error(1.0, 40, 60) == 0
 
 
+# --- intervals ---
+
+
+def logit_interval(value: float, sd: float) -> list[float]:
+    half = 1.96 * sd / (value * (1 - value))
+    return [expit(logit(value) - half), expit(logit(value) + half)]
+
+
+@pytest.mark.parametrize("images", [1, 5])
+def test_an_interval_counts_patients_and_not_images(tmp_path, images):
+    # 200 patients, 80 % of them right: the standard error is 0.0283, however many images each patient has.
+    rows = []
+    for i in range(200):
+        right, y = i % 5 > 0, i % 2
+        p = 0.9 if (y == 1) == right else 0.1
+        rows += [{"patient": f"p{i}", "label": y, "probability": p, "path": f"{i}-{k}.png"} for k in range(images)]
+    accuracy = score(tmp_path, rows, "--bootstrap", 2000)["metrics"]["accuracy"]
+    assert accuracy["value"] == pytest.approx(0.8)
+    assert accuracy["ci95"] == pytest.approx(logit_interval(0.8, 0.0283), abs=0.003)
+
+
+def test_without_an_error_the_interval_is_that_of_the_patients_in_the_denominator(tmp_path):
+    patients = ["a", "a", "b", "c", "d", "d", "e", "f", "g"]
+    rows = to_rows([1, 1, 1, 1, 0, 0, 0, 0, 0], [0.9] * 4 + [0.2] * 5, patient=patients)
+    metrics = score(tmp_path, rows)["metrics"]
+    for name, n in (("sensitivity", 3), ("specificity", 4), ("ppv", 3), ("npv", 4), ("accuracy", 7), ("auroc", 3)):
+        assert metrics[name]["ci95"] == pytest.approx([beta.ppf(0.025, n, 1), 1]), name
+    low = beta.ppf(0.025, 3, 1)
+    assert metrics["mcc"]["ci95"] == pytest.approx([2 * low - 1, 1])
+    none = score(tmp_path, to_rows([1, 1, 0, 0], [0.1, 0.2, 0.3, 0.4]))["metrics"]["sensitivity"]
+    assert none == {"value": 0, "ci95": pytest.approx([0, beta.ppf(0.975, 1, 2)])}
+
+
+def test_intervals_hold_the_truth():
+    """Sensitivity 0.99 at 120 positives: the percentile bootstrap held it in 70 % of such data sets."""
+    rng = np.random.default_rng(0)
+    positive, patients = np.arange(200) < 120, np.arange(200) // 2
+    hits = []
+    for seed in range(150):
+        predicted = np.where(positive, rng.random(200) < 0.99, rng.random(200) < 0.1)
+        score = predicted.astype(float)
+        estimates = evaluate.binary_estimates(positive, score, predicted, patients, evaluate.Bootstrap(200, seed))
+        low, high = estimates["sensitivity"]["ci95"]
+        hits.append(low <= 0.99 <= high)
+    assert 0.92 <= np.mean(hits) <= 1
+
+
+def test_memory_does_not_grow_with_images_times_draws():
+    rng = np.random.default_rng(0)
+    y, p = rng.random(2000) < 0.5, rng.random(2000)
+    tracemalloc.start()
+    bootstrap = evaluate.Bootstrap(4000, 0)
+    drawn = bootstrap.values(functools.partial(evaluate.rates, y, p > 0.5), np.arange(2000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(drawn["accuracy"]) == 4000
+    assert peak < 20e6  # all weights at once would take 64 MB
+
+
+def test_draws_are_those_of_their_seed(tmp_path):
+    found = []
+    for seed in (3, 3, 4):
+        found.append(score(tmp_path, NAMED_ROWS, "--seed", seed)["metrics"]["accuracy"])
+    assert found[0] == found[1] != found[2]
+
+
 # --- calibration, temperature, threshold ---
 
 
@@ -212,16 +223,22 @@ def simulate(n: int = 20000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return rng.random(n) < expit(z), z
 
 
-def test_brier_and_likelihood_equal_scikit_learn():
+def test_brier_and_likelihood_equal_scikit_learn(tmp_path):
     y, z = simulate(500)
-    found = evaluate.calibration(y, z)
+    found = score(tmp_path, to_rows(y.astype(int), expit(z)))["calibration"]
     assert found["brier"] == pytest.approx(sk.brier_score_loss(y, expit(z)))
     assert found["nll"] == pytest.approx(sk.log_loss(y, expit(z)))
 
 
-def test_calibration_error_by_hand():
-    p, y = np.array([0.15, 0.15, 0.85, 0.85, 0.33]), np.array([0, 1, 1, 1, 0]) > 0
-    assert evaluate.calibration(y, logit(p))["ece"] == pytest.approx((0.7 + 0.3 + 0.33) / 5)
+def test_calibration_error_and_curve_by_hand(tmp_path):
+    rows = to_rows([0, 1, 1, 1, 0], [0.15, 0.15, 0.85, 0.87, 0.33])
+    found = score(tmp_path, rows)["calibration"]
+    assert found["ece"] == pytest.approx((0.7 + 0.28 + 0.33) / 5)
+    curve = found["curve"]
+    assert [point["images"] for point in curve] == [2, 1, 2]
+    assert [point["predicted"] for point in curve] == pytest.approx([0.15, 0.33, 0.86])
+    assert [point["observed"]["value"] for point in curve] == [0.5, 0, 1]
+    assert curve[2]["observed"]["ci95"] == pytest.approx([beta.ppf(0.025, 2, 1), 1])
 
 
 @pytest.mark.parametrize(("factor", "shift", "slope"), [(1, 0, 1), (2, 0, 0.5), (0.5, 0, 2), (1, 0.8, 1)])
@@ -231,6 +248,17 @@ def test_slope_and_intercept_tell_what_was_done_to_the_logits(factor, shift, slo
     assert found["slope"] == pytest.approx(slope, rel=0.06)
     if factor == 1:
         assert found["intercept"] == pytest.approx(-shift, abs=0.06)
+
+
+def test_the_slope_is_that_of_the_largest_likelihood(tmp_path):
+    y, z = simulate(300, seed=1)
+
+    def loss(c):
+        return np.mean(np.logaddexp(0, np.where(y, -1, 1) * (c[0] + c[1] * z)))
+
+    best = minimize(loss, [0, 1], method="Nelder-Mead", options={"xatol": 1e-8, "fatol": 1e-14, "maxiter": 2000}).x
+    found = score(tmp_path, to_rows(y.astype(int), expit(z)))["calibration"]
+    assert found["slope"] == pytest.approx(best[1], abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +278,28 @@ def test_a_slope_that_does_not_exist_is_none(y, z):
     assert math.isfinite(found["brier"]) and math.isfinite(found["nll"])
 
 
+def test_probabilities_of_exactly_0_and_1_are_named_and_leave_the_slope_alone(tmp_path):
+    y, z = simulate(200, seed=2)
+    rows = to_rows(y.astype(int), expit(z))
+    without = score(tmp_path, rows)["calibration"]
+    rows += [{"path": f"end{i}.png", "label": i % 2, "probability": p} for i, p in enumerate((0, 1, 1))]
+    write_csv(tmp_path / "p.csv", rows)
+    done = run_script("evaluate.py", "p.csv", "--bootstrap", 20, cwd=tmp_path)
+    assert "3 probabilities of p.csv are exactly 0 or 1, such as that of end0.png" in done.stderr
+    assert "3 probabilities of exactly 0 or 1 are left out of slope and intercept" in done.stdout
+    found = strict_json((tmp_path / "p.scored.json").read_text())["calibration"]
+    assert found["exact"] == 3 and without["exact"] == 0
+    assert (found["slope"], found["intercept"]) == (without["slope"], without["intercept"])
+    assert found["nll"] > without["nll"] + 0.1  # they cost much, but not infinitely much
+
+
+def test_the_decision_curve_by_hand(tmp_path):
+    # At 0.2, of 10 images 3 true and 2 false positives: 3/10 - 2/10 * 0.25; treating all: 4/10 - 6/10 * 0.25.
+    rows = to_rows([1, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0.9, 0.5, 0.2, 0.1, 0.6, 0.2] + [0.05] * 4)
+    (row,) = [r for r in score(tmp_path, rows)["decision_curve"] if r["threshold"] == 0.2]
+    assert row == {"threshold": 0.2, "model": pytest.approx(0.25), "all": pytest.approx(0.25)}
+
+
 @pytest.mark.parametrize("temperature", [0.4, 1, 3])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_fit_temperature_recovers_a_known_one(temperature, classes):
@@ -257,19 +307,23 @@ def test_fit_temperature_recovers_a_known_one(temperature, classes):
     logits = rng.normal(0, 2, (20000, classes))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     labels = (rng.random((20000, 1)) > p.cumsum(1)).sum(1)
-    assert evaluate.fit_temperature(logits * temperature + 5, labels) == pytest.approx(temperature, rel=0.05)
+    found = evaluate.fit_temperature(logits * temperature + 5, labels)
+    assert found == pytest.approx(temperature, rel=0.05) and not evaluate.at_bound(found)
 
 
-def test_fit_temperature_stays_in_its_bounds_on_separated_classes():
+def test_a_temperature_without_an_optimum_is_told_from_others():
     logits = np.array([[3.0, -3.0], [-3.0, 3.0]])
-    assert 0.05 <= evaluate.fit_temperature(logits, np.array([0, 1])) < 0.2
-    assert 10 < evaluate.fit_temperature(logits, np.array([1, 0])) <= 20
+    low, high = evaluate.fit_temperature(logits, np.array([0, 1])), evaluate.fit_temperature(logits, np.array([1, 0]))
+    assert low == pytest.approx(0.05) and evaluate.at_bound(low)
+    assert high == pytest.approx(20) and evaluate.at_bound(high)
 
 
 def test_youden_threshold_by_hand():
     z, y = np.array([2, 1, -1, 0, -2, -3, -4.0]), np.array([1, 1, 1, 0, 0, 0, 0]) > 0
     # From -1 on: sensitivity 1, specificity 3/4; half-way to the next score.
     assert evaluate.choose_threshold("youden", y, z) == pytest.approx(expit(-1.5))
+    assert evaluate.choose_threshold("0.37", y, z) == 0.37
+    assert evaluate.choose_threshold("youden", np.ones(7, bool), z) == 0.5  # nothing to choose by
 
 
 @pytest.mark.parametrize(("target", "caught"), [(0.95, 95), (0.8, 80), (0.995, 100), (1.0, 100)])
@@ -285,25 +339,16 @@ def test_the_sensitivity_rule_takes_the_highest_threshold_that_reaches_it(target
     assert (p[y] > above[0]).mean() < target
 
 
-def test_a_chosen_threshold_holds_for_the_probabilities_that_are_reported():
-    # Where the lowest score of all must be called positive, rounding must not leave it out.
+def test_a_chosen_threshold_holds_for_the_probabilities_that_are_reported(tmp_path):
+    """Where the lowest score of all must be called positive, rounding must not leave it out."""
     rng = np.random.default_rng(3)
-    for _ in range(200):
+    for _ in range(5):
         z = rng.normal(0, 3, 12)
         y = np.arange(12) < 6
         z[0] = z.min() - 0.5
-        temperature = float(rng.uniform(0.5, 2))
-        threshold = evaluate.choose_threshold("sensitivity=1.0", y, z / temperature)
-        logits = np.stack([np.zeros(12), z], 1)
-        scored = {"logits": logits, "temperature": temperature, "positive": 1}
-        _, predicted = evaluate.predict_classes(scored, threshold)
-        assert predicted[y].all()
-
-
-def test_a_number_is_taken_as_the_threshold():
-    y, z = simulate(50)
-    assert evaluate.choose_threshold("0.37", y, z) == 0.37
-    assert evaluate.choose_threshold("youden", np.ones(50, bool), z) == 0.5  # nothing to choose by
+        threshold = evaluate.choose_threshold("sensitivity=1.0", y, z)
+        report = score(tmp_path, to_rows(y.astype(int), expit(z)), "--threshold", threshold)
+        assert report["metrics"]["sensitivity"]["value"] == 1
 
 
 # --- a report, recomputed from its CSV ---
@@ -325,89 +370,62 @@ NAMED = (
     ("NORMAL-1000012-0001.jpeg", "NORMAL", 0.21),
     ("NORMAL-1000012-0002.jpeg", "NORMAL", 0.03),
 )
-
-
-@pytest.fixture
-def named(tmp_path) -> Path:
-    rows = [{"path": f"test/{y}/{n}", "label": y, "probability": p} for n, y, p in NAMED]
-    return write_csv(tmp_path / "named.csv", rows)
+NAMED_ROWS = [{"path": f"test/{y}/{name}", "label": y, "probability": p} for name, y, p in NAMED]
 
 
 def recompute(rows: list[dict], threshold: float) -> dict:
-    """The figures of a binary report from the rows of a CSV, with scikit-learn and plain counting."""
+    """The metrics of two classes from the rows of a CSV, with scikit-learn and plain counting."""
     y = np.array([r["label"] == "PNEUMONIA" for r in rows])
     p = np.array([float(r["probability"]) for r in rows])
-
-    def counted(called: np.ndarray) -> dict:
-        (tn, fp), (fn, tp) = sk.confusion_matrix(y, called, labels=[False, True]).tolist()
-        return {
-            "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
-            "accuracy": sk.accuracy_score(y, called),
-            "balanced_accuracy": (tp / (tp + fn) + tn / (tn + fp)) / 2,
-            "sensitivity": tp / (tp + fn),
-            "specificity": tn / (tn + fp),
-            "ppv": tp / (tp + fp) if tp + fp else None,
-            "npv": tn / (tn + fn) if tn + fn else None,
-            "f1": sk.f1_score(y, called, zero_division=0),
-            "mcc": sk.matthews_corrcoef(y, called) if 0 < called.sum() < len(y) else None,
-        }
-
-    metrics, half = counted(p >= threshold), counted(p >= 0.5)
-    confusion = metrics.pop("confusion")
-    half.pop("confusion")
-    metrics |= {"auroc": sk.roc_auc_score(y, p), "auprc": sk.average_precision_score(y, p)}
-    ece = 0
-    for low in range(10):
-        inside = (p >= low / 10) & ((p < (low + 1) / 10) | (low == 9))
-        ece += abs(p[inside].sum() - y[inside].sum()) / len(p)
-    calibration = {"brier": np.mean((p - y) ** 2), "nll": sk.log_loss(y, p, labels=[False, True]), "ece": ece}
-    return {"metrics": metrics, "at_half": half, "confusion": confusion, "calibration": calibration, "y": y, "p": p}
+    predicted = p >= threshold
+    (tn, fp), (fn, tp) = sk.confusion_matrix(y, predicted, labels=[False, True]).tolist()
+    return {
+        "auroc": sk.roc_auc_score(y, p),
+        "auprc": sk.average_precision_score(y, p),
+        "accuracy": sk.accuracy_score(y, predicted),
+        "balanced_accuracy": (tp / (tp + fn) + tn / (tn + fp)) / 2,
+        "sensitivity": tp / (tp + fn),
+        "specificity": tn / (tn + fp),
+        "ppv": tp / (tp + fp) if tp + fp else None,
+        "npv": tn / (tn + fn) if tn + fn else None,
+        "f1": sk.f1_score(y, predicted, zero_division=0),
+        "mcc": sk.matthews_corrcoef(y, predicted) if 0 < predicted.sum() < len(y) else None,
+    }
 
 
 def assert_report(found: dict, rows: list[dict]) -> None:
     """The report says what its CSV says."""
-    expected = recompute(rows, found["threshold"]["value"])
-    for key in ("metrics", "at_half"):
-        assert {k: v["value"] for k, v in found[key].items()} == pytest.approx(expected[key], abs=1e-6)
-    assert found["confusion"] == expected["confusion"]
-    assert {k: found["calibration"][k] for k in expected["calibration"]} == pytest.approx(
-        expected["calibration"], abs=1e-5
-    )
+    threshold = found["threshold"]["value"]
+    assert values(found["metrics"]) == pytest.approx(recompute(rows, threshold), abs=1e-6)
+    half = recompute(rows, 0.5)
+    assert values(found["at_half"]) == pytest.approx({k: half[k] for k in found["at_half"]}, abs=1e-6)
     assert found["data"]["images"] == len(rows)
-    assert found["data"]["prevalence"] == pytest.approx(expected["y"].mean())
-    called = expected["p"] >= found["threshold"]["value"]
-    wrong = np.flatnonzero(called != expected["y"])
-    worst = sorted(wrong, key=lambda i: -abs(expected["p"][i] - found["threshold"]["value"]))[:10]
-    assert [f["probability"] for f in found["failures"]] == pytest.approx([expected["p"][i] for i in worst], abs=1e-6)
+    y = np.array([r["label"] == "PNEUMONIA" for r in rows])
+    p = np.array([float(r["probability"]) for r in rows])
+    assert found["data"]["prevalence"] == pytest.approx(y.mean())
+    of_truth = np.where(y, p, 1 - p)
+    wrong = np.flatnonzero((p >= threshold) != y)
+    worst = sorted(of_truth[wrong])[:10]
+    shown = [f["probability"] if f["label"] == "PNEUMONIA" else 1 - f["probability"] for f in found["failures"]]
+    assert shown == pytest.approx(worst, abs=1e-6)
     assert {f["path"] for f in found["failures"]} <= {rows[i]["path"] for i in wrong}
+    assert all(f["prediction"] != f["label"] for f in found["failures"])
 
 
 @pytest.mark.parametrize("threshold", [None, "0.3", "0.62", "0.9", "1"])
-def test_every_figure_follows_from_the_csv(named, threshold):
-    found = report_of(named, *(["--threshold", threshold] if threshold else []))
-    assert_report(found, read_csv(named.read_text()))
+def test_every_figure_follows_from_the_csv(tmp_path, threshold):
+    found = score(tmp_path, NAMED_ROWS, *(["--threshold", threshold] if threshold else []))
+    assert_report(found, NAMED_ROWS)
     assert found["data"]["patients"] == 11
     source = ("command line", float(threshold)) if threshold else ("default", 0.5)
     assert (found["threshold"]["from"], found["threshold"]["value"]) == source
 
 
-def test_intervals_follow_from_the_csv(named):
-    args = arguments("--seed", 5)
-    scored = evaluate.score_csv(str(named))
-    patients = [r["patient"] for r in scored["records"]]
-    weights = evaluate.draw_weights(patients, 30, 5)
-    found = evaluate.report(scored, weights, args)["metrics"]
-    rows = read_csv(named.read_text())
-    draws = [recompute([r for r, k in zip(rows, w) for _ in range(int(k))], 0.5)["metrics"] for w in weights]
-    for k in ("auroc", "auprc", "accuracy", "sensitivity", "specificity", "f1"):
-        assert found[k]["ci95"] == pytest.approx(np.percentile([d[k] for d in draws], (2.5, 97.5)).tolist()), k
-
-
-def test_subgroups_are_counted_by_hand(named):
-    found = report_of(named)["subgroups"]
-    figures = {
-        k: (v["images"], v["patients"], v.get("sensitivity", v.get("specificity"))["value"]) for k, v in found.items()
-    }
+def test_subgroups_are_counted_by_hand(tmp_path):
+    found = score(tmp_path, NAMED_ROWS)["subgroups"]
+    figures = {}
+    for name, g in found.items():
+        figures[name] = g["images"], g["patients"], g.get("sensitivity", g.get("specificity"))["value"]
     assert figures == {
         "bacterial": (4, 3, 1),
         "viral": (3, 3, pytest.approx(1 / 3)),
@@ -416,50 +434,34 @@ def test_subgroups_are_counted_by_hand(named):
         "NORMAL": (2, 1, 1),
     }
     assert {k for k, v in found.items() if "sensitivity" in v} == {"bacterial", "viral"}
-    assert found["viral"]["sensitivity"]["ci95"] is not None
-    assert found["NORMAL"]["specificity"]["ci95"] is None  # one patient
-
-
-def test_ppv_at_another_prevalence_by_hand(tmp_path, capsys):
-    # Sensitivity 0.8, specificity 0.9, prevalence 0.1: 0.08 true and 0.09 false positives, 0.81 and 0.02 negatives.
-    labels = [1] * 5 + [0] * 10
-    p = [0.9, 0.8, 0.7, 0.6, 0.2] + [0.7] + [0.1] * 9
-    found = report_of(write_csv(tmp_path / "p.csv", simple_rows(labels, p)), "--prevalence", "0.1")
-    assert found["at_prevalence"]["prevalence"] == 0.1
-    assert found["at_prevalence"]["ppv"]["value"] == pytest.approx(0.08 / 0.17)
-    assert found["at_prevalence"]["npv"]["value"] == pytest.approx(0.81 / 0.83)
-    assert found["metrics"]["ppv"]["value"] == pytest.approx(0.8)  # at the prevalence of the images
-    evaluate.print_report(found)
-    assert "0.471" in capsys.readouterr().out
-
-
-def test_temperature_scales_the_calibrated_figures_alone(named):
-    args = arguments()
-    scored = evaluate.score_csv(str(named)) | {"temperature": 2.0}
-    found = evaluate.report(scored, np.ones((0, len(NAMED))), args)
-    y, p = np.array([n[1] == "PNEUMONIA" for n in NAMED]), np.array([n[2] for n in NAMED])
-    assert found["calibration"]["nll"] == pytest.approx(sk.log_loss(y, expit(logit(p) / 2)))
-    assert found["calibration"]["before_temperature"]["nll"] == pytest.approx(sk.log_loss(y, p))
-    assert found["calibration"]["temperature"] == 2
-    assert found["metrics"]["auroc"] == {"value": pytest.approx(sk.roc_auc_score(y, p)), "ci95": None}
+    assert found["NORMAL"]["specificity"]["ci95"] == pytest.approx([0.025, 1])  # one patient
 
 
 @pytest.mark.parametrize(
-    ("labels", "positive"),
+    ("labels", "asked", "positive"),
     [
-        (("0", "1"), "1"),
-        (("NORMAL", "PNEUMONIA"), "PNEUMONIA"),
-        (("healthy", "ill"), "ill"),
-        (("PNEUMONIA", "well"), "PNEUMONIA"),
+        (("0", "1"), (), "1"),
+        (("NORMAL", "PNEUMONIA"), (), "PNEUMONIA"),
+        (("PNEUMONIA", "well"), (), "PNEUMONIA"),
+        (("abnormal", "normal"), ("--positive", "abnormal"), "abnormal"),
+        (("0", "1"), ("--positive", "0"), "0"),
     ],
 )
-def test_the_probability_is_that_of_the_positive_label(tmp_path, labels, positive):
+def test_the_probability_is_that_of_the_positive_label(tmp_path, labels, asked, positive):
     y = [labels[0], labels[1], labels[1], labels[0]]
-    p = [0.8 if v == positive else 0.1 for v in y]
-    found = report_of(write_csv(tmp_path / "p.csv", simple_rows(y, p)))
+    rows = to_rows(y, [0.8 if v == positive else 0.1 for v in y])
+    write_csv(tmp_path / "p.csv", rows)
+    found, err = evaluate_files(tmp_path, "p.csv", *asked)
+    assert err.splitlines() == ["", "written: p.scored.json, p.scored.md"]
     assert found["positive"] == positive
     assert found["metrics"]["auroc"]["value"] == 1
     assert found["confusion"] == {"tp": 2, "fp": 0, "fn": 0, "tn": 2}
+
+
+def test_a_guessed_positive_class_is_said(tmp_path):
+    rows = to_rows(["healthy", "ill", "ill", "healthy"], [0.1, 0.9, 0.8, 0.3])
+    found, err = evaluate_files(tmp_path, write_csv(tmp_path / "p.csv", rows))
+    assert found["positive"] == "ill" and "the positive class is a guess: ill, not healthy" in err
 
 
 # --- edge cases ---
@@ -481,7 +483,6 @@ EDGES = {
     "one image": (["1"], [0.9], None, {"auroc", "auprc", "specificity", "balanced_accuracy", "mcc", "npv"}),
     "one patient": (["0", "1", "1", "0"], [0.3, 0.8, 0.4, 0.1], "aaaa", set()),
     "all scores alike": (["0", "1", "1", "0"], [0.7] * 4, None, {"npv", "mcc"}),
-    "scores of exactly 0 and 1": (["0", "1", "1", "0", "1"], [1, 1, 0, 0, 0.5], None, set()),
     "no false positive": (["0", "1", "1", "0"], [0.1, 0.9, 0.2, 0.3], None, set()),
     "none called positive": (["0", "1", "1", "0"], [0.1, 0.4, 0.2, 0.3], None, {"ppv", "mcc"}),
     "all right": (["0", "1", "1", "0"], [0.1, 0.9, 0.8, 0.3], None, set()),
@@ -489,47 +490,145 @@ EDGES = {
 
 
 @pytest.mark.parametrize("kind", EDGES)
-def test_what_is_undefined_is_null_and_a_dash(tmp_path, monkeypatch, capsys, kind):
+def test_what_is_undefined_is_null_and_a_dash(tmp_path, kind):
     labels, p, patients, undefined = EDGES[kind]
-    columns = {"patient": patients} if patients else {}
-    write_csv(tmp_path / "edge.csv", simple_rows(labels, p, **columns))
-    monkeypatch.chdir(tmp_path)
-    assert run_main(monkeypatch, "edge.csv", "--bootstrap", "300", "--prevalence", "0.2") == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    found = strict_json((tmp_path / "edge.scored.json").read_text())
-    assert {k for k, v in found["metrics"].items() if v["value"] is None} == undefined
-    assert all(v["ci95"] is None for v in found["metrics"].values() if v["value"] is None)
-    if kind in ("one patient", "one image"):
-        assert all(v["ci95"] is None for v in found["metrics"].values())
-    table = captured.out.splitlines()
-    for k in found["metrics"]:
-        (line,) = [s for s in table if s.startswith(evaluate.TITLES.get(k, k.replace("_", " ")) + " ")]
-        dash = line.split()[2 if k == "balanced_accuracy" else 1] == "-"
-        assert dash == (k in undefined), line
-    assert "nan" not in captured.out.lower() and "none" not in captured.out.lower()
+    write_csv(tmp_path / "edge.csv", to_rows(labels, p, **({"patient": patients} if patients else {})))
+    done = run_script("evaluate.py", "edge.csv", "--bootstrap", 300, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    metrics = strict_json((tmp_path / "edge.scored.json").read_text())["metrics"]
+    assert {k for k, v in metrics.items() if v["value"] is None} == undefined
+    assert all((v["ci95"] is None) == (v["value"] is None) for v in metrics.values())
+    for name, v in metrics.items():
+        (line,) = [s for s in done.stdout.splitlines() if s.startswith(f"{evaluate.title(name)}  ")]
+        dash = line.removeprefix(evaluate.title(name)).split()[0] == "-"
+        assert dash == (name in undefined), line
+        if v["ci95"]:
+            assert 0 <= v["ci95"][0] + (name == "mcc") and v["ci95"][0] <= v["value"] <= v["ci95"][1] <= 1
+    assert "nan" not in done.stdout.lower() and "none" not in done.stdout.lower()
 
 
-def test_exact_zeros_and_ones_cost_much_but_not_infinitely_much(tmp_path):
-    path = write_csv(tmp_path / "p.csv", simple_rows([0, 1, 1, 0, 1], [1, 1, 0, 0, 0.5]))
-    found = report_of(path)
-    assert found["metrics"]["auroc"]["value"] == pytest.approx(3 / 6)
-    assert 10 < found["calibration"]["nll"] < 20
-    assert found["calibration"]["brier"] == pytest.approx((1 + 0 + 1 + 0 + 0.25) / 5)
-
-
-def test_without_draws_there_are_no_intervals(named, monkeypatch, capsys):
-    assert run_main(monkeypatch, named, "--bootstrap", "0", "--json") == 0
-    found = strict_json(capsys.readouterr().out)
+def test_without_draws_there_are_no_intervals(tmp_path):
+    found = score(tmp_path, NAMED_ROWS, "--bootstrap", 0)
     assert found["bootstrap"]["draws"] == 0
     assert all(v["ci95"] is None and v["value"] is not None for v in found["metrics"].values())
+
+
+# --- comparison ---
+
+
+@pytest.fixture
+def rivals(tmp_path) -> Path:
+    """Predictions of a good, a middling and a useless model on the same 300 images."""
+    rng = np.random.default_rng(4)
+    y = np.arange(300) % 2
+    for name, skill in (("middling", 1.0), ("good", 3.0), ("useless", 0.0)):
+        p = expit(skill * (2 * y - 1) + rng.normal(0, 1.5, 300))
+        write_csv(tmp_path / f"{name}.csv", to_rows(y, p))
+    return tmp_path
+
+
+def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
+    names = ("middling.csv", "useless.csv", "good.csv")
+    done = run_script("evaluate.py", *names, "--bootstrap", 400, "--output", "out", cwd=rivals)
+    found = strict_json((rivals / "out" / "compare.json").read_text())
+    by_name = {e["model"]: e for e in found["compared"]}
+    assert list(by_name) == ["good", "middling", "useless"]
+    reference = by_name["middling"]["metrics"]
+    assert by_name["middling"]["difference"] == {}
+    for name in ("good", "useless"):
+        p = [e["difference"]["auroc"]["p"] for e in (by_name["good"], by_name["useless"])]
+        for metric in ("auroc", "accuracy"):
+            gap = by_name[name]["difference"][metric]
+            value = by_name[name]["metrics"][metric]["value"] - reference[metric]["value"]
+            assert gap["value"] == pytest.approx(value)
+            assert gap["ci95"][0] < value < gap["ci95"][1]
+            assert (gap["ci95"][0] > 0 or gap["ci95"][1] < 0) == (gap["p"] < 0.05)
+        adjusted = by_name[name]["difference"]["auroc"]["p_holm"]
+        assert adjusted == pytest.approx(max(2 * min(p), by_name[name]["difference"]["auroc"]["p"]))
+    out = done.stdout
+    assert "1 (reference)  middling.csv" in out and "flattered by chance" in out
+    assert "written: out/compare.json, out/report.md" in out
+    assert "| 3 - 1 | AUROC |" in (rivals / "out" / "report.md").read_text()
+    assert [s for s in out.splitlines() if len(s) > 100] == []
+
+
+def test_holm_by_hand():
+    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert evaluate.holm([0.6, 0.9]) == [1, 1]
+
+
+def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
+    rows = read_csv((rivals / "good.csv").read_text())
+    write_csv(rivals / "same.csv", rows[::-1])
+    found, _ = evaluate_files(rivals, "good.csv", "same.csv", "--bootstrap", 100)
+    (gaps,) = [e["difference"] for e in found["compared"] if e["difference"]]
+    for gap in gaps.values():
+        assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
+
+
+@pytest.mark.parametrize(("better", "worse"), [(4, 0), (6, 0), (9, 2), (30, 12)])
+def test_few_images_that_differ_are_judged_by_the_exact_test(tmp_path, better, worse):
+    """McNemar's, which is a sign test, where each patient has one image."""
+    y = np.arange(200) % 2
+    right, wrong = np.where(y == 1, 0.8, 0.2), np.where(y == 1, 0.3, 0.7)
+    a, b = right.copy(), right.copy()
+    a[:worse] = wrong[:worse]
+    b[worse : worse + better] = wrong[worse : worse + better]
+    write_csv(tmp_path / "a.csv", to_rows(y, a))
+    write_csv(tmp_path / "b.csv", to_rows(y, b))
+    found, _ = evaluate_files(tmp_path, "b.csv", "a.csv")
+    (gap,) = [e["difference"]["accuracy"] for e in found["compared"] if e["difference"]]
+    exact = binomtest(better, better + worse).pvalue
+    assert gap["value"] == pytest.approx((better - worse) / 200)
+    assert gap["p"] == pytest.approx(exact) if better < 20 else gap["p"] >= exact
+    assert (gap["ci95"][0] > 0) == (gap["p"] < 0.05)
+
+
+def test_sign_flips_of_patients_by_enumeration():
+    differences = np.array([2, -1, 0, 3, 1])
+    sums = [abs(a * 2 + b * 1 + c * 3 + d * 1) for a in (1, -1) for b in (1, -1) for c in (1, -1) for d in (1, -1)]
+    assert evaluate.sign_flip_p(differences) == pytest.approx(np.mean(np.array(sums) >= 5))
+    assert evaluate.sign_flip_p(np.zeros(3, int)) == 1
+
+
+def test_equal_models_are_seldom_told_apart(tmp_path):
+    """Three equal models against a reference: any of them differs in at most one data set of twenty, by chance."""
+    rng = np.random.default_rng(6)
+    significant = 0
+    for _ in range(40):
+        y = np.arange(120) % 2
+        common = rng.normal(0, 1, 120)
+        for i in range(4):
+            write_csv(tmp_path / f"{i}.csv", to_rows(y, expit(2 * y - 1 + common + rng.normal(0, 1, 120))))
+        found, _ = evaluate_files(tmp_path, *(f"{i}.csv" for i in range(4)), "--bootstrap", 200)
+        p = [gap["p_holm"] for e in found["compared"] for gap in [e["difference"].get("auroc")] if gap]
+        significant += min(p) < 0.05
+    assert significant <= 5  # of 40 at 5 %: six or more have a chance of 1 %
+
+
+@pytest.mark.parametrize("kind", ["other labels", "other classes", "other images", "fewer images"])
+def test_what_can_not_be_compared_is_an_error(rivals, kind):
+    rows = read_csv((rivals / "good.csv").read_text())
+    if kind == "other labels":
+        rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
+    elif kind == "other classes":
+        rows = [{**r, "label": ("cat", "dog")[int(r["label"])]} for r in rows]
+    elif kind == "other images":
+        rows[0]["path"] = "another.png"
+    else:
+        rows = rows[:-1]
+    write_csv(rivals / "odd.csv", rows)
+    _, err = evaluate_files(
+        rivals, "good.csv", "odd.csv", "--positive", "dog" if kind == "other classes" else "1", code=2
+    )
+    assert len(err.splitlines()) == 1 and ("odd.csv" in err or "--positive" in err)
 
 
 # --- three classes ---
 
 
 @pytest.fixture(scope="module")
-def three(tmp_path_factory) -> SimpleNamespace:
+def three(run_folder, tmp_path_factory) -> SimpleNamespace:
     """A checkpoint of an untrained model for three classes, and a folder of noise that it fits."""
     folder = tmp_path_factory.mktemp("three")
     rng = np.random.default_rng(0)
@@ -537,9 +636,8 @@ def three(tmp_path_factory) -> SimpleNamespace:
     for c in classes:
         (folder / "data" / "test" / c).mkdir(parents=True)
         for i in range(5):
-            Image.fromarray(rng.integers(0, 256, (32, 32), dtype=np.uint8)).save(
-                folder / "data" / "test" / c / f"{c}{i}.png"
-            )
+            pixels = rng.integers(0, 256, (32, 32), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / "data" / "test" / c / f"{c}{i}.png")
     torch.manual_seed(0)
     model = models.build("mobilenetv3_small_050", 3, 32)
     for m in model.modules():  # statistics of no data at all would let it say the same of every image
@@ -548,33 +646,22 @@ def three(tmp_path_factory) -> SimpleNamespace:
     with torch.no_grad():
         model.train()(torch.randn(16, 1, 32, 32))
         model.classifier.weight.mul_(5)
-    about = {
-        "root": str(folder / "data"),
-        "demo": False,
-        "fingerprint": "",
-        "val": [],
-        "patients": [],
-        "pixels": torch.zeros(0),
-    }
-    ckpt = {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "model": "mobilenetv3_small_050"}
-    ckpt |= {
-        "state_dict": model.state_dict(),
-        "classes": classes,
-        "positive": "C",
-        "input_size": 32,
-        "mean": 0.5,
-        "std": 0.3,
-    }
-    ckpt |= {"temperature": 1.5, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
-    models.save(ckpt | {"data": about, "arguments": {"seed": 0}, "input_check": {}}, folder / "ckpt.pt")
+    ckpt = models.load(run_folder)
+    ckpt.update(
+        state_dict=model.state_dict(), classes=classes, positive="C", input_size=32, temperature=1.5, border=None
+    )
+    ckpt["threshold"] = {"value": None, "rule": "largest probability", "from": ""}
+    ckpt["data"].update(root=str(folder / "data"), demo=False)
+    models.save(ckpt, folder / "ckpt.pt")
     return SimpleNamespace(folder=folder, ckpt=folder / "ckpt.pt", classes=classes)
 
 
-def test_three_classes_get_what_is_defined_for_them(three, tmp_path, monkeypatch, capsys):
-    assert run_main(monkeypatch, three.ckpt, "--output", tmp_path, "--bootstrap", 100, "--device", "cpu") == 0
-    out = capsys.readouterr().out
-    found = strict_json((tmp_path / "test.json").read_text())
-    rows = read_csv((tmp_path / "test.csv").read_text())
+def test_three_classes_get_what_is_defined_for_them(three, tmp_path):
+    words = ("--output", "out", "--bootstrap", 100, "--device", "cpu", "--plots")
+    done = run_script("evaluate.py", three.ckpt, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = strict_json((tmp_path / "out" / "test.json").read_text())
+    rows = read_csv((tmp_path / "out" / "test.csv").read_text())
     assert len(rows) == 15
     labels = np.array([three.classes.index(r["label"]) for r in rows])
     p = np.array([[float(r[f"probability_{c}"]) for c in three.classes] for r in rows])
@@ -585,162 +672,31 @@ def test_three_classes_get_what_is_defined_for_them(three, tmp_path, monkeypatch
     assert [r["prediction"] for r in rows] == [three.classes[i] for i in predicted]
     assert len(set(predicted)) > 1  # else the rest shows little
     each = {c: sk.roc_auc_score(labels == i, p[:, i]) for i, c in enumerate(three.classes)}
-    assert {c: v["value"] for c, v in found["auroc_one_vs_rest"].items()} == pytest.approx(each)
+    assert values(found["auroc_one_vs_rest"]) == pytest.approx(each)
     recall = sk.recall_score(labels, predicted, average=None)
-    assert [v["value"] for v in found["sensitivity_per_class"].values()] == pytest.approx(recall.tolist())
+    assert list(values(found["sensitivity_per_class"]).values()) == pytest.approx(recall.tolist())
     expected = {
         "auroc": np.mean(list(each.values())),
         "accuracy": (labels == predicted).mean(),
         "balanced_accuracy": recall.mean(),
     }
-    assert {k: v["value"] for k, v in found["metrics"].items()} == pytest.approx(expected)
+    assert values(found["metrics"]) == pytest.approx(expected)
     assert found["confusion"] == sk.confusion_matrix(labels, predicted).tolist()
-    binary = {"positive", "at_half", "at_prevalence", "calibration", "subgroups"}
-    assert not binary & found.keys()
-    assert "prevalence" not in found["data"] and found["threshold"]["value"] is None
+    assert not {"positive", "at_half", "calibration", "subgroups", "shortcut", "decision_curve"} & found.keys()
+    assert found["threshold"]["value"] is None
     for c in three.classes:
-        assert f"{each[c]:.3f}" in next(line for line in out.splitlines() if line.startswith(f"{c} "))
+        assert any(line.startswith(f"{c} ") and f"{each[c]:.3f}" in line for line in done.stdout.splitlines())
+    assert [line for line in done.stdout.splitlines() if len(line) > 100 and not line.startswith("written")] == []
+    assert_pictures(tmp_path / "out", "test", "test-mistakes")
 
 
-def test_three_classes_have_no_plot_and_none_is_named(three, tmp_path, monkeypatch, capsys):
-    run_main(monkeypatch, three.ckpt, "--output", tmp_path, "--bootstrap", 0, "--plots", "--device", "cpu")
-    assert (".png" in capsys.readouterr().out) == (tmp_path / "test.png").exists()
+def test_three_classes_in_a_comparison(three, tmp_path):
+    found, _ = evaluate_files(tmp_path, three.ckpt, three.ckpt, "--bootstrap", 50, "--device", "cpu")
+    assert [e["number"] for e in found["compared"]] == [1, 2]
+    assert found["compared"][1]["difference"]["auroc"]["p"] == 1
 
 
-@pytest.mark.parametrize("words", [("--stress",), ("--prevalence", "0.2")])
-def test_what_is_for_two_classes_is_an_error_with_three(three, tmp_path, monkeypatch, capsys, words):
-    assert run_main(monkeypatch, three.ckpt, "--output", tmp_path, *words, "--device", "cpu") == 2
-    assert "are for two classes" in capsys.readouterr().err and not (tmp_path / "test.json").exists()
-
-
-# --- comparison ---
-
-
-@pytest.fixture
-def rivals(tmp_path) -> list[Path]:
-    """Predictions of a good, a middling and a useless model on the same 300 images."""
-    rng = np.random.default_rng(4)
-    y = np.arange(300) % 2
-    paths = []
-    for name, skill in (("middling", 1.0), ("good", 3.0), ("useless", 0.0)):
-        p = expit(skill * (2 * y - 1) + rng.normal(0, 1.5, 300))
-        paths.append(write_csv(tmp_path / f"{name}.csv", simple_rows(y.tolist(), p.tolist())))
-    return paths
-
-
-def compare(paths, *words) -> dict:
-    args = arguments("--bootstrap", "400", *words)
-    return evaluate.compare([evaluate.score_csv(str(p)) for p in paths], args)
-
-
-def test_comparison_is_sorted_and_paired(rivals, capsys):
-    found = compare(rivals)
-    strict_json(json.dumps(found, allow_nan=False))
-    order = [e["model"] for e in found["compared"]]
-    assert order == ["good", "middling", "useless"]
-    area = [e["metrics"]["auroc"]["value"] for e in found["compared"]]
-    assert "difference" not in found["compared"][0]
-    for e, a in zip(found["compared"][1:], area[1:]):
-        gap = e["difference"]["auroc"]
-        assert gap["value"] == pytest.approx(a - area[0])
-        assert gap["ci95"][0] < gap["value"] < gap["ci95"][1] < 0
-        assert gap["p"] == pytest.approx(2 / 401)  # the smallest that so many draws can tell
-        accuracy = e["metrics"]["accuracy"]["value"] - found["compared"][0]["metrics"]["accuracy"]["value"]
-        assert e["difference"]["accuracy"]["value"] == pytest.approx(accuracy)
-    assert found["images"] == 300 and found["patients"] == 300 and found["over_seeds"] == []
-    evaluate.print_comparison(found)
-    out = capsys.readouterr().out
-    assert out.index("good.csv") < out.index("middling.csv") < out.index("useless.csv")
-
-
-def test_a_model_does_not_differ_from_itself_in_another_order(rivals, tmp_path):
-    rows = read_csv(rivals[0].read_text())
-    same = write_csv(tmp_path / "same.csv", rows[::-1])
-    found = compare([rivals[0], same])["compared"][1]["difference"]
-    for k in ("auroc", "accuracy"):
-        assert found[k] == {"value": pytest.approx(0, abs=1e-12), "ci95": pytest.approx([0, 0], abs=1e-12), "p": 1}
-
-
-def test_stressed_copies_are_compared_in_the_order_of_the_first(rivals, tmp_path, capsys):
-    """Rows in another order must bring their stressed logits along."""
-    other = write_csv(tmp_path / "other.csv", read_csv(rivals[1].read_text())[::-1])
-    scored = [evaluate.score_csv(str(p)) for p in (rivals[0], other)]
-    scored[1]["stressed"] = {"blur": scored[1]["logits"]}  # a stress that changes nothing
-    found = evaluate.compare(scored, arguments("--bootstrap", "0"))
-    best = found["compared"][0]
-    assert found["split"] == "predictions"
-    evaluate.print_comparison(found)
-    assert f"under stress, mean: AUROC {best['metrics']['auroc']['value']:.3f}" in capsys.readouterr().out
-    assert best["model"] == "other"
-    assert best["stress"]["mean"]["auroc"] == pytest.approx(best["metrics"]["auroc"]["value"])
-
-
-def test_equally_good_models_are_not_told_apart(tmp_path):
-    rng = np.random.default_rng(5)
-    y = np.arange(200) % 2
-    paths = [
-        write_csv(tmp_path / f"{i}.csv", simple_rows(y.tolist(), expit(2 * y - 1 + rng.normal(0, 1.5, 200)).tolist()))
-        for i in range(2)
-    ]
-    gap = compare(paths)["compared"][1]["difference"]["auroc"]
-    assert gap["p"] > 0.05
-    assert gap["ci95"][0] < 0 < gap["ci95"][1]
-
-
-def test_a_missing_truth_is_an_error(tmp_path):
-    path = write_csv(
-        tmp_path / "x.csv", [{"path": p, "label": y, "probability": "0.3"} for p, y in (("a", "1"), ("b", ""))]
-    )
-    with pytest.raises(data.DataError, match="expected two labels"):
-        evaluate.score_csv(str(path))
-
-
-def test_what_takes_one_checkpoint_is_an_error_in_a_comparison(rivals, monkeypatch, capsys):
-    assert run_main(monkeypatch, *rivals, "--prevalence", "0.2") == 2
-    assert "take one checkpoint" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["other labels", "other classes", "other images", "fewer images"])
-def test_what_can_not_be_compared_is_an_error(rivals, tmp_path, kind):
-    rows = read_csv(rivals[0].read_text())
-    if kind == "other labels":
-        rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
-    elif kind == "other classes":
-        rows = [r | {"label": ("cat", "dog")[int(r["label"])]} for r in rows]
-    elif kind == "other images":
-        rows[0]["path"] = "another.png"
-    else:
-        rows = rows[:-1]
-    odd = write_csv(tmp_path / "odd.csv", rows)
-    with pytest.raises(evaluate.data.DataError, match="odd.csv") as caught:
-        compare([rivals[0], odd])
-    assert "\n" not in str(caught.value)
-
-
-def entry(seed: int, auroc: float | None, accuracy: float, **others) -> dict:
-    metrics = {"auroc": {"value": auroc}, "accuracy": {"value": accuracy}}
-    return {"model": "resnet18", "metrics": metrics, "arguments": {"seed": seed, "lr": 0.1} | others}
-
-
-def test_runs_that_differ_in_their_seed_alone_are_summarised():
-    entries = [entry(2, 0.9, 0.5), entry(0, 0.8, 0.7), entry(1, 0.7, 0.9), entry(3, 0.1, 0.1, lr=0.2)]
-    entries.append({"model": "other program", "metrics": {}, "arguments": None})
-    (found,) = evaluate.over_seeds(entries)
-    assert found["model"] == "resnet18" and found["seeds"] == [0, 1, 2]
-    assert found["auroc"] == pytest.approx({"mean": 0.8, "sd": 0.1})
-    assert found["accuracy"] == pytest.approx({"mean": 0.7, "sd": 0.2})
-
-
-def test_one_run_twice_has_no_spread():
-    assert evaluate.over_seeds([entry(1, 0.9, 0.5), entry(1, 0.9, 0.5)]) == []
-
-
-def test_an_undefined_figure_is_left_out_of_the_summary():
-    (found,) = evaluate.over_seeds([entry(1, None, 0.5), entry(2, 0.9, 0.5)])
-    assert "auroc" not in found and found["accuracy"] == {"mean": 0.5, "sd": 0}
-
-
-# --- the real script on a real run ---
+# --- runs ---
 
 
 @pytest.fixture(scope="module")
@@ -755,46 +711,45 @@ def run(run_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def evaluated(run) -> SimpleNamespace:
-    """What evaluate.py with a checkpoint and no flag printed and wrote."""
-    done = run_process("evaluate.py", "ckpt.pt", cwd=run)
+    """What evaluate.py with a run and --stress printed and wrote."""
+    done = run_process("evaluate.py", "ckpt.pt", "--stress", cwd=run)
     assert done.returncode == 0, done.stderr
     text = (run / "test.csv").read_text()
-    return SimpleNamespace(
-        out=done.stdout,
-        err=done.stderr,
-        json=strict_json((run / "test.json").read_text()),
-        csv=text,
-        rows=read_csv(text),
-    )
+    found = strict_json((run / "test.json").read_text())
+    return SimpleNamespace(out=done.stdout, err=done.stderr, json=found, csv=text, rows=read_csv(text))
 
 
 def test_files_have_the_keys_that_others_rely_on(evaluated, run, demo):
     r = evaluated.json
-    assert {"checkpoint", "model", "parameters", "split", "data", "threshold"} <= r.keys()
-    assert {"root", "demo", "images", "patients", "left_out"} <= r["data"].keys()
     assert r["data"]["root"] == str(demo.resolve()) and r["data"]["demo"] is True and r["data"]["left_out"] == []
     names = ["auroc", "auprc", "accuracy", "balanced_accuracy", "sensitivity", "specificity", "ppv", "npv", "f1", "mcc"]
     assert list(r["metrics"]) == names
-    assert {"accuracy", "sensitivity", "specificity"} <= r["at_half"].keys()
     assert {"brier", "nll", "ece", "temperature"} <= r["calibration"].keys()
     assert {"bacterial", "viral"} <= r["subgroups"].keys()
     assert r["split"] == "test" and r["model"] == "mobilenetv3_small_050"
-    ckpt = models.load(run / "ckpt.pt")
+    ckpt = models.load(run)
     assert r["threshold"] == ckpt["threshold"] and "validation" in r["threshold"]["from"]
     assert r["calibration"]["temperature"] == ckpt["temperature"]
-    assert r["parameters"] == sum(
-        v.numel() for k, v in ckpt["state_dict"].items() if "running" not in k and "num_b" not in k
-    )
-    assert list(evaluated.rows[0]) == [
-        "path",
-        "patient",
-        "subtype",
-        "label",
-        "logit",
-        "probability",
-        "prediction",
-        "demo",
-    ]
+    weights = [v for k, v in ckpt["state_dict"].items() if "running" not in k and "num_b" not in k]
+    assert r["parameters"] == sum(v.numel() for v in weights)
+    columns = ["path", "patient", "subtype", "label", "logit", "probability", "prediction", "demo"]
+    assert list(evaluated.rows[0]) == columns
+
+
+def test_a_report_tells_where_it_comes_from(evaluated, run):
+    r = evaluated.json
+    assert r["sha256"] == hashlib.sha256((run / "ckpt.pt").read_bytes()).hexdigest()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d[+-]\d\d:\d\d", r["provenance"]["date"])
+    assert r["provenance"]["command"].endswith("evaluate.py ckpt.pt --stress")
+    assert r["provenance"]["environment"]["torch"] == torch.__version__
+    assert r["run"]["environment"]["torch"] == torch.__version__ and r["run"]["arguments"]["epochs"] == 2
+    assert len(r["data"]["fingerprint"]) == 64
+    card = (run / "report.md").read_text()
+    for text in ("not for diagnosis", r["sha256"], "| AUROC |", "| noise 0.05 |", "## subgroups", "DEMO"):
+        assert text in card
+    trained = sum(row["split"] == "train" for row in read_csv((run / "splits.csv").read_text()))
+    assert f"trained on {trained} images" in card
+    assert "written: test.json, report.md, test.csv" in evaluated.out
 
 
 def test_every_figure_of_a_run_follows_from_its_csv(evaluated, demo):
@@ -806,12 +761,8 @@ def test_every_figure_of_a_run_follows_from_its_csv(evaluated, demo):
     z = np.array([float(row["logit"]) for row in rows])
     p = np.array([float(row["probability"]) for row in rows])
     assert p == pytest.approx(expit(z / r["calibration"]["temperature"]), abs=1e-6)
-    called = np.where(p >= r["threshold"]["value"], "PNEUMONIA", "NORMAL")
-    assert [row["prediction"] for row in rows] == called.tolist()
-    for name in ("bacterial", "viral"):
-        hits = [c == "PNEUMONIA" for row, c in zip(rows, called) if row["subtype"] == name]
-        assert r["subgroups"][name]["images"] == len(hits)
-        assert r["subgroups"][name]["sensitivity"]["value"] == pytest.approx(np.mean(hits))
+    predicted = np.where(p >= r["threshold"]["value"], "PNEUMONIA", "NORMAL")
+    assert [row["prediction"] for row in rows] == predicted.tolist()
     assert r["data"]["patients"] == len({row["patient"] for row in rows})
 
 
@@ -824,137 +775,221 @@ def test_the_printed_report_fits_and_says_what_a_reader_must_know(evaluated, dem
     (line,) = [s for s in lines if s.startswith("threshold")]
     assert f"{r['threshold']['value']:.4f}" in line and "from validation" in line
     for f in r["failures"]:
-        assert any(f["path"] in s and f"{f['probability']:.4f}" in s and f["label"] in s for s in lines)
+        (line,) = [s for s in lines if s.startswith(f"{f['probability']:.4f}") and s.endswith(f["path"][-30:])]
+        assert line.split()[1:3] == [f["label"], f["prediction"]]
     auroc = next(s for s in lines if s.startswith("AUROC"))
     assert f"{r['metrics']['auroc']['value']:.3f}" in auroc and f"{r['metrics']['auroc']['ci95'][0]:.3f}" in auroc
     assert "DEMO" in evaluated.out and evaluated.err.count("DEMO DATA") == 1 and "LEAK" not in evaluated.err
+    assert "UNFINISHED" not in evaluated.out
 
 
-def test_json_alone_on_stdout_and_a_threshold_of_the_user(run, evaluated, tmp_path):
-    words = ("ckpt.pt", "--json", "--threshold", "0.25", "--bootstrap", "50", "--output", tmp_path / "out")
-    done = run_script("evaluate.py", *words, cwd=run)
-    assert done.returncode == 0, done.stderr
-    found = strict_json(done.stdout)
-    assert found["threshold"]["value"] == 0.25 and found["threshold"]["from"] == "command line"
+def test_stress_is_scored_on_changed_copies(evaluated):
+    found = evaluated.json["stress"]
+    names = [k for k in found if k not in ("mean", "worst")]
+    assert len(names) == 12 and {"noise 0.02", "noise 0.05", "border exchanged"} < set(names)
+    for k in ("auroc", "sensitivity", "specificity", "balanced_accuracy"):
+        figures = [found[n][k] for n in names]
+        assert found["mean"][k] == pytest.approx(np.mean(figures)) and found["worst"][k] == min(figures)
+    assert len({tuple(found[n].values()) for n in names}) > 1
+
+
+def test_the_shortcut_is_reported_beside_the_model(evaluated, run, demo):
+    """Recounted from the CSV and the border classifier's own logits."""
+    border = models.load(run)["border"]
+    images = [data.read_image(demo / row["path"], 64)[0] for row in evaluated.rows]
+    speaks = models.border_logit(border, torch.from_numpy(np.stack(images)))
+    y = np.array([row["label"] == "PNEUMONIA" for row in evaluated.rows])
+    predicted = np.array([row["prediction"] == "PNEUMONIA" for row in evaluated.rows])
+    found = evaluated.json["shortcut"]
+    assert found["border_auroc"]["value"] == pytest.approx(sk.roc_auc_score(y, speaks))
+    worst = []
+    for name, mask, metric in (
+        ("NORMAL", ~y & (speaks > 0), "specificity"),
+        ("PNEUMONIA", y & (speaks <= 0), "sensitivity"),
+    ):
+        if mask.any():
+            worst.append(np.mean((predicted == y)[mask]))
+            group = found["groups"][name]
+            assert group["images"] == mask.sum() and group[metric]["value"] == pytest.approx(worst[-1])
+    assert found["worst"] == pytest.approx(min(worst)) and "AUROC of the border alone" in evaluated.out
+
+
+def test_a_threshold_of_the_user_and_another_folder_for_the_files(run, evaluated, tmp_path):
+    words = ("ckpt.pt", "--threshold", "0.25", "--bootstrap", "50", "--output", tmp_path / "out")
+    found, err = evaluate_files(run, *words)
+    assert found["threshold"] == {"value": 0.25, "rule": "0.25", "from": "command line"}
     assert found == strict_json((tmp_path / "out" / "test.json").read_text())
     assert_report(found, read_csv((tmp_path / "out" / "test.csv").read_text()))
     assert found["metrics"]["auroc"]["value"] == evaluated.json["metrics"]["auroc"]["value"]
     assert (run / "test.csv").read_text() == evaluated.csv  # --output left it alone
+    assert f"written: {tmp_path}/out/test.json" in err
 
 
 @pytest.mark.parametrize("split", ["val", "train"])
-def test_a_split_of_the_run_is_scored_as_it_was_drawn(run, tmp_path, monkeypatch, capsys, split):
-    words = ("--split", split, "--output", tmp_path, "--bootstrap", "20", "--device", "cpu")
-    assert run_main(monkeypatch, run / "ckpt.pt", *words) == 0
-    captured = capsys.readouterr()
+def test_a_split_of_the_run_is_scored_as_it_was_drawn(run, tmp_path, split):
+    words = ("--split", split, "--output", tmp_path, "--bootstrap", "0", "--device", "cpu")
+    found, err = evaluate_files(tmp_path, run / "ckpt.pt", *words)
     expected = sorted(r["path"] for r in read_csv((run / "splits.csv").read_text()) if r["split"] == split)
     assert sorted(r["path"] for r in read_csv((tmp_path / f"{split}.csv").read_text())) == expected
-    leaks = [line for line in captured.err.splitlines() if "LEAK" in line]
-    found = strict_json((tmp_path / f"{split}.json").read_text())
-    assert found["split"] == split
-    if split == "val":
-        assert leaks == [] and found["data"]["leaks"] == {"images": 0, "patients": 0}
-    else:
-        assert len(leaks) == 1 and f"{len(expected)} of these images" in leaks[0]
-        assert found["data"]["leaks"]["images"] == len(expected)
-
-
-def test_validation_figures_are_those_that_training_reported(run, tmp_path, monkeypatch):
-    run_main(
-        monkeypatch, run / "ckpt.pt", "--split", "val", "--output", tmp_path, "--bootstrap", "0", "--device", "cpu"
-    )
-    found = strict_json((tmp_path / "val.json").read_text())
+    leaks = [line for line in err.splitlines() if "LEAK" in line]
+    if split == "train":
+        assert len(leaks) == 1 and f"trained on {len(expected)} of these images" in leaks[0]
+        return
+    assert leaks == [] and found["data"]["leaks"] == {"images": 0, "patients": 0}
     known = models.load(run / "ckpt.pt")["validation"]
     assert found["metrics"]["auroc"]["value"] == pytest.approx(known["val_auroc"], abs=1e-3)
     assert found["calibration"]["before_temperature"]["nll"] == pytest.approx(known["val_loss"], abs=1e-4)
 
 
-def test_leaks_are_found_in_another_folder_too(run, demo, tmp_path, monkeypatch, capsys):
-    # The training images under new names, as if they were a test set: the pixels give them away.
-    for c in ("NORMAL", "PNEUMONIA"):
-        (tmp_path / "other" / "test" / c).mkdir(parents=True)
-        for i, p in enumerate(sorted((demo / "train" / c).iterdir())):
-            shutil.copy(p, tmp_path / "other" / "test" / c / f"{i}.jpeg")
-    words = ("--data", tmp_path / "other", "--output", tmp_path, "--bootstrap", "0", "--device", "cpu")
-    assert run_main(monkeypatch, run / "ckpt.pt", *words) == 0
-    trained = sum(r["split"] == "train" for r in read_csv((run / "splits.csv").read_text()))
-    assert f"{trained} of these images and 0 of these patients" in capsys.readouterr().err
-    assert strict_json((tmp_path / "test-other.json").read_text())["data"]["images"] == 96
+def test_leaks_are_found_in_another_folder_too(run, demo, tmp_path):
+    # The training images of one class under new names, as if they were a test set: the pixels give them away.
+    (tmp_path / "other" / "test" / "NORMAL").mkdir(parents=True)
+    for i, p in enumerate(sorted((demo / "train" / "NORMAL").iterdir())):
+        shutil.copy(p, tmp_path / "other" / "test" / "NORMAL" / f"{i}.jpeg")
+    words = ("--data", tmp_path / "other", "--output", tmp_path, "--bootstrap", "50", "--device", "cpu", "--stress")
+    found, err = evaluate_files(tmp_path, run, run, *words)
+    trained = sum(r["split"] == "train" and r["class"] == "NORMAL" for r in read_csv((run / "splits.csv").read_text()))
+    assert err.count("LEAK") == 1  # one warning for both
+    assert f"{trained} of these images and 0 of these patients" in err
+    assert found["compared"][0]["metrics"]["auroc"]["value"] is None  # one class can be scored
+    assert found["compared"][0]["metrics"]["specificity"]["value"] is not None
 
 
-def test_stress_is_scored_on_changed_copies(run, tmp_path, monkeypatch, capsys):
-    words = ("--stress", "--output", tmp_path, "--bootstrap", "0", "--device", "cpu")
-    assert run_main(monkeypatch, run / "ckpt.pt", *words) == 0
-    found = strict_json((tmp_path / "test.json").read_text())["stress"]
-    names = [k for k in found if k not in ("mean", "worst")]
-    assert len(names) == 9
-    for k in ("auroc", "sensitivity", "specificity", "balanced_accuracy"):
-        values = [found[n][k] for n in names]
-        assert found["mean"][k] == pytest.approx(np.mean(values)) and found["worst"][k] == min(values)
-    assert len({tuple(found[n].values()) for n in names}) > 1
-    assert "crop of 85 %" in capsys.readouterr().out
+def test_columns_of_metadata_are_subgroups(run, demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "demo")
+    files = sorted((tmp_path / "demo" / "test").rglob("*.jpeg"))
+    rows = []
+    for i, p in enumerate(files):
+        name = p.relative_to(tmp_path / "demo").as_posix()
+        rows.append({"file_name": name, "sex": "FM"[i % 2], "age": str(i % 9 + 1)})
+    write_csv(tmp_path / "demo" / "metadata.csv", rows)
+    words = ("--data", "demo", "--output", ".", "--bootstrap", 50)
+    done = run_script("evaluate.py", run, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = strict_json((tmp_path / "test-demo.json").read_text())
+    groups = found["subgroups"]
+    assert groups["sex F"]["images"] == 12 and groups["sex M"]["images"] == 12
+    ages = [g["images"] for name, g in groups.items() if name.startswith("age")]
+    assert len(ages) == 3 and sum(ages) == 24
+    scored = {r["path"]: r for r in read_csv((tmp_path / "test-demo.csv").read_text())}
+    part = [scored[r["file_name"]] for r in rows if r["sex"] == "F"]
+    expected = recompute(part, found["threshold"]["value"])
+    for metric in ("auroc", "sensitivity", "specificity"):
+        assert groups["sex F"][metric]["value"] == pytest.approx(expected[metric])
+    (line,) = [s for s in done.stdout.splitlines() if s.startswith(("AUROC 0", "AUROC 1"))]
+    assert "(sex " in line or "(age " in line
 
 
-def test_checkpoints_and_predictions_of_others_in_one_table(run, evaluated, tmp_path):
-    ckpt = models.load(run / "ckpt.pt")
-    generator = torch.Generator().manual_seed(9)
+def altered(run: Path, path: Path, noise: float = 0.0, **arguments) -> Path:
+    """A copy of the run's checkpoint with noise on its weights and other arguments, saved as path/ckpt.pt."""
+    ckpt = models.load(run)
+    generator = torch.Generator().manual_seed(len(str(arguments)))
     for v in ckpt["state_dict"].values():
         if v.is_floating_point() and v.ndim > 1:
-            v.add_(torch.randn(v.shape, generator=generator) * v.std() * 0.5)
-    ckpt["arguments"] |= {"seed": 1}
-    models.save(ckpt, tmp_path / "b.pt")
-    columns = ("path", "label", "probability", "patient")
-    write_csv(tmp_path / "theirs.csv", [{k: r[k] for k in columns} for r in evaluated.rows])
-    words = (run / "ckpt.pt", "b.pt", "theirs.csv", "--output", "out", "--bootstrap", "200")
-    done = run_script("evaluate.py", *words, cwd=tmp_path)
+            v.add_(torch.randn(v.shape, generator=generator) * v.std() * noise)
+    ckpt["arguments"].update(arguments)
+    path.mkdir(parents=True)
+    models.save(ckpt, path / "ckpt.pt")
+    return path
+
+
+def test_runs_that_differ_in_their_seed_are_one_model(run, evaluated, tmp_path):
+    altered(run, tmp_path / "s1", 0.5, seed=1)
+    altered(run, tmp_path / "s2", 0.6, seed=2)
+    altered(run, tmp_path / "other", 0.6, lr=0.1)
+    write_csv(
+        tmp_path / "theirs.csv",
+        [{k: r[k] for k in ("path", "label", "probability", "patient")} for r in evaluated.rows],
+    )
+    words = (run, "s?", "other", "theirs.csv", "--output", "out", "--bootstrap", "200", "--plots", "--device", "cpu")
+    done = run_script("evaluate.py", *words, cwd=tmp_path)  # nobody has expanded s?
     assert done.returncode == 0, done.stderr
     found = strict_json((tmp_path / "out" / "compare.json").read_text())
-    by_file = {Path(e["checkpoint"]).name: e for e in found["compared"]}
-    assert by_file.keys() == {"ckpt.pt", "b.pt", "theirs.csv"}
-    area = [e["metrics"]["auroc"]["value"] for e in found["compared"]]
-    assert area == sorted(area, reverse=True)
-    assert by_file["theirs.csv"]["metrics"]["auroc"]["value"] == pytest.approx(
-        evaluated.json["metrics"]["auroc"]["value"]
-    )
-    assert by_file["ckpt.pt"]["metrics"]["auroc"]["value"] == pytest.approx(evaluated.json["metrics"]["auroc"]["value"])
-    assert by_file["theirs.csv"]["parameters"] is None and by_file["b.pt"]["parameters"] == evaluated.json["parameters"]
-    (seeds,) = found["over_seeds"]
-    values = [by_file[k]["metrics"]["auroc"]["value"] for k in ("ckpt.pt", "b.pt")]
-    assert seeds["seeds"] == [0, 1]
-    assert seeds["auroc"] == pytest.approx({"mean": np.mean(values), "sd": np.std(values, ddof=1)})
-    table = [s for s in done.stdout.splitlines() if str(run) not in s]
-    assert [s for s in table if len(s) > 100] == []
-    assert found["demo"] is True and "DEMO" in done.stdout
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["compare.json"]
+    by_number = {e["number"]: e for e in found["compared"]}
+    assert [len(by_number[i]["runs"]) for i in (1, 2, 3)] == [3, 1, 1]
+    assert by_number[1]["seeds"] == [0, 1, 2]
+    alone = []
+    for path in (run, tmp_path / "s1", tmp_path / "s2"):
+        alone.append(evaluate_files(tmp_path, path, "--bootstrap", 0, "--output", "x")[0]["metrics"]["auroc"]["value"])
+    auroc = by_number[1]["metrics"]["auroc"]
+    assert auroc["value"] == pytest.approx(np.mean(alone)) and auroc["sd"] == pytest.approx(np.std(alone, ddof=1))
+    assert alone[0] == pytest.approx(by_number[3]["metrics"]["auroc"]["value"])  # the CSV is its predictions
+    gap = by_number[3]["difference"]["auroc"]
+    assert gap["value"] == pytest.approx(alone[0] - np.mean(alone))
+    # Training varies too: the interval is wider than seeds of no variation would have it.
+    assert gap["ci95"][1] - gap["ci95"][0] > 2 * 1.96 * np.std(alone, ddof=1) / math.sqrt(3)
+    assert f"{np.mean(alone):.3f} ({np.std(alone, ddof=1):.3f})" in done.stdout
+    assert [s for s in done.stdout.splitlines() if len(s.replace(str(run), "")) > 100] == []
+    assert found["demo"] is True and "DEMO" in done.stdout and done.stderr.count("DEMO DATA") == 1
+    assert_pictures(tmp_path / "out", "compare")
 
 
-def test_checkpoints_of_other_classes_are_not_compared(run, three, demo, monkeypatch, capsys):
-    assert run_main(monkeypatch, run / "ckpt.pt", three.ckpt, "--data", demo, "--device", "cpu") == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert "evaluate.py: error:" in last and "classes" in last
+def test_the_folds_of_a_cross_validation_are_pooled(run, demo, tmp_path):
+    """Each image is scored by the run that did not see it, at that run's threshold."""
+    root = models.load(run)["data"]["root"]
+    for fold in (1, 2):
+        altered(run, tmp_path / f"f{fold}", 0.3, fold=fold)
+        ckpt = models.load(tmp_path / f"f{fold}")
+        ckpt["threshold"]["value"] = fold / 4
+        models.save(ckpt, tmp_path / f"f{fold}" / "ckpt.pt")
+    words = (run, "f1", "f2", "--split", "val", "--bootstrap", 50, "--device", "cpu")
+    found, err = evaluate_files(tmp_path, *words)
+    assert "written: nothing" in err
+    found, _ = evaluate_files(tmp_path, *words, "--output", "out")
+    rows = {r["path"]: r for r in read_csv((tmp_path / "out" / "val.csv").read_text())}
+    folds = data.draw_folds(data.scan(Path(root), "train"), 10)
+    assert len(rows) == sum(fold in (0, 1, 2) for fold in folds) == found["data"]["images"]
+    alone = {}
+    for path in (run, "f1", "f2"):
+        evaluate_files(tmp_path, path, "--split", "val", "--bootstrap", 0, "--output", "one", "--device", "cpu")
+        alone.update({r["path"]: r for r in read_csv((tmp_path / "one" / "val.csv").read_text())})
+    assert rows == alone
+    y = [r["label"] == "PNEUMONIA" for r in rows.values()]
+    auroc = sk.roc_auc_score(y, [float(r["probability"]) for r in rows.values()])
+    assert found["metrics"]["auroc"]["value"] == pytest.approx(auroc)
+    assert found["threshold"]["value"] is None and "each of the 3 runs its own" in found["threshold"]["rule"]
 
 
-def test_predictions_of_a_run_score_as_the_run_does(evaluated, tmp_path, monkeypatch, capsys):
+def test_an_unfinished_run_and_a_temperature_at_its_bound_are_said(run, tmp_path):
+    altered(run, tmp_path / "a", epochs=40)
+    ckpt = models.load(tmp_path / "a")
+    ckpt.update(finished=False, temperature=20.0)
+    models.save(ckpt, tmp_path / "a" / "ckpt.pt")
+    done = run_script("evaluate.py", "a", "--bootstrap", 0, "--device", "cpu", cwd=tmp_path)
+    assert done.stdout.startswith("UNFINISHED: epoch 2 of 40\n")
+    assert "UNFINISHED: epoch 2 of 40" in (tmp_path / "a" / "report.md").read_text()
+    assert "temperature 20.000: at the bound of its fit" in done.stdout
+    done = run_script("evaluate.py", run, "a", "--bootstrap", 0, "--device", "cpu", cwd=tmp_path)
+    assert "2  a  UNFINISHED: epoch 2 of 40" in done.stdout
+
+
+def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "infer", lambda *_: np.full((24, 2), np.inf))
+    _, err = evaluate_files(tmp_path, run, "--device", "cpu", "--output", "out", code=2)
+    last = err.splitlines()[-1]
+    assert "not finite" in last and ".jpeg" in last and not (tmp_path / "out").exists()
+
+
+def test_predictions_of_a_run_score_as_the_run_does(evaluated, tmp_path):
     (tmp_path / "theirs.csv").write_text(evaluated.csv)
-    monkeypatch.chdir(tmp_path)
-    value = evaluated.json["threshold"]["value"]
-    assert run_main(monkeypatch, "theirs.csv", "--json", "--threshold", value) == 0
-    found = strict_json(capsys.readouterr().out)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.csv", "theirs.scored.json"]
+    found, _ = evaluate_files(tmp_path, "theirs.csv", "--threshold", evaluated.json["threshold"]["value"])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["theirs.csv", "theirs.scored.json", "theirs.scored.md"]
     for k, v in evaluated.json["metrics"].items():
         assert found["metrics"][k]["value"] == pytest.approx(v["value"]), k
         assert found["metrics"][k]["ci95"] == pytest.approx(v["ci95"]), k
-    assert found["confusion"] == evaluated.json["confusion"]
     assert found["subgroups"].keys() == evaluated.json["subgroups"].keys()
 
 
+def test_a_run_folder_stands_for_its_checkpoint(run, tmp_path):
+    """The report lands in the folder itself, not beside it; control characters in names do not reach the screen."""
+    shutil.copytree(run, tmp_path / "runs" / "a\x1b[2J")
+    done = run_script("evaluate.py", tmp_path / "runs" / "a\x1b[2J", "--bootstrap", 0, cwd=tmp_path)
+    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
+    assert (tmp_path / "runs" / "a\x1b[2J" / "test.json").exists()
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+
+
 # --- errors of the user ---
-
-
-def test_a_missing_checkpoint_is_one_line_and_code_2(tmp_path):
-    done = run_script("evaluate.py", "nowhere.pt", cwd=tmp_path)
-    assert done.returncode == 2 and done.stdout == ""
-    assert len(done.stderr.splitlines()) == 1 and "nowhere.pt" in done.stderr
 
 
 BAD_CSV = {
@@ -963,94 +998,74 @@ BAD_CSV = {
     "empty": ("", "path, label, probability"),
     "no number": ("path,label,probability\na,0,high\nb,1,0.5\n", "no number"),
     "short row": ("path,label,probability\na,0,0.1\nb,1\n", "needs a header with the columns"),
-    "not a number": ("path,label,probability\na,0,nan\nb,1,0.5\n", r"\[0, 1\]"),
-    "above 1": ("path,label,probability\na,0,1.5\nb,1,0.5\n", r"\[0, 1\]"),
+    "not a number": ("path,label,probability\na,0,nan\nb,1,0.5\n", "[0, 1]"),
+    "above 1": ("path,label,probability\na,0,1.5\nb,1,0.5\n", "[0, 1]"),
     "path twice": ("path,label,probability\na,0,0.1\na,1,0.5\n", "twice"),
     "three labels": ("path,label,probability\na,x,0.1\nb,y,0.5\nc,z,0.5\n", "two labels"),
     "one unknown label": ("path,label,probability\na,x,0.1\nb,x,0.5\n", "two labels"),
+    "no truth": ("path,label,probability\na,1,0.1\nb,,0.5\n", "two labels"),
+    "of predict.py": ("path,label,probability,flags,error\na,1,0.1,,\n", "labels are predictions"),
     "not text": (b"\xff\xfe\x00path", "can't be read"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_CSV)
-def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, monkeypatch, capsys, kind):
+def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, kind):
     content, expected = BAD_CSV[kind]
-    path = tmp_path / "bad.csv"
-    path.write_bytes(content.encode() if isinstance(content, str) else content)
-    assert run_main(monkeypatch, path) == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and "bad.csv" in captured.err and captured.out == ""
-    assert re.search(expected, captured.err)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.csv"]
+    (tmp_path / "bad.csv").write_bytes(content.encode() if isinstance(content, str) else content)
+    _, err = evaluate_files(tmp_path, "bad.csv", code=2)
+    assert len(err.splitlines()) == 1 and "bad.csv" in err and expected in err
+    assert [p.name for p in tmp_path.iterdir()] == ["bad.csv"]
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("garbage.pt",), "damaged"),
-        (("missing.csv",), "missing.csv"),
-        ((), "runs"),
-        (("good.csv", "--bootstrap", "-1"), "--bootstrap"),
-        (("good.csv", "--threshold", "1.5"), "1.5"),
-        (("good.csv", "--threshold", "nan"), "nan"),
-        (("good.csv", "--prevalence", "-0.1"), "prevalence"),
-        (("good.csv", "--seed", "-1"), "seed"),
-        (("good.csv", "--split", "all"), "all"),
+        (("--threshold", "0.3"), "--threshold is for two classes"),
+        (("--stress",), "--stress is for two classes"),
+        (("--positive", "A"), "--positive is for CSV files"),
+        (("--split", "val"), "no folder train/"),
     ],
 )
-def test_errors_are_one_line_and_code_2(tmp_path, monkeypatch, capsys, words, expected):
-    monkeypatch.chdir(tmp_path)
-    Path("garbage.pt").write_bytes(b"\x80garbage" * 100)
-    write_csv(Path("good.csv"), simple_rows([0, 1], [0.2, 0.7]))
-    assert run_main(monkeypatch, *words) == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and expected in captured.err and captured.out == ""
+def test_what_does_not_fit_the_checkpoint_is_told_before_anything_is_done(three, tmp_path, words, expected):
+    _, err = evaluate_files(tmp_path, three.ckpt, *words, "--output", "out", code=2)
+    assert len(err.splitlines()) == 1 and expected in err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", ["no folder", "no test split", "other classes"])
-def test_a_folder_that_does_not_fit_the_checkpoint_is_an_error(run, tmp_path, monkeypatch, capsys, kind):
-    root = tmp_path / "data"
-    if kind != "no folder":
-        for name in ("x", "y"):
-            folder = root / ("train" if kind == "no test split" else "test") / name
-            folder.mkdir(parents=True)
-            Image.new("L", (8, 8)).save(folder / "0.png")
-    assert run_main(monkeypatch, run / "ckpt.pt", "--data", root, "--output", tmp_path / "out") == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and str(root) in captured.err
-    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
+def test_a_folder_with_other_classes_is_an_error(run, three, tmp_path):
+    _, err = evaluate_files(tmp_path, run, "--data", three.folder / "data", "--output", "out", code=2)
+    assert "has the class A, which is not among NORMAL, PNEUMONIA" in err and not (tmp_path / "out").exists()
+    _, err = evaluate_files(tmp_path, run, three.ckpt, "--bootstrap", 0, "--device", "cpu", code=2)
+    assert "tell other classes apart" in err.splitlines()[-1]
 
 
-# --- plots ---
+# --- pictures ---
 
 
-def test_a_plot_without_matplotlib_says_how_to_install_it(named, monkeypatch, capsys):
+def assert_pictures(folder: Path, *stems: str) -> None:
+    """Each as a PNG of some size that is not blank, and a PDF."""
+    for stem in stems:
+        with Image.open(folder / f"{stem}.png") as image:
+            assert image.width >= 3000 and image.height >= 1400
+            assert image.convert("L").reduce(20).getextrema()[0] < 200
+        assert (folder / f"{stem}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_pictures_need_matplotlib_and_say_so(tmp_path, monkeypatch):
+    write_csv(tmp_path / "p.csv", NAMED_ROWS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert run_main(monkeypatch, named, "--plots", "--bootstrap", "20") == 2
-    captured = capsys.readouterr()
-    assert len(captured.err.splitlines()) == 1 and "pip install matplotlib" in captured.err
+    _, err = evaluate_files(tmp_path, "p.csv", "--plots", code=2)
+    assert len(err.splitlines()) == 1 and "pip install matplotlib" in err
 
 
 @pytest.mark.filterwarnings("default")  # matplotlib's own
-@pytest.mark.parametrize("kind", ["run", "named", "no draws", "one class"])
-def test_the_plot_is_a_png_1600_pixels_wide(run, named, tmp_path, monkeypatch, capsys, kind):
+@pytest.mark.parametrize("kind", ["run", "one class"])
+def test_pictures_are_drawn_from_whatever_there_is(run, tmp_path, kind):
     pytest.importorskip("matplotlib")
-    write_csv(tmp_path / "one.csv", simple_rows([1, 1, 1], [0.2, 0.7, 0.9]))
-    source = {"run": run / "ckpt.pt", "one class": tmp_path / "one.csv"}.get(kind, named)
-    draws = 0 if kind == "no draws" else 50
-    words = ("--plots", "--output", tmp_path / "out", "--bootstrap", draws, "--device", "cpu")
-    assert run_main(monkeypatch, source, *words) == 0
-    assert ".png" in capsys.readouterr().out
-    (path,) = (tmp_path / "out").glob("*.png")
-    with Image.open(path) as image:
-        assert image.width == 1600 and image.height >= 600
-        assert image.convert("L").getextrema() == (0, 255)
-
-
-def test_a_run_folder_stands_for_its_checkpoint(run_folder, tmp_path):
-    """The report lands in the folder itself, not beside it."""
-    shutil.copytree(run_folder, tmp_path / "runs" / "a")
-    (tmp_path / "runs" / "a" / "test.json").unlink(missing_ok=True)
-    assert run_script("evaluate.py", tmp_path / "runs" / "a", cwd=tmp_path).returncode == 0
-    assert (tmp_path / "runs" / "a" / "test.json").exists()
-    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["a"]
+    words = ["--bootstrap", 50 if kind == "run" else 0, "--plots", "--output", "out", "--device", "cpu"]
+    write_csv(tmp_path / "p.csv", to_rows(["1", "1", "1"], [0.2, 0.7, 0.9]))
+    source, stem = (run, "test") if kind == "run" else ("p.csv", "p.scored")
+    done = run_script("evaluate.py", source, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"{stem}.png" in done.stdout and f"{stem}.pdf" in done.stdout
+    assert_pictures(tmp_path / "out", stem, *(["test-mistakes"] if kind == "run" else []))
