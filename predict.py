@@ -1,24 +1,28 @@
 """Classify radiographs with a trained model.
 
 python predict.py img.jpeg                              # the newest run's model
-python predict.py --ckpt a.pt --ckpt b.pt --csv folder  # the mean of two models, for all images in a folder
+python predict.py --ckpt runs/a --csv folder            # a run's model, for all images in a folder
 python predict.py --cam maps img.jpeg                   # and where the model looked
 find . -name '*.png' | python predict.py --json -       # a list of paths on stdin, one JSON object a line
+
+From Python: predict.predict(images) with paths, open files, Pillow images or arrays.
 """
 
 import argparse
-import contextlib
-import csv
+import functools
 import glob
 import hashlib
 import itertools
 import json
+import math
 import os
+import re
 import sys
 import threading
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePath
 
 import numpy as np
 import torch
@@ -29,23 +33,99 @@ import data
 import models
 
 BATCH = 32
-ONE_AT_A_TIME = threading.Lock()  # for an accelerator, where two threads would share one queue, or (MPS) crash
 COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A checkpoint that is ready to classify."""
+
+    checkpoint: dict
+    model: torch.nn.Module
+    device: torch.device
+    checksum: str  # first 12 hexadecimal digits of the file's SHA-256
+    turns: threading.Semaphore  # threads that may use the model at once: an accelerator takes one
+
+
+@dataclass
+class Reading:
+    """One image as it was read."""
+
+    path: str  # as it was given; empty for what has none
+    pixels: np.ndarray | None = None  # uint8 [size, size]
+    info: data.ImageInfo | None = None
+    error: str = ""
+
+
+@dataclass
+class Prediction:
+    """One row of the results; these fields are the keys of --json."""
+
+    path: str
+    label: str | None = None
+    probability: float | dict[str, float] | None = None  # of the positive class; of each of more than two
+    threshold: float | None = None  # on the probability of the positive class; None for more than two classes
+    flags: list[str] = field(default_factory=list)
+    unlike: float | None = None  # distance to the training images; above 1 it is flagged
+    error: str = ""
+    demo: bool = False  # the model learnt synthetic phantoms: it means nothing for patients
+    model: str = ""
+    checksum: str = ""
+
+
+def predict(images: list, checkpoint: str | Path | None = None, device: str = "auto") -> list[dict]:
+    """Classify images; the model is kept between calls.
+
+    Args:
+        images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3].
+        checkpoint: a ckpt.pt or the folder of a run; None for the newest run under runs/.
+
+    Returns:
+        for each image the fields of Prediction; one that can't be read has its reason in error.
+
+    Raises:
+        data.UserError: no usable checkpoint or device.
+    """
+    classifier = open_classifier(checkpoint, device)
+    work = functools.partial(classify, classifier=classifier)
+    results = []
+    for rows in stream(images, work, max(1, min(len(images), data.CORES)), BATCH):
+        results += [asdict(row) for row in rows]
+    return results
+
+
+def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
+    """The classifier of a checkpoint, loaded once for as long as its file stays as it is."""
+    path = models.in_run_folder(models.newest_checkpoint() if checkpoint is None else checkpoint)
+    changed = path.stat().st_mtime_ns if path.is_file() else 0
+    return load_classifier(path.absolute(), changed, device)
+
+
+@functools.lru_cache(maxsize=2)
+def load_classifier(path: Path, changed: int, device: str) -> Classifier:
+    checkpoint = models.load(path)
+    device = models.pick_device(device)
+    model = models.fold_batch_norms(models.from_checkpoint(checkpoint, device), checkpoint["input_size"])
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    turns = threading.Semaphore(data.CORES if device.type == "cpu" else 1)
+    return Classifier(checkpoint, model, device, checksum, turns)
+
+
+# --- read ---
 
 
 def find_inputs(inputs):
     """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order.
 
-    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so.
+    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so. None is handed on.
     """
     for item in inputs:
-        if item == "-":
-            yield from find_inputs(line.rstrip("\r\n") for line in sys.stdin or () if line.strip() not in ("", "-"))
+        if item is None:
+            yield None
+        elif item == "-":
+            yield from find_inputs(lines_on_stdin())
         elif os.path.isdir(item):
-            unreadable, path = [], None
-            for path in data.walk(Path(item), unreadable.append):
-                yield str(path)
-            yield from [error.filename for error in unreadable] or [item] * (path is None)
+            yield from find_images(item)
         elif not os.path.exists(item) and glob.has_magic(item):
             found = sorted(glob.glob(item, recursive=True))
             yield from dict.fromkeys(find_inputs(found)) if found else [item]  # ** finds a folder and what is in it
@@ -53,239 +133,324 @@ def find_inputs(inputs):
             yield item
 
 
-def load_models(paths: list[str], device: torch.device) -> list[tuple[dict, torch.nn.Module]]:
-    """Checkpoints and their models; all must tell the same classes apart."""
-    loaded = []
-    for path in paths:
-        ckpt = models.load(path)
-        first = loaded[0][0] if loaded else ckpt
-        if (ckpt["classes"], ckpt["positive"]) != (first["classes"], first["positive"]):
-            mine, theirs = ", ".join(ckpt["classes"]), ", ".join(first["classes"])
-            raise models.ModelError(
-                f"{path} (classes {mine}; positive {ckpt['positive']}) and {paths[0]} (classes {theirs}; positive "
-                f"{first['positive']}) can't be averaged"
-            )
-        if ckpt["data"]["demo"]:
-            data.warn(
-                f"DEMO MODEL: {path} was trained on synthetic phantoms; its predictions mean nothing for patients"
-            )
-        model = models.from_checkpoint(ckpt, device)
-        loaded.append((ckpt, models.fold_batch_norms(model, ckpt["input_size"])))
-    return loaded
+def find_images(folder: str):
+    unreadable, passed_over = [], Counter()
+    empty = True
+    for path in data.walk(Path(folder), passed_over, unreadable.append):
+        empty = False
+        yield str(path)
+    for error in unreadable:
+        yield error.filename
+    if empty and not unreadable:
+        yield folder
+    if passed_over:
+        data.warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending")
 
 
-def read(path: str, sizes: set[int]) -> tuple[str, dict[int, np.ndarray], dict, str]:
-    """The path, its image at each size, what read_image tells of it, and the reason where it can't be read."""
-    images, info = {}, {}
+def lines_on_stdin():
+    """Yield the paths that come, and None before each wait: what came so far is not to wait for more."""
+    rest = b""
+    chunk = b"\n"
+    while chunk:
+        yield None
+        chunk = os.read(0, 65536)
+        *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
+        for line in lines:
+            path = os.fsdecode(line.rstrip(b"\r"))
+            if path.strip() not in ("", "-"):
+                yield path
+
+
+def read(source, size: int) -> Reading:
+    """Read one path, open file, Pillow image or array."""
+    name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
+    reading = Reading(os.fsdecode(name) if isinstance(name, str | os.PathLike) else "")
     try:
-        for size in sizes:
-            images[size], info = data.read_image(path, size)
+        reading.pixels, reading.info = data.read_image(source, size)
     except data.ImageError as e:
-        return path, {}, {}, str(e)
-    return path, images, info, ""
+        reading.error = str(e)
+    return reading
 
 
-def flags(info: dict, pixels: np.ndarray, unlike: bool) -> list[str]:
-    """What a person should know of an image before trusting the label."""
-    levels = pixels[::4, ::4].ravel()
-    tail = len(levels) // 50  # 2 % at either end may be a letter or an edge
-    levels = np.partition(levels, (tail, len(levels) - 1 - tail))
-    found = {
-        "colour image": info["colour"] > COLOUR,
-        "near-constant image": int(levels[-1 - tail]) - int(levels[tail]) < CONSTANT,
-        "under 64 pixels": min(info["width"], info["height"]) < SMALL,
-        "unlike training images": unlike,
-    }
-    return [name for name, on in found.items() if on]
+def stream(sources, work, workers: int, limit: int):
+    """Yield work([source, ...]) of the sources in order, a few lists ahead, however many sources there are.
 
-
-@torch.inference_mode()
-def classify(batch: list[tuple], loaded: list[tuple[dict, torch.nn.Module]], device: torch.device) -> list[tuple]:
-    """Classify what read returned for each file.
-
-    Returns:
-        for each file a dict (path, label, probability, threshold, flags, error, demo) and its images by size.
+    Lists grow up to limit, so that few sources are shared out too. A source that is None makes all before it come out.
     """
-    good = [images for _, images, _, _ in batch if images]
-    mean, unlike = 0.0, torch.zeros(len(good), dtype=torch.bool)
-    for ckpt, model in loaded if good else ():
-        pixels = torch.from_numpy(np.stack([images[ckpt["input_size"]] for images in good]))
-        with contextlib.nullcontext() if device.type == "cpu" else ONE_AT_A_TIME:
-            x = data.normalise(pixels.to(device), ckpt["mean"], ckpt["std"]).to(memory_format=torch.channels_last)
-            logits = model(x).cpu()
-        mean = mean + models.probabilities(logits, ckpt["temperature"]) / len(loaded)
-        unlike |= models.unlikeness(ckpt["input_check"], pixels) > ckpt["input_check"]["cut"]
-    classes, threshold = loaded[0][0]["classes"], None
-    positive = classes.index(loaded[0][0]["positive"])
-    if len(classes) == 2:
-        threshold = sum(ckpt["threshold"]["value"] for ckpt, _ in loaded) / len(loaded)
-    demo = any(ckpt["data"]["demo"] for ckpt, _ in loaded)
-    results, found = [], zip(mean.tolist() if good else (), unlike.tolist())
-    for path, images, info, reason in batch:
-        result = {"path": path, "label": None, "probability": None, "threshold": threshold, "flags": []}
-        result |= {"error": reason, "demo": demo}
-        if images:
-            p, odd = next(found)
-            called = int(np.argmax(p))
-            if len(classes) == 2:
-                called = positive if p[positive] >= threshold else 1 - positive
-            result["label"] = classes[called]
-            result["probability"] = p[positive] if len(classes) == 2 else dict(zip(classes, p))
-            result["flags"] = flags(info, next(iter(images.values())), odd)
-        results.append((result, images))
-    return results
-
-
-def stream(paths, read, work, workers: int, size: int = BATCH):
-    """Yield work([read(path), ...]) of batches of size paths in order, a few ahead, however many paths there are.
-
-    The same workers, with one thread each, read files and classify batches, so that no core waits while there is either
-    to do; where there are fewer files than that takes, the model gets the spare cores.
-    """
-    paths = iter(paths)
-    head = list(itertools.islice(paths, workers * size))
-    workers = max(1, min(workers, len(head)))
-    size = max(1, min(size, -(-len(head) // workers)))
-    paths, pool, threads = itertools.chain(head, paths), ThreadPoolExecutor(workers), torch.get_num_threads()
+    pool, jobs, batch = ThreadPoolExecutor(workers), deque(), []
+    threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
-
-    def submit(batch: list[str]) -> Future:
-        reads = [pool.submit(read, path) for path in batch]  # the pool starts these before what waits for them
-        return pool.submit(lambda: work([r.result() for r in reads]))
-
+    submitted = 0
     try:
-        jobs = (submit(batch) for batch in iter(lambda: list(itertools.islice(paths, size)), []))
-        ahead = deque(itertools.islice(jobs, 2 * workers))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(itertools.islice(jobs, 1))
+        for source in itertools.chain(sources, [None]):
+            if source is not None:
+                batch.append(source)
+            if batch and (source is None or len(batch) == min(limit, 2 ** (submitted // workers))):
+                jobs.append(pool.submit(work, batch))
+                submitted += 1
+                batch = []
+            while jobs and (source is None or len(jobs) > 2 * workers):
+                yield jobs.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
         torch.set_num_threads(threads)
 
 
-def save_cam(result: dict, loaded: list[tuple[dict, torch.nn.Module]], images: dict, folder: Path, device) -> None:
-    """Write the radiograph at its own resolution with the heat map of its label laid over it, and a caption."""
-    heat = 0.0
-    picture = Image.fromarray(data.read_image(result["path"], None)[0])
-    width, height = picture.size
-    for ckpt, model in loaded:
-        pixels = torch.from_numpy(images[ckpt["input_size"]])[None].to(device)
-        x = data.normalise(pixels, ckpt["mean"], ckpt["std"])
-        cam = models.grad_cam(model, x, ckpt["classes"].index(result["label"]))[0].cpu().numpy()
-        cam = Image.fromarray(cam).resize(picture.size, Image.Resampling.BICUBIC)
-        heat = heat + np.asarray(cam).clip(0, 1) / len(loaded)
-    # From no colour over red to yellow, as opaque as the map is high.
-    green, mask = (Image.fromarray((255 * v).astype(np.uint8)) for v in (heat**2, heat / 2))
-    colour = Image.merge("RGB", (Image.new("L", picture.size, 255), green, Image.new("L", picture.size)))
-    label, p, of = result["label"], result["probability"], loaded[0][0]["positive"]
-    if isinstance(p, dict):  # more than two classes
-        p, of = p[label], label
-    font = ImageFont.load_default(max(12, min(width // 45, 60)))
-    lines = [printable(Path(result["path"]).name), f"{label}   P({of}) = {p:.3f}   (map: what speaks for {label})"]
-    lines += result["flags"] + ["DEMO MODEL, trained on synthetic phantoms"] * result["demo"]
-    line = int(font.size * 1.35)
-    wide = max(width, *(int(font.getlength(text)) + line for text in lines))
-    canvas = Image.new("RGB", (wide, height + line * len(lines) + line // 2), "black")
-    canvas.paste(Image.composite(colour, picture.convert("RGB"), mask), (0, 0))
+# --- classify ---
+
+
+def classify(sources: list, classifier: Classifier) -> list[Prediction]:
+    """A prediction for each path, open file, Pillow image or array."""
+    checkpoint = classifier.checkpoint
+    readings = [read(source, checkpoint["input_size"]) for source in sources]
+    rows = []
+    for reading in readings:
+        row = Prediction(reading.path, error=reading.error, threshold=checkpoint["threshold"]["value"])
+        row.demo = checkpoint["data"]["demo"]
+        row.model = checkpoint["model"]
+        row.checksum = classifier.checksum
+        rows.append(row)
+    good = [i for i, reading in enumerate(readings) if not reading.error]
+    if good:
+        images = torch.from_numpy(np.stack([readings[i].pixels for i in good]))
+        unlike = models.unlikeness(checkpoint["input_check"], images) / checkpoint["input_check"]["cut"]
+        for i, p, distance in zip(good, infer(images, classifier), unlike.tolist()):
+            rows[i].unlike = distance
+            rows[i].flags = flags(readings[i], distance)
+            decide(rows[i], p, checkpoint)
+    return rows
+
+
+@torch.inference_mode()
+def infer(images: torch.Tensor, classifier: Classifier) -> list[list[float]]:
+    """Probabilities of each class, of uint8 images [n, size, size]."""
+    checkpoint = classifier.checkpoint
+    with classifier.turns:
+        x = data.normalise(images.to(classifier.device), checkpoint["mean"], checkpoint["std"])
+        logits = classifier.model(x).cpu()
+    return models.probabilities(logits, checkpoint["temperature"]).tolist()
+
+
+def decide(row: Prediction, probabilities: list[float], checkpoint: dict) -> None:
+    """Fill in probability and label, or the error that there is none."""
+    classes = checkpoint["classes"]
+    positive = classes.index(checkpoint["positive"])
+    if not np.isfinite(probabilities).all():
+        row.error = "the model's output for this image is not finite"
+    elif len(classes) == 2:
+        row.probability = probabilities[positive]
+        row.label = classes[positive if row.probability >= row.threshold else 1 - positive]
+    else:
+        row.probability = dict(zip(classes, probabilities))
+        row.label = max(row.probability, key=row.probability.get)
+
+
+def flags(reading: Reading, unlike: float) -> list[str]:
+    """What a person should know of an image before trusting the label."""
+    levels = reading.pixels[::4, ::4].ravel()
+    tail = len(levels) // 50  # 2 % at either end may be a letter or an edge
+    levels = np.partition(levels, (tail, len(levels) - 1 - tail))
+    spread = int(levels[-1 - tail]) - int(levels[tail])
+    limits = {
+        "colour image": reading.info.colour > COLOUR,
+        "near-constant image": spread < CONSTANT,
+        "under 64 pixels": min(reading.info.width, reading.info.height) < SMALL,
+        "unlike training images": unlike > 1,
+    }
+    return [name for name, holds in limits.items() if holds]
+
+
+# --- heat maps ---
+
+LOW = 0.3  # of a map's own maximum: what is lower has no colour
+PANEL = (224, 2500)  # pixels: smallest width, largest side
+GREY, WHITE = (90, 90, 90), (255, 255, 255)
+
+
+def add_heat_map(row: Prediction, classifier: Classifier, folder: Path) -> None:
+    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile."""
+    checkpoint = classifier.checkpoint
+    pixels = torch.from_numpy(data.read_image(row.path, checkpoint["input_size"])[0])
+    x = data.normalise(pixels[None].to(classifier.device), checkpoint["mean"], checkpoint["std"])
+    heat = models.heat_map(classifier.model, x, checkpoint["classes"].index(row.label))[0].cpu().numpy()
+    picture = Image.fromarray(data.read_image(row.path, None)[0])
+    with data.replacing(folder / map_name(Path(row.path))) as f:
+        draw_heat_map(picture, heat, caption(row, checkpoint["positive"])).save(f, "PNG")
+
+
+def map_name(path: PurePath) -> str:
+    """A file name from the last parts of a path; a digest of the whole keeps those of one name apart."""
+    parts = path.relative_to(path.anchor).parts[-3:]
+    name = re.sub(r"[^\w-]+", "_", "_".join(parts))
+    name = name.encode()[-120:].decode(errors="ignore")  # file systems count bytes
+    return f"{name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}_cam.png"
+
+
+def caption(row: Prediction, positive: str) -> list[str]:
+    """The lines under a heat map."""
+    if row.threshold is None:
+        result = f"{row.label}: P({row.label}) = {row.probability[row.label]:.3f}"
+    else:
+        result = f"{row.label}: P({positive}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
+    lines = [Path(row.path).name, result, f"colour: what speaks for {row.label}, of this map's maximum"]
+    if row.demo:
+        lines.append("DEMO MODEL, trained on synthetic phantoms")
+    return lines + row.flags
+
+
+def draw_heat_map(picture: Image.Image, heat: np.ndarray, lines: list[str]) -> Image.Image:
+    """The radiograph beside itself with the map over it, a colour scale, and a caption.
+
+    Args:
+        picture: grey. heat: float [height, width] in [0, 1], of any size.
+    """
+    factor = min(max(PANEL[0] / picture.width, 1), PANEL[1] / max(picture.size))
+    width, height = round(picture.width * factor), round(picture.height * factor)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
+    heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
+    font = ImageFont.load_default(max(12, width // 28))
+    gap = round(font.size / 3)
+    line = font.size + gap
+    canvas = Image.new("RGB", (2 * width + gap, height + line * (len(lines) + 1) + gap), "black")
+    canvas.paste(picture, (0, 0))
+    canvas.paste(Image.alpha_composite(picture, tint(heat)), (width + gap, 0))
+    draw = ImageDraw.Draw(canvas)
+    scale = Image.new("RGBA", (width - 6 * font.size, font.size), GREY)
+    ramp = np.tile(np.linspace(LOW, 1, scale.width), (scale.height, 1))
+    left, top = width + gap + 3 * font.size, height + gap
+    canvas.paste(Image.alpha_composite(scale, tint(ramp)), (left, top))
+    draw.text((left - gap, top), f"{LOW}", fill=WHITE, font=font, anchor="ra")
+    draw.text((left + scale.width + gap, top), "1", fill=WHITE, font=font)
     for i, text in enumerate(lines):
-        ImageDraw.Draw(canvas).text((line // 3, height + line // 4 + i * line), text, fill="white", font=font)
-    name = "_".join(Path(result["path"]).parts[-3:]).strip("/").replace("/", "_").replace(".", "_")
-    name = os.fsencode(name)[-120:].decode(errors="ignore")  # file systems count bytes
-    digest = hashlib.sha256(os.fsencode(result["path"])).hexdigest()[:6]
-    with data.replacing(folder / f"{name}_{digest}_cam.png") as f:  # two images of one name keep a map each
-        canvas.save(f, "PNG")
+        shown = shorten(text, font, canvas.width - 2 * gap)
+        draw.text((gap, height + gap + (i + 1) * line), shown, fill=WHITE, font=font)
+    return canvas
 
 
-def printable(name: str) -> str:
-    """A file name as one line."""
-    return "".join(c if c.isprintable() else "?" for c in name)
+def tint(heat: np.ndarray) -> Image.Image:
+    """RGBA: from red to yellow and from faint to half opaque; nothing under LOW."""
+    strength = (heat - LOW).clip(0) / (1 - LOW)
+    red = np.full_like(heat, 255)
+    opacity = np.where(heat < LOW, 0, 70 + 60 * strength)
+    return Image.fromarray(np.stack([red, 255 * strength, 0 * red, opacity], axis=2).astype(np.uint8))
 
 
-class Writer:
-    """Prints results as they come: a table for people, CSV, or a JSON object a line."""
+def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """A line that fits, without its middle where it would not; the font knows Latin letters alone."""
+    text = data.printable(text).encode("latin-1", "replace").decode("latin-1")
+    kept = len(text)
+    shown = text
+    while font.getlength(shown) > width:
+        kept -= 1
+        shown = f"{text[: math.ceil(kept / 2)]}...{text[len(text) - kept // 2 :]}"
+    return shown
 
-    def __init__(self, style: str, classes: list[str]) -> None:
-        self.style, self.classes, self.header, self.width = style, classes, True, 0
 
-    def row(self, r: dict) -> dict:
-        row, p = {"path": r["path"], "label": r["label"]}, r["probability"]
-        row |= {"probability": p} if len(self.classes) == 2 else {f"probability_{c}": p and p[c] for c in self.classes}
-        flags = "; ".join(r["flags"] + ["demo model"] * r["demo"])
-        return row | {"threshold": r["threshold"], "flags": flags, "error": r["error"]}
+# --- write ---
 
-    def write(self, results: list[dict], out) -> None:
-        if self.style == "json":
-            for r in results:
-                out.write(json.dumps(r) + "\n")
-        elif self.style == "csv":
-            writer = csv.DictWriter(out, list(self.row(results[0])), lineterminator="\n")
-            if self.header:
-                writer.writeheader()
-            writer.writerows(self.row(r) for r in results)
-        else:
-            paths = [printable(r["path"]) for r in results]
-            self.width = max(self.width, *map(len, paths))
-            name = max(len(c) for c in self.classes)
-            for path, r in zip(paths, results):
-                p = r["probability"]
-                shown = p[r["label"]] if isinstance(p, dict) else p
-                notes = "; ".join(r["flags"] + ["DEMO MODEL"] * r["demo"])
-                text = f"error: {r['error']}" if r["error"] else f"{r['label']:{name}}  {shown:.4f}  {notes}"
-                out.write(f"{path:{self.width}}  {text}".rstrip() + "\n")
-        self.header = False
-        out.flush()
+
+def table_header(classes: list[str], row: Prediction, positive: str) -> str:
+    column = max(len(name) for name in [*classes, "error"])
+    if row.threshold is None:
+        return f"{'label':{column}}  P(label)  image"
+    return f"{'label':{column}}  P({positive})  image (threshold {row.threshold:.3f})"
+
+
+def table_row(row: Prediction, header: str) -> str:
+    """A line under the header; the path stands last, since nobody knows how long paths will be."""
+    second, third = header.index("P("), header.index("image")
+    p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
+    shown = "-" if p is None else f"{p:.4f}"
+    notes = [row.error] if row.error else row.flags + ["DEMO MODEL"] * row.demo
+    notes = f"  [{'; '.join(notes)}]" if notes else ""
+    return f"{row.label or 'error':{second}}{shown:>{third - second - 2}}  {data.printable(row.path + notes)}"
+
+
+def csv_row(row: Prediction, classes: list[str]) -> dict:
+    cells = {"path": row.path, "label": row.label}
+    if len(classes) == 2:
+        cells["probability"] = row.probability
+    else:
+        for name in classes:
+            cells[f"probability_{name}"] = row.probability and row.probability[name]
+    cells["threshold"] = row.threshold
+    cells["flags"] = "; ".join(row.flags + ["demo model"] * row.demo)
+    for key in ("unlike", "error", "model", "checksum"):
+        cells[key] = getattr(row, key)
+    return cells
+
+
+def to_text(rows: list[Prediction], style: str, checkpoint: dict, first: bool) -> str:
+    """Rows as json, csv or table; a header stands above the first ones."""
+    classes = checkpoint["classes"]
+    if style == "json":
+        lines = [json.dumps(asdict(row)) for row in rows]
+    elif style == "csv":
+        return data.to_csv([csv_row(row, classes) for row in rows], header=first)
+    else:
+        header = table_header(classes, rows[0], checkpoint["positive"])
+        lines = [table_row(row, header) for row in rows]
+        if first:
+            lines = [header, *lines]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def summary(counts: Counter, flagged: int, checkpoint: dict) -> str:
+    """The last line: how many images there were, and what was said of them; counts: of each label, None for errors."""
+    labels = [f"{counts[name]} {name}" for name in checkpoint["classes"]]
+    if len(labels) == 2:
+        positives = counts[checkpoint["positive"]]
+        labels = [f"{positives} positive", f"{counts.total() - counts[None] - positives} negative"]
+    return f"{counts.total()} images: {', '.join(labels)}, {flagged} flagged, {counts[None]} errors"
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint; several are averaged (newest run)")
+    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint or folder of a run (the newest)")
     style = parser.add_mutually_exclusive_group()
-    style.add_argument("--json", action="store_true", help="one JSON object a line")
-    style.add_argument("--csv", action="store_true", help="CSV with a header")
-    parser.add_argument("--cam", metavar="DIR", help="write each image with a Grad-CAM heat map to DIR")
+    style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object a line")
+    style.add_argument("--csv", dest="style", action="store_const", const="csv", help="CSV with a header")
+    parser.add_argument("--cam", metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    device = models.pick_device(args.device)
-    loaded = load_models(args.ckpt or [str(models.newest_checkpoint())], device)
+    if args.ckpt and len(args.ckpt) > 1:
+        raise data.UserError("--ckpt takes one checkpoint")
+    classifier = open_classifier(args.ckpt and args.ckpt[0], args.device)
+    checkpoint = classifier.checkpoint
+    if checkpoint["data"]["demo"]:
+        data.warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     if args.cam:
         Path(args.cam).mkdir(parents=True, exist_ok=True)
-    writer = Writer("json" if args.json else "csv" if args.csv else "table", loaded[0][0]["classes"])
-    # A heat map hooks into the model, which others must not use meanwhile; it takes long, so each gives its row at once.
-    workers, size = (1, 1) if args.cam else (data.CORES, BATCH)
-    failed = count = 0
-    sizes = {ckpt["input_size"] for ckpt, _ in loaded}
-
-    def work(batch: list[tuple]) -> list[dict]:
-        done = classify(batch, loaded, device)
-        for result, images in done if args.cam else ():
-            try:
-                if images:
-                    save_cam(result, loaded, images, Path(args.cam), device)
-            except (data.ImageError, MemoryError) as e:  # gone meanwhile, or huge
-                result |= {"label": None, "probability": None, "flags": [], "error": f"no map: {e}"}
-        return [result for result, _ in done]
-
+    work = functools.partial(classify, classifier=classifier)
+    workers, limit = data.CORES, BATCH
+    if args.cam or (len(args.inputs) == 1 and os.path.isfile(args.inputs[0])):
+        workers, limit = 1, 1  # a heat map takes long: each gives its row at once
+    counts, flagged = Counter(), 0
     with tqdm(unit="img", leave=False, disable=None) as bar:
-        for results in stream(find_inputs(args.inputs), lambda path: read(path, sizes), work, workers, size):
-            count += len(results)
-            failed += sum(bool(r["error"]) for r in results)
-            bar.update(len(results))
+        for rows in stream(find_inputs(args.inputs), work, workers, limit):
+            for row in rows:
+                if args.cam and row.label is not None:
+                    add_heat_map(row, classifier, Path(args.cam))
             with bar.external_write_mode():  # the bar makes way for rows on the same terminal
-                writer.write(results, sys.stdout)
-    if not count:
-        raise data.DataError(f"no image found in {' '.join(args.inputs)}")
-    return 1 if failed else 0
+                sys.stdout.write(to_text(rows, args.style, checkpoint, first=not counts))
+                sys.stdout.flush()
+            bar.update(len(rows))
+            counts.update(row.label for row in rows)
+            flagged += sum(bool(row.flags) for row in rows)
+    if not counts:
+        raise data.UserError(f"no image found in {' '.join(args.inputs)}")
+    print(summary(counts, flagged, checkpoint), file=sys.stderr)
+    return 1 if counts[None] else 0
 
 
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    data.run_script(parser, lambda: run(args), models.ModelError)
+    data.run_script(parser, lambda: run(args))
 
 
 if __name__ == "__main__":
