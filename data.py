@@ -28,6 +28,7 @@ import io
 import itertools
 import json
 import math
+import operator
 import os
 import re
 import shlex
@@ -479,19 +480,25 @@ def check_classes(records: list[Record], classes: list[str], where: str) -> None
         raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
 
 
-def scan_all(root: Path, fewest: int = 1) -> list[Record]:
-    """scan of train/, and of val/ and test/ where there are such with images; the split of a small val/ is train."""
-    records = scan(root, "train", fewest)
-    classes = sorted({r.label for r in records})
-    for split in ("val", "test"):
-        if not split_folder(root, split).is_dir():
+def scan_all(root: Path, fewest: int = 0) -> list[Record]:
+    """scan of train/, val/ and test/, where there are such with images; the split of a small val/ is train.
+
+    Raises:
+        UserError: train/ has fewer than fewest classes, or the splits have other classes than train.
+    """
+    records = []
+    for split in SPLITS:
+        if split == "train" and fewest:
+            records = scan(root, split, fewest)
             continue
         try:
             more = scan(root, split)
-        except UserError as e:  # training does without
-            warn(str(e))
+        except UserError as e:
+            if split_folder(root, split).is_dir():
+                warn(str(e))
             continue
-        check_classes(more, classes, f"{root}/{split}")
+        if records:
+            check_classes(more, sorted({r.label for r in records}), f"{root}/{split}")
         if split == "val" and len(more) < SMALL_VAL:
             warn(
                 f"{root}/val holds only {len(more)} images: they are used for training; validation is drawn by patient"
@@ -613,9 +620,8 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file is called
     "JPEG2000": ".jp2 .j2k",
     "PPM": ".pbm .pgm .ppm .pnm",
 }
+FULL_SCALES = {2**bits - 1 for bits in range(8, 16)}
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-WHITES = 2.0 ** np.arange(1, 129) - 1  # full scales of 1 to 128 bits
-BLACKS = np.append(0, 2.0 ** np.arange(-32, 128))  # how far below zero samples may reach
 
 
 @dataclass(slots=True)
@@ -663,8 +669,7 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
             IsADirectoryError: "a folder without images",
             Image.UnidentifiedImageError: "not an image of a known format",
         }
-        detail = " ".join(str(e).split()) or type(e).__name__
-        raise ImageError(known.get(type(e), f"cannot be decoded: {printable(detail)}")) from None
+        raise ImageError(known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")) from None
 
 
 def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
@@ -676,7 +681,6 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
     deep = image.mode[0] in "IF"
     if deep:
         black, white = find_range(image)
-        info.depth = int(abs(white - black)).bit_length()
     orientation = image.getexif().get(0x0112, 1)
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
@@ -684,6 +688,7 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         info.width, info.height = info.height, info.width
     if deep:
         image = _scale(_bands(image), image.size[::-1], black, white)
+        info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -723,12 +728,12 @@ def _bands(image: Image.Image):
 
 def _scale(bands, shape: tuple[int, int], black: float, white: float) -> Image.Image:
     """8-bit image from bands of any samples; black may lie above white."""
-    factor = 255 / (white - black)
-    if not np.isfinite(factor):
-        raise ImageError("holds values that are not finite")
     levels, top = np.empty(shape, np.uint8), 0
     for band in bands:
-        levels[top : top + len(band)] = ((band - black) * factor).clip(0, 255).round()
+        scaled = (band - black) * (255 / (white - black))
+        if not np.isfinite(scaled).all():
+            raise ImageError("holds values that are not finite")
+        levels[top : top + len(band)] = scaled.clip(0, 255).round()
         top += len(band)
     return Image.fromarray(levels)
 
@@ -737,24 +742,18 @@ def find_range(image: Image.Image) -> tuple[float, float]:
     """Black and white of samples of 16 or 32 bits, or of floats: as the file states them, else guessed from the values.
 
     White is guessed as the smallest 2^d - 1, from 8 bits on, that all but a thousandth of the pixels (at least one)
-    keep to. So a few odd pixels change nothing, and every depth is found of a picture that has more than a thousandth
-    of its pixels in the upper half of its range (as all of 1,665 public radiographs had). A darker picture can't be
-    told from a brighter one of fewer bits: it comes out brighter, by a power of two. Black is 0, or the power of two
-    below it that the negative samples keep to likewise. Floats may end at 1, 3, 7 ... too.
-
-    Raises:
-        ImageError: a value is not finite.
+    keep to, on a grid of up to 1024 x 1024. So a few odd pixels change nothing, and every depth is found of a picture
+    that has more than a thousandth of its pixels in the upper half of its range (as all of 1,665 public radiographs
+    had). A darker picture can't be told from a brighter one of fewer bits: it comes out brighter, by a power of two.
+    Black is 0, or the power of two below it that the negative samples keep to likewise. Floats may end at 1, 3, 7 ...
     """
-    bright, dark = np.zeros(len(WHITES)), np.zeros(len(BLACKS))
-    for band in _bands(image):
-        samples = band.ravel().astype(float)
-        if not np.isfinite(samples).all():
-            raise ImageError("holds values that are not finite")
-        bright += np.bincount(np.searchsorted(WHITES, samples), minlength=len(WHITES))
-        dark += np.bincount(np.searchsorted(BLACKS, -samples), minlength=len(BLACKS))
-    enough = bright.sum() - max(1, bright.sum() // 1000)
-    black = -BLACKS[np.argmax(dark.cumsum() >= enough)]
-    white = max(WHITES[np.argmax(bright.cumsum() >= enough)], -black - 1)  # signed: either end tells the depth
+    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.Resampling.NEAREST)
+    samples = np.sort(grid, axis=None).astype(float)
+    odd = max(1, len(samples) // 1000)
+    lowest, highest = samples[odd], samples[-1 - odd]
+    black = -(2.0 ** np.ceil(np.log2(-lowest))) if lowest < 0 else 0.0
+    white = 2.0 ** np.ceil(np.log2(max(highest, 1) + 1)) - 1
+    white = max(white, -black - 1)  # of signed samples either end tells the depth
     tags = getattr(image, "tag_v2", {})
     (largest,) = tags.get(281, (0,))  # MaxSampleValue
     if image.mode != "F":
@@ -763,7 +762,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
             white = 65535.0
         elif tags.get(258) == (12,):  # BitsPerSample
             white = 4095.0
-        elif 255 <= largest < 65535 and largest in WHITES:  # another number is no depth but the brightest pixel's
+        elif largest in FULL_SCALES:  # another number is no depth but the brightest pixel's
             white = float(largest)
     if tags.get(262) == 0:  # white is zero, which Pillow sees to for 8 bits only
         return white, black
@@ -779,6 +778,8 @@ def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
         raise ImageError("a DICOM file needs pydicom: pip install pydicom") from None
     file.seek(0)
     dataset = dcmread(file)
+    if "PixelData" not in dataset:  # a report, a plan or an index
+        raise ImageError("a DICOM file without an image")
     bits = dataset.BitsStored
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
     _refuse_large(info)
@@ -1202,215 +1203,308 @@ def recompress(pixels: np.ndarray, quality: int) -> np.ndarray:
 
 # --- the demo set ---
 
-DEMO_VERSION = 2
+PHANTOM_SIDE = 112  # pixels; drawn at this size, then resized
+KINDS = (  # class, subtype, and file names as in the best-known and in the newer copies of the public set
+    ("NORMAL", "", "IM-{:04d}-{:04d}.jpeg", "NORMAL-{}-{:04d}.jpeg"),
+    ("PNEUMONIA", "bacterial", "person{}_bacteria_{}.jpeg", "BACTERIA-{}-{:04d}.jpeg"),
+    ("PNEUMONIA", "viral", "person{}_virus_{}.jpeg", "VIRUS-{}-{:04d}.jpeg"),
+)
 
 
 def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
-    """Write a synthetic set: crude chest phantoms with patients, subtypes, varied sizes and names of both schemes.
+    """Write a synthetic set: crude chest phantoms of patients with two images each, in varied sizes.
 
-    One in five is for test; two in three show a pneumonia: focal consolidation (bacterial) or diffuse streaks (viral).
-    Brightness, contrast, size and aspect are drawn without regard to the class. opacities.csv holds where each opacity
-    lies: path, and an ellipse (x, y, rx, ry in parts of the width and height).
-    Every pixel is a function of the seed.
+    One patient in five is for test; two in three have a pneumonia: focal consolidation (bacterial) or diffuse streaks
+    (viral). All but the pattern in the lungs is drawn without regard to the class. Every pixel is a function of the
+    seed. demo.json marks the set and says where the opacities are: for each path ellipses [x, y, rx, ry] in parts of
+    the image's width and height.
+
+    Raises:
+        UserError: folder is not empty.
     """
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and is not empty; choose another folder or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        new, patient, rows = Path(temporary, folder.name), 0, ["path,x,y,rx,ry"]
-        for split, left in (("train", images - images // 5), ("test", images // 5)):
-            while left:
-                patient += 1
-                subtype = ("", "bacterial", "viral")[patient % 3]
-                visits = min(int(np.random.default_rng([seed, patient]).integers(1, 4)), left)
-                left -= visits
-                for visit in range(1, visits + 1):
-                    path = f"{split}/{'PNEUMONIA' if subtype else 'NORMAL'}/{_demo_name(subtype, patient, visit)}"
-                    anatomy, today = (np.random.default_rng([seed, patient, v]) for v in (0, visit))
-                    image, ellipses = _draw_phantom(anatomy, today, subtype)
-                    (new / path).parent.mkdir(parents=True, exist_ok=True)
-                    image.save(new / path, quality=90)
-                    rows += [",".join([path, *(f"{v:.4f}" for v in ellipse)]) for ellipse in ellipses]
-        (new / "opacities.csv").write_text("\n".join([*rows, ""]))
-        mark = {"demo": True, "version": DEMO_VERSION, "images": images, "seed": seed}
-        (new / DEMO_MARK).write_text(json.dumps(mark) + "\n")
+        new = Path(temporary, folder.name)
+        opacities = {}
+        for i in range(images):
+            patient, visit = 1 + i // 2, 1 + i % 2
+            label, subtype, usual, newer = KINDS[patient % 3]
+            name = (usual if patient % 4 else newer).format(patient, visit)
+            path = f"{'train' if patient % 5 else 'test'}/{label}/{name}"
+            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            anatomy = np.random.default_rng([seed, patient, 0])
+            today = np.random.default_rng([seed, patient, visit])
+            phantom, opacities[path] = _draw_phantom(anatomy, today, subtype)
+            phantom.save(new / path, quality=int(today.integers(20, 96)))
+        write_json(new / DEMO_MARK, {"images": images, "seed": seed, "opacities": opacities})
         try:
             os.rename(new, folder)
         except OSError:
-            if not is_demo(folder):  # else another process was first, with the same pixels
+            if not is_demo(folder):  # else another process was first
                 raise
 
 
-def _demo_name(subtype: str, patient: int, visit: int) -> str:
-    """By one of the schemes that identify knows; every fourth patient by that of the newer copies."""
-    new, old = {"": ("NORMAL", "IM"), "bacterial": ("BACTERIA", "bacteria"), "viral": ("VIRUS", "virus")}[subtype]
-    if patient % 4 == 0:
-        return f"{new}-{1000000 + patient}-{visit:04d}.jpeg"
-    if subtype:
-        return f"person{patient}_{old}_{visit}.jpeg"
-    return f"{'NORMAL2-' if patient % 2 else ''}{old}-{patient:04d}-{visit:04d}.jpeg"
+def _draw_phantom(anatomy: np.random.Generator, today: np.random.Generator, subtype: str):
+    """One phantom as a grey Pillow image, and its opacities as in demo.json."""
+    x = np.linspace(0, 1, PHANTOM_SIDE, dtype=np.float32)
+    y = x[:, None]
+    middle = anatomy.uniform(0.46, 0.54)
+    dome = anatomy.uniform(0.7, 0.8)  # of the diaphragm
+    side = np.abs(x - middle)
+    trunk = _inside(side - anatomy.uniform(0.37, 0.45) + 0.8 * (0.25 - y).clip(0))  # with shoulders
+    chest = _inside(y - dome - 0.5 * (side - 0.2) ** 2)
+    ribs = chest * np.cos((y - 0.3 * side - (side - 0.15) ** 2) * anatomy.uniform(50, 60)).clip(0) ** 6
+    heart = chest * _ellipse(x, y, middle + 0.07, dome - 0.12, 0.15, 0.16)
+    lungs = (chest - heart) * _ellipse(side, y, 0.2, 0.55, 0.15, 0.45)
 
-
-def _draw_phantom(anatomy: np.random.Generator, visit: np.random.Generator, subtype: str):
-    """One phantom as a grey Pillow image, and its opacities as ellipses (x, y, rx, ry) in parts of width and height.
-
-    anatomy draws what stays the same for a patient; visit draws exposure, pose, size and disease.
-    """
-
-    def soft(distance: np.ndarray, edge: float) -> np.ndarray:  # 1 inside (distance < 0), 0 outside
-        return (0.5 - distance / (2 * edge)).clip(0, 1)
-
-    def bell(distance: np.ndarray) -> np.ndarray:
-        return np.exp(-distance * distance)
-
-    def smooth(rng: np.random.Generator, down: int, across: int) -> np.ndarray:  # noise in [-1, 1], with so many bumps
-        grid = Image.fromarray(rng.uniform(-1, 1, (down + 2, across + 2)).astype(np.float32))
-        return np.asarray(grid.resize((w, h), Image.Resampling.BICUBIC))
-
-    w = int(visit.integers(110, 150))
-    h = int(w * visit.uniform(0.75, 1.0))
-    sx, sy, turn = visit.uniform(0.82, 1.0), visit.uniform(0.82, 1.0), visit.uniform(-0.08, 0.08)
-    cx, cy, cos, sin = visit.uniform(-0.06, 0.06), visit.uniform(-0.06, 0.06), math.cos(turn), math.sin(turn)
-    gx, gy = np.linspace(-1, 1, w, dtype=np.float32) - cx, np.linspace(-1, 1, h, dtype=np.float32)[:, None] - cy
-    x, y = gx * (cos / sx) + gy * (sin / sx), gy * (cos / sy) - gx * (sin / sy)  # of the body, from image coordinates
-    side = np.abs(x)
-
-    wide, heart, arch = anatomy.uniform(0.8, 0.95), anatomy.uniform(0.28, 0.4), anatomy.uniform(0.25, 0.4)
-    dome, phase, spacing = anatomy.uniform(0.45, 0.6), anatomy.uniform(0, 1), anatomy.uniform(0.17, 0.2)
-    body = soft(side - wide + 0.75 * (y + 0.55).clip(-1, 0), 0.05)
-    image = body * (0.62 + 0.1 * soft(side - 0.2, 0.15))
-    height = np.where(y < -0.12, np.float32(0.72), np.float32(1.02))  # from the hilum to the apex, and to the base
-    lungs = soft(((side - 0.43) / 0.34) ** 2 + ((y + 0.12) / height) ** 2 - 1, 0.25)
-    lungs *= soft(y - dome - 0.25 * (side - 0.42) ** 2 + 0.06 * (x < 0), 0.03)  # down to the diaphragm
-    hila = np.exp(-(((side - 0.2) / 0.16) ** 2) - ((y + 0.02) / 0.25) ** 2)
-    image += lungs * ((0.04 + 0.05 * hila) * (1 + smooth(anatomy, 10, 12)) - 0.34)  # vessels in the air
-    bend = side - 0.35
-    wave = (y - bend * (0.3 + arch * 1.4 * np.abs(bend))) / spacing + phase
-    ribs = bell((wave - np.floor(wave) - 0.5) / 0.11) * (side > 0.1)  # % would take ten times as long
-    image += 0.09 * ribs * soft(side - 0.8, 0.03) * soft(np.abs(y) - 0.82, 0.1)
-    image += 0.14 * bell((y + 0.7 + 0.22 * side) / 0.028) * (np.abs(side - 0.42) < 0.34)  # collar bones
-    image += soft(side - 0.085, 0.02) * (0.12 + 0.03 * np.sin(y * 34 + phase * 6))  # spine
-    image += 0.2 * soft(((x - 0.16) / heart) ** 2 + ((y - 0.28) / 0.34) ** 2 - 1, 0.25) * soft(y - dome - 0.1, 0.05)
-
-    spots, ellipses = [], []  # x, y, rx, ry, opacity: one patchy spot, or streaks on both sides
+    pattern = np.exp(-side / 0.15) + 0.2 * _smooth(anatomy, 8)  # denser towards the middle
+    sides, texture = [], 0
     if subtype == "bacterial":
-        place = (-1, 1)[visit.integers(2)] * visit.uniform(0.36, 0.5), visit.uniform(-0.35, 0.2)
-        spots = [(*place, visit.uniform(0.26, 0.34), visit.uniform(0.3, 0.45), visit.uniform(0.2, 0.4))]
-        texture = 0.8 + 0.8 * smooth(visit, 26, 26)
+        sides = [today.choice([-0.2, 0.2])]
+        texture = 0.5 + 0.9 * _smooth(today, 26)  # patches
     elif subtype == "viral":
-        places = [(s * 0.43, visit.uniform(-0.2, 0.1), 0.34) for s in (-1, 1)]
-        spots = [(*place, visit.uniform(0.5, 0.65), visit.uniform(0.16, 0.34)) for place in places]
-        texture = 0.4 + bell((smooth(visit, 26, 16) + smooth(visit, 16, 26)) / 0.3)
-    rough = 0.5 * smooth(visit, 9, 9) - 1  # outline
-    for ox, oy, rx, ry, opacity in spots:
-        image += opacity * texture * lungs * soft(((x - ox) / rx) ** 2 + ((y - oy) / ry) ** 2 + rough, 0.35)
-        px, py = ox * sx * cos - oy * sy * sin + cx, ox * sx * sin + oy * sy * cos + cy  # from body to image
-        ellipses.append(((px + 1) / 2, (py + 1) / 2, 1.15 * rx * sx / 2, 1.15 * ry * sy / 2))
+        sides = [-0.2, 0.2]
+        texture = 0.9 - 3 * np.abs(_smooth(today, 20))  # lines
+    ellipses = [(middle + s, today.uniform(0.4, 0.55), 0.14, today.uniform(0.16, 0.25)) for s in sides]
+    for ellipse in ellipses:
+        pattern += texture * _ellipse(x, y, *ellipse)
+    # An opacity moves the grey levels of the lungs about but adds none, so that no histogram tells the class.
+    levels = ImageOps.equalize(_to_image(50 * pattern + 100), _to_image(255 * lungs))
+    air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** 2
 
-    image += 0.02 * smooth(visit, h // 2, w // 2) + 0.04 * smooth(visit, 3, 3) * body
-    # Exposure: mean and spread are drawn, so that neither tells the class.
-    image = (image - image.mean()) * (visit.uniform(42, 62) / float(image.std())) + visit.uniform(95, 145)
-    if visit.random() < 0.35:  # a lead L at the patient's left
-        row, column = int(0.07 * h), int(0.92 * w)
-        image[row : row + 6, column] = image[row + 5, column : column + 4] = 235
-    out, zoom = Image.fromarray(image.clip(0, 255).astype(np.uint8)), visit.uniform(1.6, 3)
-    return out.resize((int(w * zoom), int(h * zoom)), Image.Resampling.BICUBIC), ellipses
+    image = trunk * (0.7 + 0.1 * ribs + 0.1 * heart + 0.1 * _inside(side - 0.04) - lungs * air)  # with the spine
+    image += 0.03 * _smooth(today, 4) + today.uniform(0, 0.04) * today.standard_normal(image.shape)
+    image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
+    width = today.integers(180, 450)
+    height = int(width * today.uniform(0.75, 1))
+    return _to_image(image).resize((width, height), Image.Resampling.BICUBIC), ellipses
+
+
+def _to_image(levels: np.ndarray) -> Image.Image:
+    return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+
+
+def _inside(distance: np.ndarray, edge: float = 0.02) -> np.ndarray:
+    """1 where distance is negative, 0 where it is positive, over a soft edge."""
+    return (0.5 - distance / (2 * edge)).clip(0, 1)
+
+
+def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
+    return _inside(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1, edge=0.2)
+
+
+def _smooth(rng: np.random.Generator, bumps: int) -> np.ndarray:
+    """Noise in [-1, 1] with so many bumps a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
+    grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
+    return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.Resampling.BICUBIC))
 
 
 # --- check ---
 
+FILE_MEASURES = ("width", "height", "aspect", "bytes_per_pixel", "depth")
+MEASURES = (*FILE_MEASURES[:4], "brightness", "contrast")
+
+
+@dataclass(slots=True)
+class Inspected:
+    """What check() keeps of an image."""
+
+    record: Record
+    width: int
+    height: int
+    aspect: float
+    bytes_per_pixel: float
+    mode: str  # as Pillow names it
+    depth: int  # bits a sample
+    brightness: float  # mean grey level, 0 to 255
+    contrast: float  # standard deviation of the grey levels
+    digest: str  # of shape and pixels
+    thumbnail: np.ndarray  # uint8 [32, 32]
+
 
 def check(root: Path) -> dict:
-    """The health of a data folder: counts, shapes and what would invalidate a result.
+    """The health of a data folder: counts, shapes, what would invalidate a result, and what tells the classes too.
 
     Returns:
-        dict: root; demo; folders: for each SPLIT/CLASS what _summary tells of it; unreadable: path and reason;
-        duplicates: groups of paths with the same pixels, across splits, across classes, and within one of each;
-        shared_patients; problems: one line for each thing that makes a result invalid. A small val/ counts as train.
+        dict: root; demo; folders: for each SPLIT/CLASS what _summarise tells of it; unreadable: paths and reasons;
+        duplicates: for each kind groups of paths with the same pixels; shared_patients: of "train and test" and so on;
+        audit: see _audit; problems: one line for each thing that makes a result invalid; warnings: one line for each
+        thing that a model could take for the disease.
+
+    Raises:
+        UserError: the folder has no images.
     """
     records = scan_all(root)
     if not records:
         raise UserError(f"{root} has none of the folders train/, val/, test/")
-
-    def inspect(record: Record) -> dict:
-        pixels, info, reason = decode(root / record.path, None)
-        if reason:
-            return {"reason": reason}
-        return {
-            "width": info.width,
-            "height": info.height,
-            "mode": info.mode,
-            "digest": digest(pixels),
-            "brightness": float(pixels.mean()),
-        }
-
-    folders, by_pixels, unreadable = {}, defaultdict(list), []
-    for record, info in zip(records, parallel(inspect, records, "checking")):
-        rows = folders.setdefault("/".join(record.path.split("/")[:2]), [])
-        if "reason" in info:
-            unreadable.append({"path": record.path, "reason": info["reason"]})
+    folders = {f"{r.split}/{r.label}": [] for r in records}
+    unreadable, problems, warnings = [], [], []
+    for record, found in zip(records, parallel(functools.partial(_inspect, root), records, "checking")):
+        if isinstance(found, Inspected):
+            folders[f"{record.split}/{record.label}"].append(found)
         else:
-            rows.append(
-                {f: getattr(record, f) for f in ("path", "patient", "subtype")}
-                | info
-                | {"aspect": info["width"] / info["height"]}
-            )
-            by_pixels[info["width"], info["height"], info["digest"]].append(record)
-    groups = [group for group in by_pixels.values() if len(group) > 1]
-    by_kind = {
-        "across splits": [g for g in groups if len({r.split for r in g}) > 1],
-        "across classes": [g for g in groups if len({r.label for r in g}) > 1],
-        "within": [g for g in groups if len({(r.split, r.label) for r in g}) == 1],
-    }
-    duplicates = {kind: [[r.path for r in g] for g in found] for kind, found in by_kind.items()}
+            unreadable.append({"path": record.path, "reason": found})
+    images = list(itertools.chain(*folders.values()))
+    duplicates = _find_duplicates(images)
     shared = shared_patients(records)
-    problems = [f"{folder} holds no readable image" for folder, rows in folders.items() if not rows]
-    problems += [f"{len(p)} patients are in both {sides}, such as {p[0]}" for sides, p in shared.items()]
-    for kind, what in (("across splits", "on both sides of a split"), ("across classes", "under two classes")):
-        if found := duplicates[kind]:
-            problems.append(f"{len(found)} images are {what}, such as {', '.join(found[0])}")
-    report = {"root": str(root), "demo": is_demo(root), "unreadable": unreadable, "duplicates": duplicates}
-    report["folders"] = {folder: _summary(rows) for folder, rows in folders.items() if rows}
-    return report | {"shared_patients": shared, "problems": problems}
+    audit = _audit([i for i in images if i.record.split != "test"])
+
+    for sides, patients in shared.items():
+        problems.append(f"{len(patients)} patients are in both {sides}, such as {patients[0]}")
+    for kind, groups in duplicates.items():
+        if groups:
+            problems.append(f"{len(groups)} images have copies {kind}, such as {', '.join(groups[0])}")
+    for folder, inspected in folders.items():
+        depths = sorted({i.depth for i in inspected})
+        if not depths:
+            problems.append(f"{folder} holds no readable image")
+        if len(depths) > 1:
+            warnings.append(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
+    if unreadable:
+        warnings.append(f"{len(unreadable)} files can't be read, such as {': '.join(unreadable[0].values())}")
+    for row in audit:
+        low, high = row["ci95"]
+        if low > 0.6:
+            warnings.append(
+                f"{row['from']} tells {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
+                "a model can learn the device instead of the disease"
+            )
+    return {
+        "root": str(root),
+        "demo": is_demo(root),
+        "folders": {folder: _summarise(inspected) for folder, inspected in folders.items() if inspected},
+        "unreadable": unreadable,
+        "duplicates": duplicates,
+        "shared_patients": shared,
+        "audit": audit,
+        "problems": problems,
+        "warnings": warnings,
+    }
 
 
-def _summary(rows: list[dict]) -> dict:
-    """Counts of images (unnamed: their names tell no patient), and [5th percentile, median, 95th] of their shapes."""
-    unnamed = sum(r["patient"] == r["path"] for r in rows)
-    summary = {"images": len(rows), "patients": len({r["patient"] for r in rows}), "unnamed": unnamed}
-    summary |= {name: sum(r["subtype"] == name for r in rows) for name in ("bacterial", "viral")}
-    for key in ("width", "height", "aspect", "brightness"):
-        summary[key] = np.percentile([r[key] for r in rows], (5, 50, 95)).round(2).tolist()
-    return summary | {f"mode {mode}": n for mode, n in Counter(r["mode"] for r in rows).most_common()}
+def _inspect(root: Path, record: Record) -> Inspected | str:
+    """The image of a record, or the reason why it can't be read."""
+    pixels, info, reason = decode(root / record.path, None)
+    if reason:
+        return reason
+    return Inspected(
+        record=record,
+        width=info.width,
+        height=info.height,
+        aspect=info.width / info.height,
+        bytes_per_pixel=record.bytes / pixels.size,
+        mode=info.mode,
+        depth=info.depth,
+        brightness=float(pixels.mean()),
+        contrast=float(pixels.std()),
+        digest=f"{pixels.shape} {digest(pixels)}",
+        thumbnail=np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX)),
+    )
+
+
+def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
+    """Groups of paths with the same pixels, by what is not the same."""
+    by_digest = defaultdict(list)
+    for image in images:
+        by_digest[image.digest].append(image.record)
+    kinds = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
+    duplicates = {kind: [] for kind in kinds}
+    for group in by_digest.values():
+        for kind, attribute in kinds.items():
+            if len({getattr(r, attribute) for r in group}) > 1:
+                duplicates[kind].append([r.path for r in group])
+    return duplicates
+
+
+def _summarise(images: list[Inspected]) -> dict:
+    """Counts, and [5th percentile, median, 95th] of MEASURES, of one folder."""
+    records = [i.record for i in images]
+    summary = {"images": len(images), "patients": len({r.patient for r in records})}
+    summary["unknown patients"] = sum(not r.known_patient for r in records)
+    for name in MEASURES:
+        percentiles = np.percentile([getattr(i, name) for i in images], (5, 50, 95))
+        summary[name.replace("_", " ")] = percentiles.round(3).tolist()
+    subtypes = sorted(r.subtype for r in records if r.subtype)
+    modes = sorted(f"mode {i.mode}, {i.depth} bits" for i in images)
+    return {**summary, **Counter(subtypes + modes)}
+
+
+def auroc_error(auroc: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
+    pair = auroc / (2 - auroc) - auroc**2
+    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
+    variance = auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple
+    return math.sqrt(max(variance, 0.0) / (positives * negatives))
+
+
+def _audit(images: list[Inspected]) -> list[dict]:
+    """How well two classes are told without the lungs: gradient boosting on border and file, out of fold by patient.
+
+    Returns:
+        for each pair of classes with 10 or more patients each, and for border (outer 3 pixels of a 32 x 32 thumbnail)
+        and file: dict of from, classes, auroc and ci95 (Hanley and McNeil 1982, of as many images as patients, since
+        those of one patient are alike).
+    """
+    from sklearn.ensemble import HistGradientBoostingClassifier
+    from sklearn.metrics import roc_auc_score
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
+    patients = defaultdict(set)
+    for i in images:
+        patients[i.record.label].add(i.record.patient)
+    rows = []
+    for a, b in itertools.combinations([label for label in patients if len(patients[label]) >= 10], 2):
+        pair = [i for i in images if i.record.label in (a, b)]
+        is_b = np.array([i.record.label == b for i in pair])
+        border = border_features(torch.from_numpy(np.stack([i.thumbnail for i in pair]))).numpy()
+        modes = np.unique([i.mode for i in pair], return_inverse=True)[1]
+        file = np.column_stack([list(map(operator.attrgetter(*FILE_MEASURES), pair)), modes])
+        for source, features in (
+            ("the border alone, without any lung,", border),
+            ("the file alone (size, bytes per pixel, mode, depth)", file),
+        ):
+            scores = cross_val_predict(
+                HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
+                features,
+                is_b,
+                groups=[i.record.patient for i in pair],
+                cv=StratifiedGroupKFold(5),
+                method="predict_proba",
+            )
+            auroc = float(roc_auc_score(is_b, scores[:, 1]))
+            half = 1.96 * auroc_error(auroc, len(patients[b]), len(patients[a]))
+            ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
+            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+    return rows
 
 
 def print_check(report: dict) -> None:
-    """The report as a table, a column for each folder, and lists of what was found, in 120 columns."""
-    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n")
-    folders = list(report["folders"].items())
-    for start in range(0, len(folders), 6):  # columns that fit beside each other
-        names, columns = zip(*folders[start : start + 6])
-        print(" " * 16, *(f"{name:>16}" for name in names))
-        for key in dict.fromkeys(key for column in columns for key in column):
-            values = [column.get(key, 0) for column in columns]
-            cells = [" ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in v) if isinstance(v, list) else v for v in values]
-            print(f"{key:16}", *(f"{cell:>16}" for cell in cells))
-        print()
-    print("unnamed: the file name tells no patient, so that the image counts as one. Three numbers: 5th percentile,")
-    print("median, 95th. Where these or the modes differ between classes, a model can take them for the disease.\n")
-    findings = {"unreadable files": [f"{u['path']}: {u['reason']}" for u in report["unreadable"]]}
-    findings |= {f"duplicates {kind}": [" = ".join(g) for g in groups] for kind, groups in report["duplicates"].items()}
-    findings["shared patients"] = [f"{p} in {sides}" for sides, ps in report["shared_patients"].items() for p in ps]
-    wrap = textwrap.TextWrapper(120, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
-    for title, lines in findings.items():
-        print(f"{title:26} {len(lines)}")
-        more = [f"... and {len(lines) - 20} more; --json lists all"] if len(lines) > 20 else []
-        for line in lines[:20] + more:
-            print(wrap.fill(line))
-    for line in report["problems"]:
-        print(f"PROBLEM: {line}")
+    """The report in 100 columns: a column for each folder, then what was found."""
+    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}")
+    folders = report["folders"]
+    width = max(19, *map(len, folders))
+    columns = max(1, 80 // (width + 1))
+    for start in range(0, len(folders), columns):
+        names = list(folders)[start : start + columns]
+        print("\n" + " " * 19, *(f"{name:>{width}}" for name in names))
+        for row in dict.fromkeys(itertools.chain(*(folders[name] for name in names))):
+            print(f"{row:19}", *(f"{_cell(folders[name].get(row, 0)):>{width}}" for name in names))
+    print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
+    print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
+    lines = [f"PROBLEM: {line}" for line in report["problems"]] + [f"WARNING: {line}" for line in report["warnings"]]
+    for line in lines:
+        print(textwrap.fill(printable(line), 100, subsequent_indent="  ", break_on_hyphens=False))
     print("a result on this folder would not be valid" if report["problems"] else "no problem found")
+
+
+def _cell(value: int | list[float]) -> str:
+    """A count, or three percentiles."""
+    if isinstance(value, int):
+        return str(value)
+    return " ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in value)
 
 
 # --- download ---

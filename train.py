@@ -57,7 +57,7 @@ def selected_epoch(history: list[dict], positives: int, negatives: int) -> int:
     AUROC saturates here: between epochs that it can't tell apart, the longer trained one is better.
     """
     best = max(h["val_auroc"] for h in history)
-    lowest = best - evaluate.auroc_error(best, positives, negatives)
+    lowest = best - data.auroc_error(best, positives, negatives)
     return max(h["epoch"] for h in history if h["val_auroc"] >= lowest)
 
 

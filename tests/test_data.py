@@ -1,20 +1,23 @@
 """data.py: patients and splits, reading, cache, augmentation, the check, the download and the demo set."""
 
 import csv
+import io
 import multiprocessing
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -237,6 +240,384 @@ def test_names_that_tell_no_patient_are_counted(tmp_path, capsys):
     assert len({r.patient for r in data.find_training(tmp_path, 5, 0)}) == 40
     (line,) = capsys.readouterr().err.splitlines()
     assert "20 of 40" in line
+
+
+# --- read ---
+
+
+def encoded(kind, pixels, **options):
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+PICTURE = np.add.outer(np.linspace(0, 180, 60), np.linspace(0, 75, 90)).round().astype(np.uint8)
+PICTURE[5:20, 50:80] //= 3  # no symmetry, so that no flip or turn goes unnoticed
+GREY, DEEP = Image.fromarray(PICTURE), PICTURE.astype(np.uint16) * 257
+
+
+def deepened(bits, picture=PICTURE):
+    """The picture's levels on the scale of so many bits."""
+    return (picture * ((2**bits - 1) / 255)).round().astype(np.uint16)
+
+
+def white_is_zero(pixels):
+    """TIFF bytes with PhotometricInterpretation (262) set from 1 to 0: Pillow writes no such deep file itself."""
+    entry, patched = struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 0)
+    content = encoded("TIFF", pixels)
+    assert content.count(entry) == 1
+    return content.replace(entry, patched)
+
+
+def twelve_bit_tiff(values):
+    """TIFF bytes whose samples take 12 bits each, two of them in three bytes; Pillow only reads such files."""
+    height, width = values.shape
+    digits = "".join(f"{value:03x}" for value in values.ravel())
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(digits) // 2}
+    entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, tags[tag]) for tag in tags)
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", 8 + len(digits) // 2) + bytes.fromhex(digits) + directory
+
+
+FORMATS = {  # the picture in another coding, and how far from the 8-bit grey one it may be decoded
+    "grey.png": (GREY, 0),
+    "grey.tiff": (GREY, 0),
+    "grey.bmp": (GREY, 0),
+    "grey.pgm": (GREY, 0),
+    "grey.jp2": (GREY, 0),
+    "grey.gif": (GREY, 0),
+    "rgb.png": (GREY.convert("RGB"), 0),
+    "rgb.webp": (GREY.convert("RGB"), 0),
+    "rgba.png": (GREY.convert("RGBA"), 0),
+    "la.png": (GREY.convert("LA"), 0),
+    "palette.png": (GREY.convert("RGB").quantize(256), 2),
+    "cmyk.tiff": (GREY.convert("CMYK"), 1),
+    "cmyk.jpeg": (GREY.convert("CMYK"), 6),
+    "16bit.pgm": (Image.fromarray(DEEP), 0),
+    "16bit-big-endian.tiff": (Image.fromarray(DEEP.astype(">u2")), 0),
+    "32bit.tiff": (Image.fromarray(PICTURE.astype(np.int32) * 257), 0),
+    "float.tiff": (Image.fromarray(PICTURE.astype(np.float32) / 255), 0),
+    "float-255.tiff": (Image.fromarray(PICTURE.astype(np.float32)), 0),
+    "float-overshoot.tiff": (Image.fromarray((PICTURE / 254).astype(np.float32)), 1),
+    "float-below-zero.tiff": (Image.fromarray(PICTURE.astype(np.float32) / 255 - np.float32(1e-5)), 0),
+    "float-signed.tiff": (Image.fromarray((PICTURE / 127.5 - 1).astype(np.float32)), 0),
+    "white-is-zero.tiff": (white_is_zero(65535 - DEEP), 0),
+    "white-is-zero-12.tiff": (white_is_zero(4095 - deepened(12)), 0),
+    "white-is-zero-float.tiff": (white_is_zero((1 - PICTURE / 255).astype(np.float32)), 0),
+}
+
+
+@pytest.mark.parametrize("size", [None, 32])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_reads_as_the_grey_picture(tmp_path, name, size):
+    image, tolerance = FORMATS[name]
+    if isinstance(image, bytes):
+        (tmp_path / name).write_bytes(image)
+    else:
+        image.save(tmp_path / name, quality=98, lossless=True)
+    pixels, info = data.read_image(tmp_path / name, size)
+    reference = GREY.resize((size, size), Image.Resampling.BICUBIC) if size else GREY
+    assert pixels.dtype == np.uint8 and (info.width, info.height) == (90, 60)
+    assert np.abs(pixels.astype(int) - np.asarray(reference)).max() <= tolerance
+    assert info.colour <= tolerance
+    assert (tmp_path / name).suffix in data.IMAGE_SUFFIXES
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_any_depth_gives_the_same_grey_levels(kind, bits):
+    pixels, info = data.read_image(io.BytesIO(encoded(kind, deepened(bits))), None)
+    np.testing.assert_array_equal(pixels, PICTURE)
+    assert info.depth == bits
+
+
+@pytest.mark.parametrize("bits", range(8, 17))
+def test_any_depth_of_signed_samples(bits):
+    """Of 5,400 pixels five are odd, at either end."""
+    samples = deepened(bits).astype(np.int32) - 2 ** (bits - 1)
+    samples[0, :5], samples[1, :5] = 10**6, -(10**6)
+    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
+    np.testing.assert_array_equal(pixels[2:], PICTURE[2:])
+    assert info.depth == bits
+
+
+@pytest.mark.parametrize("odd", [1, 5])
+@pytest.mark.parametrize("bits", [8, 9, 12, 15])
+def test_odd_pixels_change_only_themselves(bits, odd):
+    samples = deepened(bits)
+    samples[0, :odd] = 65535
+    pixels, info = data.read_image(io.BytesIO(encoded("PNG", samples)), None)
+    np.testing.assert_array_equal(pixels[1:], PICTURE[1:])
+    assert (pixels[0, :odd] == 255).all() and info.depth == bits
+
+
+def test_depth_of_a_dark_picture():
+    """A third as bright: its own values tell 11 bits, so that it comes out brighter, unless the file states 12."""
+    samples = deepened(12, PICTURE / 3)
+    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
+    assert info.depth == 11 and np.abs(pixels - PICTURE * (2 / 3)).max() <= 1
+    for stated in (encoded("TIFF", samples, tiffinfo={281: 4095}), twelve_bit_tiff(samples)):
+        pixels, info = data.read_image(io.BytesIO(stated), None)
+        assert info.depth == 12 and np.abs(pixels - PICTURE / 3).max() <= 1
+    assert data.read_image(io.BytesIO(encoded("TIFF", samples, tiffinfo={281: 65535})), None)[1].depth == 11
+
+
+@pytest.mark.parametrize("bits, lowest", [(8, 0), (8, -128), (12, -2048)])
+def test_dark_pictures_whose_depth_is_known(bits, lowest):
+    """No fewer than 8 bits are guessed, and signed samples tell their depth by the lowest."""
+    samples = deepened(bits, PICTURE / 3).astype(np.int32) + lowest
+    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
+    assert info.depth == bits and np.abs(pixels - PICTURE / 3).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["PPM", "JPEG2000"])
+def test_formats_that_fill_their_range_are_not_guessed(kind):
+    pixels, info = data.read_image(io.BytesIO(encoded(kind, DEEP // 4)), None)
+    assert info.depth == 16 and np.abs(pixels - PICTURE / 4).max() <= 1
+
+
+def test_large_deep_images_are_scaled_in_parts():
+    picture = np.tile(PICTURE, (20, 20))  # 2.2 million pixels
+    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", deepened(10, picture))), None)
+    np.testing.assert_array_equal(pixels, picture)
+    assert info.depth == 10
+
+
+@pytest.mark.parametrize("size", [None, 32])
+def test_one_bit_images(tmp_path, size):
+    binary = GREY.point(lambda v: 255 * (v > 127))
+    binary.convert("1").save(tmp_path / "bits.png")
+    bits, info = data.read_image(tmp_path / "bits.png", size)
+    assert info.mode == "1"
+    np.testing.assert_array_equal(bits, binary.resize((size, size), Image.Resampling.BICUBIC) if size else binary)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparent_pixels_are_black(tmp_path, mode):
+    white = np.full((8, 8), 255, np.uint8)
+    clear = Image.fromarray(np.pad(white[:, 4:], ((0, 0), (4, 0))))  # left half transparent
+    if mode in ("RGBA", "LA"):
+        image = Image.merge(mode, [Image.fromarray(white)] * (len(mode) - 1) + [clear])
+        image.save(tmp_path / "x.png")
+    else:  # one grey level or palette entry stands for "nothing here"
+        image = Image.fromarray(np.where(np.asarray(clear) > 0, 255, 200).astype(np.uint8))
+        image.convert(mode).save(tmp_path / "x.png", transparency=200)
+    np.testing.assert_array_equal(data.read_image(tmp_path / "x.png", None)[0], np.asarray(clear))
+
+
+@pytest.mark.parametrize("rgb, colour", [((255, 0, 0), 255), ((90, 90, 90), 0), ((100, 150, 120), 50)])
+def test_colour_is_measured(tmp_path, rgb, colour):
+    Image.new("RGB", (40, 30), rgb).save(tmp_path / "x.png")
+    assert data.read_image(tmp_path / "x.png", 16)[1].colour == pytest.approx(colour)
+
+
+# From the EXIF standard (where the stored first row and column lie): mirrored or not, quarter turns to the left.
+STORED = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 1), 7: (1, 3), 8: (0, 3)}
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_exif_rotation_is_applied(tmp_path, orientation, kind):
+    exif, (mirrored, turns) = Image.Exif(), STORED[orientation]
+    exif[0x0112] = orientation
+    stored = np.rot90(np.fliplr(PICTURE) if mirrored else PICTURE, turns)
+    if kind == "PNG":
+        stored = deepened(12, stored)
+    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x", kind, quality=98, exif=exif)
+    pixels, info = data.read_image(tmp_path / "x", None)
+    assert (info.width, info.height) == (90, 60) and pixels.shape == (60, 90)
+    assert np.abs(pixels.astype(int) - PICTURE).mean() < 1.5
+
+
+def test_large_jpegs_are_decoded_small_without_loss(tmp_path, monkeypatch):
+    coarse = Image.fromarray(random_pixels(0, 100, 130)).resize((1600, 1200), Image.Resampling.BICUBIC)
+    full = np.clip(np.asarray(coarse) + np.random.default_rng(1).normal(0, 8, (1200, 1600)), 0, 255).astype(np.uint8)
+    Image.fromarray(full).save(tmp_path / "x.jpeg", quality=90)
+    with Image.open(tmp_path / "x.jpeg") as image:
+        reference = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
+    resized, resize = [], Image.Image.resize
+    monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: resized.append(self.size) or resize(self, *a, **k))
+    pixels, info = data.read_image(tmp_path / "x.jpeg", 224)
+    assert np.abs(pixels - reference).mean() < 1.5
+    assert resized == [(800, 600)] and (info.width, info.height) == (1600, 1200)
+
+
+def test_what_else_may_be_read_than_a_path(tmp_path):
+    GREY.resize((900, 600)).save(tmp_path / "x.jpeg")
+    expected, info = data.read_image(tmp_path / "x.jpeg", None)
+    with open(tmp_path / "x.jpeg", "rb") as file, Image.open(tmp_path / "x.jpeg") as image:
+        small = data.read_image(image, 64)[0]  # does not shrink the caller's own image
+        assert image.size == (900, 600)
+        sources = (str(tmp_path / "x.jpeg"), file, image, expected, np.stack([expected] * 3, axis=2))
+        for source in sources:
+            pixels, found = data.read_image(source, None)
+            np.testing.assert_array_equal(pixels, expected)
+            assert pixels.flags.writeable and (found.width, found.height) == (info.width, info.height)
+        assert not file.closed
+    np.testing.assert_array_equal(small, Image.fromarray(expected).resize((64, 64), Image.Resampling.BICUBIC))
+
+
+def png_claiming(width, height):
+    """A PNG of a hundred bytes whose header declares a huge picture."""
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b"x"), (b"IEND", b""))
+    parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+REFUSED = {
+    "truncated.jpeg": (encoded("JPEG", random_pixels(0, 200, 200))[:9000], "truncated"),
+    "truncated.png": (encoded("PNG", random_pixels(0, 200, 200))[:9000], "cannot be decoded"),
+    "truncated.tiff": (encoded("TIFF", random_pixels(0, 200, 200))[:9000], "not enough image data|truncated"),
+    "zero.jpeg": (b"", "empty"),
+    "text.jpeg": (b"patient left early\n", "not an image"),
+    "postscript.jpeg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
+    "bomb.png": (png_claiming(50_000, 50_000), "pixels"),
+    "large.png": (png_claiming(11_000, 11_000), "11000 x 11000 pixels are more than"),
+    "missing.jpeg": (None, "no such file"),
+    "nan.tiff": (encoded("TIFF", np.array([[0.5, np.nan, 1]], np.float32)), "not finite"),
+    "infinite.tiff": (encoded("TIFF", np.array([[-np.inf, 0.5, np.inf]], np.float32)), "not finite"),
+    "damaged.dcm": (bytes(128) + b"DICM" + b"\1\n" * 99, "without an image"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_with_a_reason(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("another program would be started"))
+    content, reason = REFUSED[name]
+    if name == "damaged.dcm":
+        pytest.importorskip("pydicom")
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    for size in (None, 64):
+        with pytest.raises(data.ImageError, match=reason) as refused:
+            data.read_image(tmp_path / name, size)
+        assert str(refused.value).isprintable()
+
+
+def test_reasons_are_one_printable_line(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("two\nlines \x1b[31m")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(data.ImageError, match="two lines") as refused:
+        data.read_image(io.BytesIO(b"x"), None)
+    assert str(refused.value).isprintable()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.jpeg")
+    with pytest.raises(data.ImageError, match="not a regular file"):
+        data.read_image(tmp_path / "x.jpeg", None)
+
+
+def dicom(samples, bits, photometric="MONOCHROME2", **fields):
+    """A DICOM file of samples [height, width] or [height, width, 3], as an open file; fields are DICOM keywords."""
+    pydicom = pytest.importorskip("pydicom")
+    dataset = pydicom.Dataset()
+    dataset.file_meta = pydicom.dataset.FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+    dataset.SOPClassUID, dataset.SOPInstanceUID = pydicom.uid.SecondaryCaptureImageStorage, "1.2.3"
+    dataset.Rows, dataset.Columns = samples.shape[:2]
+    dataset.SamplesPerPixel = 3 if samples.ndim == 3 else 1
+    dataset.PlanarConfiguration = 0
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = samples.itemsize * 8, bits, bits - 1
+    dataset.PixelRepresentation = int(samples.dtype.kind == "i")
+    dataset.PhotometricInterpretation = photometric
+    dataset.add_new("PixelData", "OW" if samples.itemsize == 2 else "OB", samples.tobytes())
+    for keyword, value in fields.items():
+        setattr(dataset, keyword, value)
+    file = io.BytesIO()
+    pydicom.dcmwrite(file, dataset, enforce_file_format=True)
+    return file
+
+
+def stored(bits, signed, photometric):
+    """The picture as DICOM samples."""
+    samples = deepened(bits).astype(np.int64)
+    if photometric == "MONOCHROME1":
+        samples = 2**bits - 1 - samples
+    kind = f"{'i' if signed else 'u'}{1 if bits == 8 else 2}"
+    return (samples - signed * 2 ** (bits - 1)).astype(kind)
+
+
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@pytest.mark.parametrize("signed", [0, 1])
+@pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
+def test_dicom_reads_as_the_grey_picture(bits, signed, photometric):
+    samples, middle = stored(bits, signed, photometric), 2 ** (bits - 1) * (1 - signed)
+    window = {"WindowCenter": [middle, 7], "WindowWidth": [2**bits, 9]}  # the first is the full range
+    rescaled = {"RescaleSlope": 2, "RescaleIntercept": -100}
+    low = 2 * (middle - 2 ** (bits - 1)) - 100
+    high = low + 2 * (2**bits - 1)
+    both = rescaled | {"WindowCenter": (low + high + 1) / 2, "WindowWidth": high - low + 1}
+    for fields in ({}, window, rescaled, both, {"WindowCenter": None, "WindowWidth": None}):
+        pixels, info = data.read_image(dicom(samples, bits, photometric, **fields), None)
+        np.testing.assert_array_equal(pixels, PICTURE)
+        assert (info.width, info.height, info.mode, info.depth) == (90, 60, photometric, bits)
+
+
+def test_dicom_window_and_rescale():
+    """Against the definitions in the standard, PS3.3 C.11.1.1.2 and C.11.2.1.2.1."""
+    samples = stored(12, 0, "MONOCHROME2")
+    for slope, intercept, center, width in ((1, 0, 2000, 1000), (0.5, -300, 400.5, 333), (-1, 4095, 2500, 901)):
+        window = {"WindowCenter": center, "WindowWidth": width}
+        file = dicom(samples, 12, RescaleSlope=slope, RescaleIntercept=intercept, **window)
+        shares = (samples.astype(float) * slope + intercept - (center - 0.5)) / (width - 1) + 0.5
+        assert np.abs(data.read_image(file, None)[0] - 255 * shares.clip(0, 1)).max() <= 0.5 + 1e-6
+    turned, _ = data.read_image(dicom(samples, 12, RescaleSlope=-1, RescaleIntercept=0), None)
+    np.testing.assert_array_equal(turned, 255 - PICTURE)
+
+
+def test_dicom_of_many_frames_of_colour_and_compressed():
+    pydicom = pytest.importorskip("pydicom")
+    frames = np.stack([PICTURE, 255 - PICTURE])
+    first, _ = data.read_image(dicom(PICTURE, 8, NumberOfFrames=2, PixelData=frames.tobytes()), None)
+    np.testing.assert_array_equal(first, PICTURE)
+    red = np.stack([PICTURE, 0 * PICTURE, 0 * PICTURE], axis=2)
+    pixels, info = data.read_image(dicom(red, 8, "RGB"), None)
+    np.testing.assert_array_equal(pixels, Image.fromarray(red).convert("L"))
+    assert info.colour == pytest.approx(PICTURE.mean(), abs=1)
+    syntaxes = {"JPEGBaseline8Bit": ("JPEG", PICTURE, 8), "JPEG2000Lossless": ("JPEG2000", DEEP, 16)}
+    for syntax, (kind, samples, bits) in syntaxes.items():
+        dataset = pydicom.dcmread(io.BytesIO(dicom(samples, bits).getvalue()))
+        dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
+        options = {"quality": 98} if kind == "JPEG" else {"no_jp2": True}
+        dataset.PixelData = pydicom.encaps.encapsulate([encoded(kind, samples, **options)])
+        dataset["PixelData"].VR = "OB"
+        file = io.BytesIO()
+        dataset.save_as(file)
+        assert np.abs(data.read_image(file, None)[0].astype(int) - PICTURE).max() <= 6
+
+
+def test_dicom_patients_are_hashed(tmp_path):
+    samples = stored(12, 0, "MONOCHROME2")
+    keys = {}
+    for patient in ("Miller 1970", "Miller 1971", "", None):
+        path = tmp_path / "x.dcm"
+        path.write_bytes(dicom(samples, 12, PatientID=patient, PatientName="Miller^Ann").getvalue())
+        keys[patient] = data.read_image(path, 32)[1].patient
+    assert keys[""] is None and keys[None] is None
+    assert len(set(keys.values())) == 3 and "Miller" not in str(keys.values())
+    assert all(len(bytes.fromhex(keys[patient])) == 8 for patient in ("Miller 1970", "Miller 1971"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
+def test_dicom_that_cannot_be_read(monkeypatch):
+    samples = stored(12, 0, "MONOCHROME2")
+    for fields in ({"PhotometricInterpretation": "PALETTE COLOR"}, {"RescaleSlope": "nan"}, {"Rows": 9999}):
+        with pytest.raises(data.ImageError):
+            data.read_image(dicom(samples, 12, **fields), None)
+    with pytest.raises(data.ImageError, match="pixels are more than"):
+        data.read_image(dicom(samples, 12, Rows=60_000, Columns=60_000), None)
+    report = dicom(samples, 12, PixelData=None).getvalue().replace(b"\xe0\x7f\x10\x00", b"\xe0\x7f\x11\x00")
+    with pytest.raises(data.ImageError, match="without an image"):
+        data.read_image(io.BytesIO(report), None)
+    file = dicom(samples, 12)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(data.ImageError, match="pip install pydicom"):
+        data.read_image(file, None)
 
 
 # --- metadata.csv ---

@@ -17,6 +17,7 @@ import torch
 from conftest import ROOT, run_script
 from PIL import Image
 
+import data
 import evaluate
 import models
 import train
@@ -91,7 +92,7 @@ def history(*aurocs):
     ],
 )
 def test_which_epoch_is_selected_and_how_long_ago_the_best_was(monkeypatch, aurocs, selected, since_best):
-    monkeypatch.setattr(evaluate, "auroc_error", lambda auroc, positives, negatives: 0.005)
+    monkeypatch.setattr(data, "auroc_error", lambda auroc, positives, negatives: 0.005)
     assert train.selected_epoch(history(*aurocs), 10, 10) == selected
     assert train.epochs_since_best(history(*aurocs)) == since_best
 
