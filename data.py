@@ -24,6 +24,7 @@ import contextlib
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -33,11 +34,11 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import tempfile
 import textwrap
 import time
+import urllib.request
 import warnings
 import zipfile
 from collections import Counter, defaultdict
@@ -581,7 +582,7 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
     for sides, shared in shared_patients(records).items():
         raise UserError(
             f"{len(shared)} patients are in both {sides} of {root} ({', '.join(shared[:3])}), so no result would hold; "
-            f"remove them from one side (python data.py check {root} lists them)"
+            f"remove them from one side (python data.py check --json {root} lists them)"
         )
     records = [r for r in records if r.split != "test"]
     if unnamed := sum(not r.known_patient for r in records):
@@ -1432,14 +1433,6 @@ def _summarise(images: list[Inspected]) -> dict:
     return {**summary, **Counter(subtypes + modes)}
 
 
-def auroc_error(auroc: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
-    pair = auroc / (2 - auroc) - auroc**2
-    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
-    variance = auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple
-    return math.sqrt(max(variance, 0.0) / (positives * negatives))
-
-
 def _audit(images: list[Inspected]) -> list[dict]:
     """How well two classes are told without the lungs: gradient boosting on border and file, out of fold by patient.
 
@@ -1481,6 +1474,14 @@ def _audit(images: list[Inspected]) -> list[dict]:
     return rows
 
 
+def auroc_error(auroc: float, positives: int, negatives: int) -> float:
+    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
+    pair = auroc / (2 - auroc) - auroc**2
+    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
+    variance = auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple
+    return math.sqrt(max(variance, 0.0) / (positives * negatives))
+
+
 def print_check(report: dict) -> None:
     """The report in 100 columns: a column for each folder, then what was found."""
     print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}")
@@ -1514,40 +1515,58 @@ URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 
 
-def download(folder: Path, url: str = URL, sha256: str = SHA256) -> Path:
+def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 6) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
-        UserError: no connection, another checksum, a damaged archive, or one that would write outside of folder.
+        UserError: no connection, no end after so many hours, another checksum, a damaged archive, or one that would
+            write outside of folder.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    timeout = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
-        socket.setdefaulttimeout(60)  # a dead connection must not hang for ever
         try:
-            torch.hub.download_url_to_file(url, str(archive), hash_prefix=sha256)
-            with zipfile.ZipFile(archive) as z:
-                for member in z.infolist():
-                    path, parts = Path(member.filename), Path(member.filename).parts
-                    if path.is_absolute() or ".." in parts or "\\" in member.filename:
-                        raise UserError(f"the archive would write outside of {folder} ({path}); nothing was unpacked")
-                    if len(parts) == 4 and parts[0] == "chest_xray" and parts[1] in SPLITS and is_image(path):
-                        z.extract(member, unpacked)
-            if not (unpacked / "chest_xray" / "train").is_dir():
-                raise RuntimeError("the archive does not hold chest_xray/train")
+            if _fetch(url, archive, hours) != sha256:
+                raise ValueError("the checksum is another one")
+            _unpack(archive, unpacked)
             os.replace(unpacked / "chest_xray", target)
-        except (RuntimeError, OSError, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
-                f"the download failed or is damaged ({e}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"the download failed or is damaged ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
-        finally:
-            socket.setdefaulttimeout(timeout)
     return target
+
+
+def _fetch(url: str, path: Path, hours: float) -> str:
+    """Write what url holds to path; returns its SHA-256."""
+    end = time.monotonic() + 3600 * hours
+    found = hashlib.sha256()
+    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as f:
+        # read1 returns what has come; read would wait for a whole block, however slowly it drips in.
+        blocks = iter(functools.partial(response.read1, 2**16), b"")
+        for block in tqdm(blocks, "downloading", unit=" x 64 kB", leave=False, disable=None):
+            f.write(block)
+            found.update(block)
+            if time.monotonic() > end:
+                raise TimeoutError(f"not complete after {hours:g} hours")
+    return found.hexdigest()
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """The images of chest_xray/SPLIT/CLASS/."""
+    with zipfile.ZipFile(archive) as z:
+        for member in z.infolist():
+            path = Path(member.filename)
+            if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+                raise ValueError(f"it would write outside of the folder: {path}")
+            if len(path.parts) == 4 and path.parts[0] == "chest_xray" and path.parts[1] in SPLITS and is_image(path):
+                z.extract(member, folder)
+    if not (folder / "chest_xray" / "train").is_dir():
+        raise ValueError("it does not hold chest_xray/train")
 
 
 def make_parser() -> Parser:

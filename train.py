@@ -12,8 +12,6 @@ import functools
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -23,12 +21,9 @@ import data  # before the libraries: it looks after Ctrl-C while they are being 
 
 # isort: split
 import numpy as np
-import sklearn
-import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from sklearn.utils.class_weight import compute_class_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -376,19 +371,6 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
 # --- the run's files ---
 
 
-def describe_environment(device: torch.device) -> dict:
-    """Versions, device and git commit, for the record."""
-    try:
-        folder = Path(__file__).resolve().parent
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
-    libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
-    return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
-
-
 def lock(folder: Path):
     """Hold the folder until this process ends, however it ends; the returned file must be kept.
 
@@ -607,7 +589,7 @@ def run(args: argparse.Namespace) -> None:
     checks = fit_checks(d) if master else {}
     metrics = {
         "arguments": arguments,
-        "environment": describe_environment(device),
+        "environment": evaluate.describe_environment(device),
         "finished": False,
         "data": about,
         "weights": weights,

@@ -1,15 +1,23 @@
 """data.py: patients and splits, reading, cache, augmentation, the check, the download and the demo set."""
 
+import contextlib
 import csv
+import hashlib
 import io
+import itertools
+import json
+import math
 import multiprocessing
 import os
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 import zlib
 from collections import Counter
 
@@ -18,6 +26,9 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import EpsImagePlugin, Image
+from sklearn.ensemble import HistGradientBoostingClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
@@ -1043,6 +1054,287 @@ def test_border_features_see_no_lung():
     assert data.border_features(images).shape == (1, 348) and data.border_features(images).max() == 0
     images[:, :5] = 255  # one row of the thumbnail
     assert data.border_features(images).sum() == 32
+
+
+# --- the demo set and the check ---
+
+
+@pytest.fixture(scope="module")
+def large_demo(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("large") / "demo"
+    data.draw_demo(folder, images=1000, seed=0)
+    return folder
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- the demo set ---
+
+
+def test_demo_is_a_function_of_the_seed(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        data.draw_demo(tmp_path / name, images=40, seed=seed)
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b and a.keys() == c.keys() and all(a[name] != c[name] for name in a)
+
+
+def test_demo_overwrites_nothing(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "mine.txt").touch()
+    with pytest.raises(data.UserError, match="not empty"):
+        data.draw_demo(tmp_path / "demo", images=40)
+    assert list(contents(tmp_path)) == ["demo/mine.txt"]
+
+
+def test_two_processes_draw_the_demo_set_at_once(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def second(new, folder):
+        shutil.copytree(new, folder)  # the other process was first
+        rename(new, folder)
+
+    monkeypatch.setattr(os, "rename", second)
+    data.draw_demo(tmp_path / "demo", images=40)
+    assert data.is_demo(tmp_path / "demo") and [p.name for p in tmp_path.iterdir()] == ["demo"]
+
+
+def test_demo_is_sound(demo):
+    records = data.scan_all(demo)
+    assert len(records) == 120 and data.is_demo(demo)
+    assert all(r.known_patient for r in records) and not data.shared_patients(records)
+    assert set(Counter(r.patient for r in records).values()) == {2}
+    assert {(r.label, r.subtype) for r in records} == {
+        ("NORMAL", ""),
+        ("PNEUMONIA", "bacterial"),
+        ("PNEUMONIA", "viral"),
+    }
+    assert {data.identify(r.path.split("/")[-1])[2] for r in records} >= {"IM", "NORMAL", "bacteria", "BACTERIA"}
+    opacities = json.loads((demo / "demo.json").read_text())["opacities"]
+    assert opacities.keys() == {r.path for r in records}
+    for r in records:
+        assert len(opacities[r.path]) == {"": 0, "bacterial": 1, "viral": 2}[r.subtype]
+        for x, y, rx, ry in opacities[r.path]:
+            assert 0.2 < x < 0.8 and 0.3 < y < 0.7 and 0.1 < rx < 0.2 and 0.1 < ry < 0.3
+
+
+def test_demo_class_is_not_in_the_histogram(large_demo):
+    records = data.scan_all(large_demo)
+    pixels = [data.read_image(large_demo / r.path, None)[0] for r in records]
+    histograms = [np.histogram(p, 32, (0, 256))[0] / p.size for p in pixels]
+    ill = np.array([r.label == "PNEUMONIA" for r in records])
+    options = {"groups": [r.patient for r in records], "cv": StratifiedGroupKFold(5), "method": "predict_proba"}
+    scores = cross_val_predict(HistGradientBoostingClassifier(random_state=0), histograms, ill, **options)
+    assert roc_auc_score(ill, scores[:, 1]) < 0.75
+
+
+# --- check ---
+
+
+def draw(path, rng):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, (48, 40), dtype=np.uint8)).save(path, compress_level=0)
+
+
+def plain(root, images=40):
+    """Noise under both classes: nothing tells them."""
+    rng = np.random.default_rng(0)
+    for label, i in itertools.product(("NORMAL", "PNEUMONIA"), range(images)):
+        series = {"NORMAL": "NORMAL", "PNEUMONIA": "BACTERIA"}[label]
+        number = i if label == "NORMAL" else 1000 + i
+        draw(root / f"train/{label}/{series}-{number}-0001.png", rng)
+    return root
+
+
+def test_audit_of_the_demo_set(large_demo):
+    report = data.check(large_demo)
+    assert report["problems"] == report["warnings"] == []
+    assert len(report["audit"]) == 2
+    for row in report["audit"]:
+        a, n, m = row["auroc"], 133, 267  # training patients
+        q1, q2 = a / (2 - a), 2 * a * a / (1 + a)  # Hanley and McNeil 1982
+        half = 1.96 * math.sqrt((a * (1 - a) + (m - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)) / (n * m))
+        assert a < 0.6 and row["ci95"] == pytest.approx([a - half, a + half])
+
+
+def mark_corner(path):
+    image = np.array(Image.open(path))
+    image[-6:, -12:] = 255
+    Image.fromarray(image).save(path, compress_level=0)  # so that the file is as large as before
+
+
+def pad_file(path):
+    path.write_bytes(path.read_bytes() + bytes(500))  # Pillow ignores what follows the image
+
+
+def make_colour(path):
+    Image.open(path).convert("RGB").save(path)
+
+
+def make_deep(path):
+    Image.fromarray(np.array(Image.open(path)).astype(np.uint16) * 257).save(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [(None, []), (mark_corner, ["border"]), (pad_file, ["file"]), (make_colour, ["file"]), (make_deep, ["file"])],
+)
+def test_audit_finds_what_marks_one_class(tmp_path, change, found):
+    root = plain(tmp_path / "d", images=60)
+    for path in sorted((root / "train" / "PNEUMONIA").iterdir()):
+        if change:
+            change(path)
+    report = data.check(root)
+    said = [line for line in report["warnings"] if "tells NORMAL from PNEUMONIA with AUROC" in line]
+    assert len(said) == len(found) and all(f"the {what} alone" in line for what, line in zip(found, said))
+    for row in report["audit"]:
+        assert (row["auroc"] > 0.95) == (row["from"].split()[1] in found)
+
+
+def test_check_counts(tmp_path):
+    root = plain(tmp_path / "d", images=4)
+    shutil.copy(root / "train/NORMAL/NORMAL-0-0001.png", root / "train/NORMAL/NORMAL-0-0002.png")  # of one patient
+    flat = np.full((20, 40), 100, np.uint8)
+    flat[:10] = 140
+    (root / "test/NORMAL").mkdir(parents=True)
+    Image.fromarray(flat).save(root / "test/NORMAL/own.png")
+    draw(root / "test/PNEUMONIA/VIRUS-2000-0001.png", np.random.default_rng(1))
+    report = data.check(root)
+    assert report["problems"] == [] and report["audit"] == [] and not report["demo"]
+    train, test = report["folders"]["train/NORMAL"], report["folders"]["test/NORMAL"]
+    assert (train["images"], train["patients"], train["unknown patients"]) == (5, 4, 0)
+    assert report["folders"]["train/PNEUMONIA"]["bacterial"] == 4
+    assert test["unknown patients"] == 1 and test["mode L, 8 bits"] == 1
+    size = (root / "test/NORMAL/own.png").stat().st_size
+    values = {"width": 40, "height": 20, "aspect": 2, "brightness": 120, "contrast": 20, "bytes per pixel": size / 800}
+    for name, value in values.items():
+        assert test[name] == pytest.approx([value] * 3, abs=1e-3)
+    assert json.loads(json.dumps(report)) == report
+
+
+NORMAL = "train/NORMAL/NORMAL-0-0001.png"
+COPIES = {  # where a copy of NORMAL is put, the problem
+    "unknown patient": ("train/NORMAL/own.png", "of other or unknown patients"),
+    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "of other or unknown patients"),
+    "other class": ("train/PNEUMONIA/NORMAL-0-0001.png", "across classes"),
+    "other split": ("test/NORMAL/NORMAL-9-0001.png", "across splits"),
+    "shared patient": ("test/NORMAL/NORMAL-0-0002.png", "1 patients are in both train and test"),
+}
+
+
+@pytest.mark.parametrize("case", COPIES)
+def test_check_finds_copies(tmp_path, case):
+    root, (place, problem) = plain(tmp_path / "d", images=3), COPIES[case]
+    for i, label in enumerate(("NORMAL", "PNEUMONIA")):
+        draw(root / f"test/{label}/VIRUS-{3000 + i}-0001.png", np.random.default_rng(7 + i))
+    assert data.check(root)["problems"] == []
+    shutil.copy(root / NORMAL, root / place)
+    problems = data.check(root)["problems"]
+    assert any(problem in line and (place in line or "both" in line) for line in problems)
+
+
+def test_check_prints_in_100_columns(tmp_path, capsys):
+    root = plain(tmp_path / "d", images=3)
+    make_deep(root / NORMAL)
+    (root / "train/PNEUMONIA/broken.png").write_bytes(b"no image")
+    for label in ("NORMAL", "PNEUMONIA"):
+        shutil.copytree(root / "train" / label, root / "test" / label)
+    report = data.check(root)
+    data.print_check(report)
+    printed = capsys.readouterr().out
+    assert all(len(line) <= 100 or str(root) in line for line in printed.splitlines())
+    assert "train/NORMAL mixes images of 8 and 16 bits" in printed
+    assert "2 files can't be read" in printed and "a result on this folder would not be valid" in printed
+    assert len(report["unreadable"]) == 2
+    table = printed.split("\n\n")[1].splitlines()
+    assert len({len(line) for line in table}) == 1  # aligned to the right
+
+
+# --- download ---
+
+
+def archive(*names):
+    held = io.BytesIO()
+    with zipfile.ZipFile(held, "w") as z:
+        for name in names or ("chest_xray/train/NORMAL/a.jpeg", "chest_xray/test/NORMAL/b.jpeg"):
+            z.writestr(name, name)
+        z.writestr("chest_xray/train/NORMAL/notes.txt", "no image")
+        z.writestr("elsewhere/train/NORMAL/c.jpeg", "not of chest_xray")
+    return held.getvalue()
+
+
+@contextlib.contextmanager
+def serve(*parts, pause=0.0):
+    """The URL of a server that answers one request with these bytes, waiting after each part."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer():
+        with contextlib.suppress(OSError):
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                for part in parts:
+                    connection.sendall(part)
+                    time.sleep(pause)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}/x.zip"
+    listener.close()
+    thread.join()
+
+
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
+BODY = archive()
+
+
+def test_download(tmp_path):
+    with serve(OK % len(BODY), BODY) as url:
+        target = data.download(tmp_path / "d", url, hashlib.sha256(BODY).hexdigest())
+    held = sorted(p.relative_to(tmp_path / "d").as_posix() for p in (tmp_path / "d").rglob("*") if p.is_file())
+    assert held == ["chest_xray/test/NORMAL/b.jpeg", "chest_xray/train/NORMAL/a.jpeg"]
+    assert data.download(tmp_path / "d", "http://127.0.0.1:1/gone") == target  # nothing is fetched again
+
+
+UP, ROOTED, NO_TRAIN = archive("../../evil.jpeg"), archive("/evil.jpeg"), archive("chest_xray/test/NORMAL/b.jpeg")
+UP_WINDOWS = archive("..\\evil.jpeg")
+BAD_SERVERS = {  # what is sent, the body that its checksum is of, what the message says
+    "another checksum": ([OK % len(BODY), BODY], b"other", "checksum"),
+    "cut half-way": ([OK % len(BODY), BODY[:100]], BODY, "checksum"),
+    "status line broken": ([b"nonsense\r\n\r\n"], BODY, "BadStatusLine"),
+    "closed at once": ([], BODY, "RemoteDisconnected"),
+    "not found": ([b"HTTP/1.1 404 Not Found\r\n\r\n"], BODY, "404"),
+    "length is no number": ([b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"], BODY, "checksum"),
+    "length is negative": ([b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"], BODY, "checksum"),
+    "chunk broken": ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n"], BODY, "IncompleteRead"),
+    "no archive": ([OK % 5, b"hello"], b"hello", "zip"),
+    "no train": ([OK % len(NO_TRAIN), NO_TRAIN], NO_TRAIN, "chest_xray/train"),
+    "writes outside": ([OK % len(UP), UP], UP, "outside"),
+    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "outside"),
+    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "outside"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SERVERS)
+def test_bad_server_is_one_line_and_leaves_nothing(tmp_path, case):
+    parts, body, message = BAD_SERVERS[case]
+    with serve(*parts) as url, pytest.raises(data.UserError, match=message) as caught:
+        data.download(tmp_path / "d", url, hashlib.sha256(body).hexdigest())
+    assert "\n" not in str(caught.value) and "Kaggle" in str(caught.value)
+    assert [p.name for p in tmp_path.rglob("*")] == ["d"]
+
+
+@pytest.mark.parametrize("url", ["foo://bar", "no scheme", "http://127.0.0.1:1/nobody", "http://[broken"])
+def test_bad_url_is_one_line(tmp_path, url):
+    with pytest.raises(data.UserError, match="download failed"):
+        data.download(tmp_path / "d", url)
+
+
+def test_a_drip_ends_at_the_limit(tmp_path):
+    parts = [OK % 1000, *[b"x"] * 1000]
+    with serve(*parts, pause=0.01) as url, pytest.raises(data.UserError, match="not complete after 2e-05 hours"):
+        data.download(tmp_path / "d", url, hours=2e-5)  # 72 ms
 
 
 # --- ends ---

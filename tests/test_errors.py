@@ -28,7 +28,7 @@ TRAIN = [
 ]
 DATA = [
     ("check nowhere", "nowhere does not exist"),
-    ("check empty", "no folder train"),
+    ("check empty", "none of the folders train/, val/, test/"),
     ("demo empty --images 3", "--images"),
     ("demo other", "is not empty"),
 ]
