@@ -35,7 +35,7 @@ import timm
 import torch
 import torchvision
 from scipy.optimize import brentq, minimize_scalar
-from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, softmax, stdtr, stdtrit
+from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve, roc_curve
 
@@ -88,9 +88,10 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
         return {"auroc": auroc, "auprc": np.where(fp[:, -1] > 0, auprc, np.nan)}
 
 
-def binary_metrics(positive: np.ndarray, score: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
-    """Every metric of two classes, each [draws]."""
-    return {**ranking(positive, score, weights), **rates(positive, predicted, weights)}
+def binary_metrics(positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, weights: np.ndarray) -> dict:
+    """Every metric of two classes, each [draws]; without scores those of the predictions alone."""
+    ranked = {} if score is None else ranking(positive, score, weights)
+    return {**ranked, **rates(positive, predicted, weights)}
 
 
 def macro_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
@@ -160,20 +161,20 @@ def clopper_pearson(share: float, n: int) -> list[float]:
     return [float(low), float(high)]
 
 
-def deviation(
-    drawn: np.ndarray, runs: list[np.ndarray], patients: float = math.inf, least: float = 0.0
-) -> tuple[float, float]:
+def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> tuple[float, float]:
     """Standard deviation of a mean over runs, or of the difference of two, and its degrees of freedom.
 
     The variance of testing, that of the draws of patients, drawn [draws], or least where that is larger, and that of
     training, between the values of runs that differ in their seed divided by their number, add up (Satterthwaite 1946).
     """
     drawn = drawn[np.isfinite(drawn)]
-    testing = max(drawn.var(), least**2) if len(drawn) else 0.0
-    parts = [(testing, patients - 1)]
-    parts += [(values.var(ddof=1) / len(values), len(values) - 1) for values in runs if len(values) > 1]
-    total = sum(variance for variance, _ in parts)
-    inverse = sum(variance**2 / max(freedom, 1) for variance, freedom in parts)
+    total = max(drawn.var(), least**2) if len(drawn) else 0.0
+    inverse = 0.0
+    for values in runs:
+        if len(values) > 1:
+            variance = values.var(ddof=1) / len(values)
+            total += variance
+            inverse += variance**2 / (len(values) - 1)
     return math.sqrt(total), total**2 / inverse if inverse else math.inf
 
 
@@ -354,6 +355,9 @@ def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
 # --- scoring ---
 
 
+ARRAYS = ("logits", "temperature", "threshold", "border")
+
+
 @dataclass
 class Scored:
     """What a checkpoint, or another program, says of a set of images; arrays have one row an image."""
@@ -372,8 +376,8 @@ class Scored:
     threshold: np.ndarray  # float64 [images], on the probability of the positive one of two classes
     rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
     left_out: list[dict]  # path and reason
+    border: np.ndarray  # float64 [images]: logit of the classifier that sees the border alone; NaN where there is none
     stressed: dict[str, np.ndarray]  # logits of changed copies
-    border: np.ndarray | None = None  # float64 [images]: logit of the classifier that sees the border alone
     leaks: dict | None = None  # how many images and patients it was trained on
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
@@ -423,11 +427,8 @@ class Scored:
         return replace(
             self,
             records=[self.records[i] for i in index],
-            logits=self.logits[index],
-            temperature=self.temperature[index],
-            threshold=self.threshold[index],
             stressed={name: logits[index] for name, logits in self.stressed.items()},
-            border=None if self.border is None else self.border[index],
+            **{name: getattr(self, name)[index] for name in ARRAYS},
         )
 
 
@@ -521,7 +522,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
             partners = index[data.draw_partners(records)]
         paths = [r.path for r in records]
         stressed = infer_stressed(model, images.pixels, index, partners, paths, *preprocessing)
-    border = None
+    border = np.full(len(records), math.nan)
     if ckpt["border"] is not None:
         border = np.concatenate([models.border_logit(ckpt["border"], b) for b in in_batches(images.pixels, index)])
 
@@ -641,6 +642,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
             "from": "default" if args.threshold is None else "command line",
         },
         left_out=[],
+        border=np.full(len(p), math.nan),
         stressed={},
     )
 
@@ -671,13 +673,10 @@ def pool(runs: list[Scored]) -> Scored:
         source=", ".join(s.source for s in runs),
         sha256=data.hash_lines(s.sha256 for s in runs),
         records=[r for s in runs for r in s.records],
-        logits=np.concatenate([s.logits for s in runs]),
-        temperature=np.concatenate([s.temperature for s in runs]),
-        threshold=np.concatenate([s.threshold for s in runs]),
         rule={"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]},
         left_out=[item for s in runs for item in s.left_out],
         stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
-        border=None if first.border is None else np.concatenate([s.border for s in runs]),
+        **{name: np.concatenate([getattr(s, name) for s in runs]) for name in ARRAYS},
         leaks={name: sum(s.leaks[name] for s in runs) for name in first.leaks},
         fingerprint=data.hash_lines(s.fingerprint for s in runs),
         run={**first.run, "arguments": arguments, "finished": all(s.run["finished"] for s in runs)},
@@ -772,13 +771,12 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
 def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of two classes."""
     positive, score, predicted = s.binary
-    at_half = binary_estimates(positive, score, score >= 0.5, s.patients, bootstrap)
     z = binary_logit(s.logits, s.positive)
     one_temperature = len(np.unique(s.temperature)) == 1
     result = {
         "positive": s.classes[s.positive],
         "metrics": binary_estimates(positive, score, predicted, s.patients, bootstrap),
-        "at_half": {name: at_half[name] for name in at_half if name not in ("auroc", "auprc")},
+        "at_half": binary_estimates(positive, None, score >= 0.5, s.patients, bootstrap),
         "confusion": {
             "tp": int((positive & predicted).sum()),
             "fp": int((~positive & predicted).sum()),
@@ -795,7 +793,7 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
         "decision_curve": decision_curve(positive, score),
         "subgroups": subgroups(s, bootstrap),
     }
-    if s.border is not None:
+    if np.isfinite(s.border).all():
         result["shortcut"] = shortcut(s, bootstrap)
     if s.stressed:
         result["stress"] = stress_report(s)
@@ -804,16 +802,12 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
 
 def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of more than two classes."""
-    point = macro_metrics(s.labels, s.probabilities, s.predicted, np.ones((1, len(s.labels))))
-    metrics = functools.partial(macro_metrics, s.labels, s.probabilities, s.predicted)
-    drawn = bootstrap.values(metrics, s.patients)
-    behind = min(len(np.unique(s.patients[s.labels == c])) for c in np.unique(s.labels))
     each = {}
     for c, name in enumerate(s.classes):
         each[name] = binary_estimates(s.labels == c, s.probabilities[:, c], s.predicted == c, s.patients, bootstrap)
     count = len(s.classes)
     return {
-        "metrics": {k: with_interval(v, drawn.get(k, np.empty(0))[None], behind) for k, v in point.items()},
+        "metrics": measure([s], bootstrap).estimates(),
         "auroc_one_vs_rest": {name: e["auroc"] for name, e in each.items()},
         "sensitivity_per_class": {name: e["sensitivity"] for name, e in each.items()},
         "confusion": np.bincount(s.labels * count + s.predicted, minlength=count**2).reshape(count, count).tolist(),
@@ -935,34 +929,40 @@ def to_rows(s: Scored) -> list[dict]:
 
 @dataclass
 class Measured:
-    """A model: one run, or several that differ in their seed alone."""
+    """A model's metrics: those of one run, or of several that differ in their seed alone."""
 
     runs: list[Scored]
     values: dict[str, np.ndarray]  # of each metric [runs]
     drawn: dict[str, np.ndarray]  # and in each draw of patients [runs, draws]
 
-    def estimate(self, metric: str, patients: int) -> dict:
-        values = self.values[metric]
-        sd = float(values.std(ddof=1)) if len(values) > 1 else None
-        return {**with_interval(values, self.drawn[metric], patients), "sd": sd}
+    def estimates(self) -> dict[str, dict]:
+        """{metric: {"value", "ci95"}} of the mean over the runs, with several their standard deviation too."""
+        first = self.runs[0]
+        behind = min(len(np.unique(first.patients[first.labels == c])) for c in np.unique(first.labels))
+        result = {}
+        for name, values in self.values.items():
+            result[name] = with_interval(values, self.drawn[name], behind)
+            if len(values) > 1:
+                result[name]["sd"] = float(values.std(ddof=1))
+        return result
 
 
 def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The metrics of two or of more classes, each [draws]."""
-    if len(s.classes) == 2:
-        return binary_metrics(*s.binary, weights)
-    return macro_metrics(s.labels, s.probabilities, s.predicted, weights)
+    """The main metrics of two or of more classes, each [draws]."""
+    if len(s.classes) > 2:
+        return macro_metrics(s.labels, s.probabilities, s.predicted, weights)
+    metrics = binary_metrics(*s.binary, weights)
+    return {name: metrics[name] for name in ("auroc", "accuracy", "sensitivity", "specificity")}
 
 
 def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
-    names = ["auroc", "accuracy"] + ["sensitivity", "specificity"] * (len(runs[0].classes) == 2)
     points = [task_metrics(s, np.ones((1, len(s.records)))) for s in runs]
     draws = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
-    return Measured(
-        runs=runs,
-        values={k: np.concatenate([point[k] for point in points]) for k in names},
-        drawn={k: np.stack([drawn.get(k, np.empty(0)) for drawn in draws]) for k in names},
-    )
+    values, drawn = {}, {}
+    for name in points[0]:
+        values[name] = np.concatenate([point[name] for point in points])
+        drawn[name] = np.stack([draw.get(name, np.empty(0)) for draw in draws])
+    return Measured(runs, values, drawn)
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -984,7 +984,7 @@ def right_answers(model: Measured) -> np.ndarray:
     return np.bincount(model.runs[0].patients, right).astype(int)
 
 
-def difference(model: Measured, reference: Measured, metric: str, patients: int) -> dict:
+def difference(model: Measured, reference: Measured, metric: str) -> dict:
     """{"value", "ci95", "p"} of the model's mean less the reference's, paired by patient; null without draws.
 
     Where few patients tell the accuracies apart, the draws make it too sure: the standard deviation is then at least
@@ -1000,8 +1000,8 @@ def difference(model: Measured, reference: Measured, metric: str, patients: int)
         theirs = right_answers(reference) * len(model.runs)
         if np.count_nonzero(mine - theirs) <= 500:  # beyond these the draws are as good
             exact_p = sign_flip_p(mine - theirs)
-            least = abs(value) / max(-stdtrit(patients - 1, exact_p / 2), 0.5)
-    sd, freedom = deviation(drawn, [model.values[metric], reference.values[metric]], patients, least)
+            least = abs(value) / max(-ndtri(exact_p / 2), 0.5)
+    sd, freedom = deviation(drawn, [model.values[metric], reference.values[metric]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
     return {"value": value, "ci95": [float(value - half), float(value + half)], "p": float(max(p, exact_p))}
@@ -1024,7 +1024,7 @@ def worst_of(runs: list[Scored]) -> dict:
         result["stress"] = {}
         for how in ("mean", "worst"):
             result["stress"][how] = {k: mean_or_none([r[how][k] for r in reports]) for k in reports[0][how]}
-    if all(s.border is not None for s in runs):
+    if all(np.isfinite(s.border).all() for s in runs):
         result["shortcut"] = mean_or_none([shortcut(s, Bootstrap(0))["worst"] for s in runs])
     return result
 
@@ -1036,7 +1036,6 @@ def mean_or_none(values: list[float | None]) -> float | None:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, have their differences to it."""
     first = groups[0][0]
-    behind = min(len(np.unique(first.patients[first.labels == c])) for c in np.unique(first.labels))
     measured = [measure([align(s, first) for s in runs], bootstrap) for runs in groups]
     entries = []
     for number, model in enumerate(measured, 1):
@@ -1048,12 +1047,12 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entry["unfinished"] = next((s.unfinished for s in runs if s.unfinished), "")
         entry["runs"] = [s.source for s in runs]
         entry["seeds"] = [s.run["arguments"].get("seed") for s in runs if s.run]
-        entry["metrics"] = {k: model.estimate(k, behind) for k in model.values}
+        entry["metrics"] = model.estimates()
         entry.update(worst_of(runs))
         entry["difference"] = {}
         entries.append(entry)
     for metric in ("auroc", "accuracy"):
-        gaps = [difference(model, measured[0], metric, behind) for model in measured[1:]]
+        gaps = [difference(model, measured[0], metric) for model in measured[1:]]
         adjusted = holm([1.0 if gap["p"] is None else gap["p"] for gap in gaps])
         for entry, gap, p in zip(entries[1:], gaps, adjusted):
             entry["difference"][metric] = {**gap, "p_holm": None if gap["p"] is None else p}
