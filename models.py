@@ -193,8 +193,10 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
 def answers(address: str) -> bool:
     """Whether a server answers within a few seconds; in a thread, since looking up a name knows no time limit."""
     answered = threading.Event()
-    threading.Thread(target=ask, args=(address, answered), daemon=True).start()
-    return answered.wait(6)
+    thread = threading.Thread(target=ask, args=(address, answered), daemon=True)
+    thread.start()
+    thread.join(6)
+    return answered.is_set()
 
 
 def ask(address: str, answered: threading.Event) -> None:
@@ -319,7 +321,7 @@ class Field:
     dtype: torch.dtype = torch.float32
     of: type | tuple | None = None  # what a list or a dict holds
     keys: dict | None = None  # the fields of a dict
-    optional: bool = False  # None will do
+    optional: bool = False  # it may be None
 
 
 TEXT, COUNT, SHARE = Field(str), Field(int, 0), Field(float, 0, 1)
@@ -372,9 +374,10 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
         name = f"{prefix}{key}"
         value = content.get(key)
         kind = (int, float) if field.kind is float else field.kind
-        if value is None:
-            if not field.optional:
-                yield f"it holds no {name}"
+        if key not in content:
+            yield f"it holds no {name}"
+        elif value is None and field.optional:
+            continue
         elif not isinstance(value, kind) or isinstance(value, bool) != (field.kind is bool):
             yield f"{name} is no {field.kind.__name__}"
         elif field.kind in (int, float) and not field.low <= value <= field.high:
@@ -496,6 +499,8 @@ def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:
     """
     folded = copy.deepcopy(model)
     norms = {m: name for name, m in folded.named_modules() if type(m) in (nn.BatchNorm2d, BatchNormAct2d)}
+    if not norms:
+        return model
     handles, outputs, pairs = [], [], []
     for layer in folded.modules():
         if layer in norms or type(layer) is nn.Conv2d:  # its subclasses may change their weights before they use them

@@ -199,8 +199,11 @@ def stream(sources, work, workers: int, limit: int):
 # --- classify ---
 
 
-def classify(sources: list, classifier: Classifier) -> list[Prediction]:
-    """A prediction for each path, open file, Pillow image or array."""
+def classify(sources: list, classifier: Classifier, maps: Path | None = None) -> list[Prediction]:
+    """A prediction for each path, open file, Pillow image or array; heat maps of paths go to the folder maps.
+
+    These hook into the model, which no other thread may use meanwhile.
+    """
     checkpoint = classifier.checkpoint
     readings = [read(source, checkpoint["input_size"]) for source in sources]
     rows = []
@@ -218,6 +221,9 @@ def classify(sources: list, classifier: Classifier) -> list[Prediction]:
             rows[i].unlike = distance
             rows[i].flags = flags(readings[i], distance)
             decide(rows[i], p, checkpoint)
+    for row in rows:
+        if maps is not None and row.label is not None:
+            add_heat_map(row, classifier, maps)
     return rows
 
 
@@ -270,10 +276,15 @@ GREY, WHITE = (90, 90, 90), (255, 255, 255)
 def add_heat_map(row: Prediction, classifier: Classifier, folder: Path) -> None:
     """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile."""
     checkpoint = classifier.checkpoint
-    pixels = torch.from_numpy(data.read_image(row.path, checkpoint["input_size"])[0])
+    try:
+        pixels = torch.from_numpy(data.read_image(row.path, checkpoint["input_size"])[0])
+        picture = Image.fromarray(data.read_image(row.path, None)[0])
+    except data.ImageError as e:
+        row.label, row.probability = None, None
+        row.error = f"no map: {e}"
+        return
     x = data.normalise(pixels[None].to(classifier.device), checkpoint["mean"], checkpoint["std"])
     heat = models.heat_map(classifier.model, x, checkpoint["classes"].index(row.label))[0].cpu().numpy()
-    picture = Image.fromarray(data.read_image(row.path, None)[0])
     with data.replacing(folder / map_name(Path(row.path))) as f:
         draw_heat_map(picture, heat, caption(row, checkpoint["positive"])).save(f, "PNG")
 
@@ -292,7 +303,7 @@ def caption(row: Prediction, positive: str) -> list[str]:
         result = f"{row.label}: P({row.label}) = {row.probability[row.label]:.3f}"
     else:
         result = f"{row.label}: P({positive}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
-    lines = [Path(row.path).name, result, f"colour: what speaks for {row.label}, of this map's maximum"]
+    lines = [Path(row.path).name, result, f"colour: what speaks for {row.label}, scaled to this map's own maximum"]
     if row.demo:
         lines.append("DEMO MODEL, trained on synthetic phantoms")
     return lines + row.flags
@@ -336,10 +347,10 @@ def tint(heat: np.ndarray) -> Image.Image:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """A line that fits, without its middle where it would not; the font knows Latin letters alone."""
-    text = data.printable(text).encode("latin-1", "replace").decode("latin-1")
-    kept = len(text)
+    """A line that fits, without its middle where it would not; the font knows ASCII alone."""
+    text = data.printable(text).encode("ascii", "replace").decode()
     shown = text
+    kept = min(len(text), 5 * width // font.size)  # no letter is narrower than a fifth of the font
     while font.getlength(shown) > width:
         kept -= 1
         shown = f"{text[: math.ceil(kept / 2)]}...{text[len(text) - kept // 2 :]}"
@@ -424,17 +435,16 @@ def run(args: argparse.Namespace) -> int:
     if checkpoint["data"]["demo"]:
         data.warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     if args.cam:
+        if any(Path(args.cam).resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
+            raise data.UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
         Path(args.cam).mkdir(parents=True, exist_ok=True)
-    work = functools.partial(classify, classifier=classifier)
+    work = functools.partial(classify, classifier=classifier, maps=Path(args.cam) if args.cam else None)
     workers, limit = data.CORES, BATCH
     if args.cam or (len(args.inputs) == 1 and os.path.isfile(args.inputs[0])):
         workers, limit = 1, 1  # a heat map takes long: each gives its row at once
     counts, flagged = Counter(), 0
     with tqdm(unit="img", leave=False, disable=None) as bar:
         for rows in stream(find_inputs(args.inputs), work, workers, limit):
-            for row in rows:
-                if args.cam and row.label is not None:
-                    add_heat_map(row, classifier, Path(args.cam))
             with bar.external_write_mode():  # the bar makes way for rows on the same terminal
                 sys.stdout.write(to_text(rows, args.style, checkpoint, first=not counts))
                 sys.stdout.flush()

@@ -1,19 +1,26 @@
-"""Models: six architectures, weights from files and from a hub, checkpoints, Grad-CAM, and the check of inputs."""
+"""Models: six architectures, weights from files and from a hub, checkpoints, heat maps, and the check of inputs."""
 
 import contextlib
+import copy
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from conftest import ROOT
 from safetensors.torch import save_file
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
@@ -29,12 +36,45 @@ NAMES = (
     "swin_tiny_patch4_window7_224",
 )
 SMALL = NAMES[0]
+CLASSES = ["NORMAL", "PNEUMONIA"]
 
 
 def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
-    content = dict.fromkeys(models.KEYS) | {"format": models.FORMAT, "format_version": models.FORMAT_VERSION}
-    content["model"] = name
-    return content | {"state_dict": model.state_dict(), "classes": ["NORMAL", "PNEUMONIA"], "input_size": size}
+    """All that a checkpoint must hold."""
+    return {
+        "format": models.FORMAT,
+        "format_version": models.FORMAT_VERSION,
+        "model": name,
+        "state_dict": model.state_dict(),
+        "classes": ["NORMAL", "PNEUMONIA"],
+        "positive": "PNEUMONIA",
+        "input_size": size,
+        "mean": 0.45,
+        "std": 0.23,
+        "temperature": 1.0,
+        "threshold": {"value": 0.5, "rule": "0.5", "from": "default"},
+        "validation": {"val_loss": 0.7, "val_auroc": 0.5, "val_accuracy": 0.5},
+        "epoch": 1,
+        "epochs": 2,
+        "finished": True,
+        "data": {
+            "root": "x",
+            "demo": False,
+            "fingerprint": "0",
+            "patients": ["IM-1"],
+            "pixels": torch.tensor([1, 2]),
+            "val": ["a"],
+        },
+        "arguments": {"seed": 0},
+        "environment": {"torch": "2"},
+        "weights": {"source": "random", "note": "", "failed": ""},
+        "input_check": {
+            "mean": torch.zeros(models.FEATURES),
+            "whiten": torch.eye(models.FEATURES),
+            "cut": 20.0,
+        },
+        "border": None,
+    }
 
 
 def write_weights(path: Path, state: dict) -> Path:
@@ -133,59 +173,109 @@ def test_a_batch_norm_that_can_not_be_folded_is_left_alone():
     assert models.fold_batch_norms(model, 8) is model
 
 
-def test_grad_cam_of_each_architecture(trained):
+def test_heat_map_of_each_architecture(trained):
     _, _, model, _ = trained
     x = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(3))
     # In a network that learnt nothing, all may speak for one and the same class: look at both.
-    maps = torch.stack([models.grad_cam(model, x.clone(), target) for target in (0, 1)])
+    maps = torch.stack([models.heat_map(model, x.clone(), target) for target in (0, 1)])
     assert maps.shape == (2, 8, 64, 64)
     assert maps.dtype == torch.float32
     assert maps.min() >= 0 and maps.max() <= 1
-    assert (maps.amax((0, 2, 3)) == 1).sum() > 4
+    assert (maps.amax((0, 2, 3)) > 0.7).sum() > 4
     assert maps.flatten(2).std(2).amax(0).gt(0.01).sum() > 4  # a place, not a plain sheet
 
 
 class Toy(nn.Module):
-    """Two stages whose features are the image in cells of so many pixels; logit 1 is their mean, logit 0 is zero."""
+    """A stage whose features are the image in cells of 8 pixels, in one of many layouts; logit 1 sums them up."""
 
-    def __init__(self, kind: str, cell: int = 2):
+    def __init__(self, layout: str):
         super().__init__()
-        self.cell = cell
-        self.stage0, self.stage1 = nn.Identity(), nn.Identity()
-        self.feature_info = [{"module": "stage0"}, {"module": "stage1"}]
-        self.kind, self.output_fmt, self.num_prefix_tokens = kind, "NHWC" if kind == "NHWC" else "NCHW", 1
+        self.stage = nn.Identity()
+        self.feature_info = [{"module": "stage", "reduction": 8}]
+        self.layout = layout
+        self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        f = nn.functional.avg_pool2d(x, self.cell)
-        if self.kind == "NHWC":
-            f = f.permute(0, 2, 3, 1)
-        if self.kind == "tokens":
-            f = torch.cat([f.new_full((len(f), 1, 1), 100.0), f.flatten(2).transpose(1, 2)], 1)
-        score = self.stage1(self.stage0(f)).flatten(1).mean(1)
-        return torch.stack([torch.zeros_like(score), score], 1)
+        f = self.gain * nn.functional.avg_pool2d(x, 8).repeat(1, 3, 1, 1)
+        tokens = f.flatten(2).transpose(1, 2)
+        head = 100 * self.gain * torch.ones(len(x), 9, 3)
+        layouts = {
+            "NCHW": f,
+            "NHWC": f.permute(0, 2, 3, 1),
+            "tokens": tokens,
+            "class token": torch.cat([head[:, :1], tokens], 1),
+            "five tokens": torch.cat([head[:, :5], tokens], 1),
+            "nine tokens": torch.cat([head, tokens], 1),
+            "beside another": (head, f),
+            "no map": f.mean((2, 3)),
+        }
+        out = self.stage(layouts[self.layout])
+        parts = out if isinstance(out, tuple) else (out,)
+        score = sum(part.flatten(1).sum(1) for part in parts)
+        return torch.stack([-score, score], 1)
 
 
-@pytest.mark.parametrize("kind", ["NCHW", "NHWC", "tokens"])
-def test_grad_cam_finds_what_speaks_for_a_class(kind):
-    x = torch.zeros(1, 1, 16, 16)
-    x[0, 0, 2:4, 10:12] = 1  # above the middle, right of it: a transposed map would show
-    heat = models.grad_cam(Toy(kind), x, 1)[0]
-    row, column = divmod(int(heat.argmax()), 16)
-    assert row in (2, 3) and column in (10, 11)
-    assert heat.max() == 1
-    assert heat[8:].max() < 0.01 and heat[:, :6].max() < 0.01
-    assert models.grad_cam(Toy(kind), x, 0).max() == 0
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens", "class token", "five tokens", "beside another"])
+def test_a_line_in_the_image_is_a_line_in_the_map(layout):
+    """From the upper left down to the middle: a transposed, mirrored or sheared map would show."""
+    x = torch.zeros(2, 1, 80, 80)
+    cells = [(0, 0), (1, 0), (2, 1), (3, 1), (4, 2), (5, 2)]
+    for row, column in cells:
+        x[:, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 1
+    heat = models.heat_map(Toy(layout), x, 1)[1, 4::8, 4::8]
+    line = [tuple(cell) for cell in (heat > 0.6).nonzero().tolist()]
+    assert line == cells
+    assert models.heat_map(Toy(layout), x, 0).max() == 0
 
 
-def test_grad_cam_is_finer_than_the_feature_map():
-    """Cells of 20 pixels, and a spot at the edge of one: the maximum lies nearer to it than the cell's middle does."""
-    x = torch.zeros(1, 1, 80, 80)
-    x[0, 0, 40:44, 40:44] = 1
-    heat = models.grad_cam(Toy("NCHW", 20), x, 1)[0]
-    row, column = divmod(int(heat.argmax()), 80)
-    assert abs(row - 41.5) < 5 and abs(column - 41.5) < 5
-    steps = torch.cat([heat.diff(dim=0).flatten(), heat.diff(dim=1).flatten()]).abs()
-    assert steps.max() < 0.15  # no edge of a window shows
+@pytest.mark.parametrize("layout", ["nine tokens", "no map"])
+def test_what_is_no_map_of_the_image_is_refused(layout):
+    with pytest.raises(data.UserError, match="no feature map"):
+        models.heat_map(Toy(layout), torch.rand(1, 1, 80, 80), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "shown"),
+    [
+        ("xcit_nano_12_p16_224", 64, True),  # its class token joins behind the blocks
+        ("pit_ti_224", 64, True),  # its stages give a map and tokens
+        ("hrnet_w18_small", 64, False),  # timm names stages that it does not have
+        ("coat_tiny", 64, False),  # one stage runs under three names
+        ("hiera_tiny_224", 224, False),  # tokens in an order of their own
+    ],
+)
+def test_families_of_odd_layout_get_a_map_or_a_line(name, size, shown):
+    torch.manual_seed(0)
+    model = models.build(name, 2, size).eval()
+    x = torch.randn(1, 1, size, size)
+    if shown:
+        assert models.heat_map(model, x, 1).shape == (1, size, size)
+    else:
+        with pytest.raises(data.UserError, match="no feature map"):
+            models.heat_map(model, x, 1)
+
+
+# --- memory format ---
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "expected"),
+    [
+        (SMALL, CPU, torch.channels_last),
+        ("repvgg_a0", CPU, torch.contiguous_format),
+        ("mobileone_s1", CPU, torch.contiguous_format),
+        ("fastvit_t8", CPU, torch.contiguous_format),
+        ("repvgg_a0", CUDA, torch.channels_last),
+        ("lambda_resnet26t", CUDA, torch.contiguous_format),
+    ],
+)
+def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, device, expected):
+    model = timm.create_model(name, in_chans=1, num_classes=2)
+    found = models.memory_format(model, device)
+    assert found == expected
+    model.to(memory_format=found)
 
 
 # --- build ---
@@ -195,12 +285,12 @@ def test_grad_cam_is_finer_than_the_feature_map():
     ("name", "nearest"), [("resnet19", "resnet18"), ("mobilenetv3_smal_050", SMALL), ("vit_tiny_p16_224", "vit_tiny")]
 )
 def test_an_unknown_name_lists_the_nearest(name, nearest):
-    with pytest.raises(models.ModelError, match=f"{name}.*nearest.*{nearest}"):
+    with pytest.raises(data.UserError, match=f"{name}.*nearest.*{nearest}"):
         models.build(name, 2, 64)
 
 
 def test_a_name_that_is_near_nothing_is_an_error_too():
-    with pytest.raises(models.ModelError, match="@@@@@@"):
+    with pytest.raises(data.UserError, match="@@@@@@"):
         models.preprocessing("@@@@@@", None)
 
 
@@ -220,7 +310,7 @@ def test_mean_and_std_are_those_of_the_weights_in_grey():
 
 def test_a_device_that_is_not_there_is_an_error():
     for name in ("cuda:99", "no such device"):
-        with pytest.raises(models.ModelError, match=f"--device {name}.*auto"):
+        with pytest.raises(data.UserError, match=f"--device {name}.*auto"):
             models.pick_device(name)
     assert models.pick_device("cpu") == torch.device("cpu")
 
@@ -243,17 +333,14 @@ def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, classe
     state = timm.create_model(name, num_classes=classes).state_dict()
     path = write_weights(tmp_path / f"w{suffix}", state)
     torch.manual_seed(4)
-    model, source = models.build_pretrained(name, 2, 64, str(path), insist=False)
+    model, source = models.build_pretrained(name, CLASSES, 64, str(path), insist=False)
     found = model.state_dict()
     assert torch.equal(found[stem], state[stem].sum(1, keepdim=True))
     assert found[head].shape[0] == 2
     assert source["source"] == str(path) and source["failed"] == ""
     assert "3 input channels summed to 1" in source["note"] and "\n" not in source["note"]
-    if classes == 2:
-        assert torch.equal(found[head], state[head])
-        assert "head of 2 classes taken" in source["note"]
-    else:
-        assert "new head (5 there)" in source["note"]
+    assert not torch.equal(found[head], state[head][:2])  # nobody knows which class is which
+    assert "new head" in source["note"] and source["seen"] is None
     others = [k for k in state if k not in (stem, head, head.replace("weight", "bias"), "pos_embed")]
     assert [k for k in others if not torch.equal(found[k], state[k])] == []
     assert f"{len(state)} tensors" in source["note"]
@@ -261,17 +348,46 @@ def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, classe
 
 def test_weights_of_grey_images_without_a_head(tmp_path):
     state = timm.create_model(SMALL, in_chans=1, num_classes=0).state_dict()
-    model, source = models.build_pretrained(SMALL, 3, 64, str(write_weights(tmp_path / "w.pt", state)), insist=False)
+    model, source = models.build_pretrained(
+        SMALL, ["A", "B", "C"], 64, str(write_weights(tmp_path / "w.pt", state)), insist=False
+    )
     assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
     assert model.classifier.weight.shape[0] == 3
-    assert "summed" not in source["note"] and "new head (none there)" in source["note"]
+    assert "summed" not in source["note"] and "new head" in source["note"]
 
 
-@pytest.mark.parametrize("key", ["state_dict", "model"])
-def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, key):
-    path = write_weights(tmp_path / "w.pt", {key: small.state_dict(), "epoch": 3})
-    model, _ = models.build_pretrained(SMALL, 2, 64, str(path), insist=False)
-    assert torch.equal(model.classifier.weight, small.classifier.weight)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda s: {"state_dict": s, "epoch": 3},
+        lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}},
+        lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
+        lambda s: {"model": {"state_dict": s}},
+        lambda s: {f"model.{k}": v for k, v in s.items()},
+        lambda s: {f"net._orig_mod.{k}": v for k, v in s.items()},
+    ],
+)
+def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap):
+    path = write_weights(tmp_path / "w.pt", wrap(small.state_dict()))
+    model, _ = models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
+    assert torch.equal(model.conv_head.weight, small.conv_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows"),
+    [(CLASSES, [0, 1]), (["PNEUMONIA", "NORMAL"], [1, 0]), (["NORMAL", "COVID"], None), ([*CLASSES, "X"], None)],
+)
+def test_a_head_is_taken_from_a_run_and_by_class_name(tmp_path, small, classes, rows):
+    """The run's folder stands for its checkpoint, which says what was seen."""
+    models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
+    model, source = models.build_pretrained(SMALL, classes, 64, str(tmp_path), insist=False)
+    if rows:
+        assert torch.equal(model.classifier.weight, small.classifier.weight[rows])
+        assert torch.equal(model.classifier.bias, small.classifier.bias[rows])
+    else:
+        assert len(model.classifier.weight) == len(classes) and "new head" in source["note"]
+    assert torch.equal(model.conv_head.weight, small.conv_head.weight)
+    assert source["seen"]["patients"] == ["IM-1"] and source["seen"]["pixels"].tolist() == [1, 2]
 
 
 def spoil(kind: str, path: Path, state: dict) -> str:
@@ -289,6 +405,10 @@ def spoil(kind: str, path: Path, state: dict) -> str:
     if kind == "one tensor of another shape":
         write_weights(path, state | {"blocks.0.0.conv_dw.weight": torch.zeros(3, 1, 3, 3)})
         return "blocks.0.0.conv_dw.weight"
+    if kind in ("nan", "inf"):
+        state["conv_head.weight"][0] = float(kind)
+        write_weights(path, state)
+        return "conv_head.weight"
     if kind == "no tensors":
         torch.save({"a": 1, "b": "text"}, path)
         return "state dict"
@@ -305,7 +425,7 @@ def spoil(kind: str, path: Path, state: dict) -> str:
     return "does not exist"
 
 
-KINDS = "other architecture, one tensor missing, one tensor too many, one tensor of another shape, garbage, empty, truncated"
+KINDS = "other architecture, one tensor missing, one tensor too many, one tensor of another shape, garbage, empty, truncated, nan, inf"
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -313,23 +433,35 @@ KINDS = "other architecture, one tensor missing, one tensor too many, one tensor
 def test_weights_that_do_not_fit_are_an_error(tmp_path, small, kind, suffix):
     path = tmp_path / f"w{suffix}"
     expected = spoil(kind, path, small.state_dict())
-    with pytest.raises(models.ModelError) as caught:
-        models.build_pretrained(SMALL, 2, 64, str(path), insist=False)
+    with pytest.raises(data.UserError) as caught:
+        models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
     assert expected in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+def test_an_empty_name_is_no_weights():
+    with pytest.raises(data.UserError, match="names no file"):
+        models.build_pretrained(SMALL, CLASSES, 64, "", insist=False)
+
+
+def test_a_training_state_is_no_weights(tmp_path, small):
+    """It was trained on images that nobody could tell of."""
+    models.save({"format": "training state", "format_version": 2, "model": small.state_dict()}, tmp_path / "last.pt")
+    with pytest.raises(data.UserError, match="no chest radiograph classifier"):
+        models.build_pretrained(SMALL, CLASSES, 64, str(tmp_path / "last.pt"), insist=False)
+
+
 def test_a_file_of_other_things_is_no_weights(tmp_path):
     expected = spoil("no tensors", tmp_path / "w.pt", {})
-    with pytest.raises(models.ModelError, match=expected):
-        models.build_pretrained(SMALL, 2, 64, str(tmp_path / "w.pt"), insist=False)
+    with pytest.raises(data.UserError, match=expected):
+        models.build_pretrained(SMALL, CLASSES, 64, str(tmp_path / "w.pt"), insist=False)
 
 
-@pytest.mark.parametrize("read", [lambda p: models.build_pretrained(SMALL, 2, 64, str(p), False), models.load])
+@pytest.mark.parametrize("read", [lambda p: models.build_pretrained(SMALL, CLASSES, 64, str(p), False), models.load])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, read):
     mark = tmp_path / "ran"
     torch.save({"format": models.FORMAT, "format_version": 1, "state_dict": Malicious(mark)}, tmp_path / "w.pt")
-    with pytest.raises(models.ModelError, match="w.pt"):
+    with pytest.raises(data.UserError, match="w.pt"):
         read(tmp_path / "w.pt")
     assert not mark.exists()
 
@@ -352,7 +484,7 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_without_a_network_training_goes_on_from_random_weights(no_hub):
-    model, source = models.build_pretrained(SMALL, 2, 64, None, insist=False)
+    model, source = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
     assert source["source"] == "random"
     assert SMALL in source["failed"] and "\n" not in source["failed"]
     with torch.inference_mode():
@@ -361,15 +493,15 @@ def test_without_a_network_training_goes_on_from_random_weights(no_hub):
 
 
 def test_without_a_network_insisting_is_an_error(no_hub):
-    with pytest.raises(models.ModelError, match=f"{SMALL}.*--weights.*--no-pretrained") as caught:
-        models.build_pretrained(SMALL, 2, 64, None, insist=True)
+    with pytest.raises(data.UserError, match=f"{SMALL}.*--weights.*--no-pretrained") as caught:
+        models.build_pretrained(SMALL, CLASSES, 64, None, insist=True)
     assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_was_never_trained_has_no_pretrained_weights():
     name = next(m for m in timm.list_models("resnet*") if not timm.is_model_pretrained(m))
-    with pytest.raises(models.ModelError, match=f"no pretrained weights for {name}"):
-        models.build_pretrained(name, 2, 64, None, insist=True)
+    with pytest.raises(data.UserError, match=f"no pretrained weights for {name}"):
+        models.build_pretrained(name, CLASSES, 64, None, insist=True)
 
 
 # In a process of its own: the hub's library reads its address from the environment when it is imported.
@@ -410,7 +542,7 @@ import models, torch
 result = {}
 for when in ("served", "cached"):
     torch.manual_seed(len(when))
-    model, source = models.build_pretrained("mobilenetv3_small_050", 2, 64, None, insist=True)
+    model, source = models.build_pretrained("mobilenetv3_small_050", ["A", "B"], 64, None, insist=True)
     torch.save(model.state_dict(), folder / f"{when}.pt")
     result[when] = source | {"asked": list(asked)}
     if when == "served":
@@ -458,7 +590,7 @@ def test_weights_from_a_hub_and_again_from_its_cache(tmp_path):
         ("other dict", "no chest radiograph classifier checkpoint"),
         ("tensor", "no chest radiograph classifier checkpoint"),
         ("flipped bits", "damaged"),
-        ("no threshold", "damaged.*no threshold"),
+        ("no threshold", "damaged: it holds no threshold"),
         ("future", f"version {models.FORMAT_VERSION + 1}.*update"),
     ],
 )
@@ -488,7 +620,7 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, small, kind, expecte
         models.save(content, path)
     elif kind == "future":
         models.save(to_checkpoint(SMALL, small) | {"format_version": models.FORMAT_VERSION + 1}, path)
-    with pytest.raises(models.ModelError, match=expected) as caught:
+    with pytest.raises(data.UserError, match=expected) as caught:
         models.load(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
@@ -496,20 +628,101 @@ def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, small, kind, expecte
 def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path, small):
     models.save(to_checkpoint(SMALL, small) | {"format": "training state"}, tmp_path / "last.pt")
     assert models.load(tmp_path / "last.pt", "training state")["model"] == SMALL
-    with pytest.raises(models.ModelError, match="no chest radiograph classifier"):
+    with pytest.raises(data.UserError, match="no chest radiograph classifier"):
         models.load(tmp_path / "last.pt")
 
 
 def test_weights_that_do_not_fit_the_model_of_a_checkpoint_are_an_error(small):
-    with pytest.raises(models.ModelError, match="resnet18"):
+    with pytest.raises(data.UserError, match="resnet18"):
         models.from_checkpoint(to_checkpoint("resnet18", small), torch.device("cpu"))
 
 
-def test_weights_that_are_no_numbers_are_an_error(small):
-    checkpoint = to_checkpoint(SMALL, small)
-    checkpoint["state_dict"]["classifier.bias"][0] = math.nan
-    with pytest.raises(models.ModelError, match="NaN"):
-        models.from_checkpoint(checkpoint, torch.device("cpu"))
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_an_error(small, value):
+    for name in ("classifier.bias", "bn1.running_var"):
+        checkpoint = to_checkpoint(SMALL, small)
+        checkpoint["state_dict"] = {k: v.clone() for k, v in checkpoint["state_dict"].items()}
+        checkpoint["state_dict"][name][0] = value
+        with pytest.raises(data.UserError, match=f"no numbers, or infinite: {name}"):
+            models.from_checkpoint(checkpoint, torch.device("cpu"))
+
+
+def spots(content: dict, prefix: tuple = ()) -> list[tuple]:
+    """The path of every key in nested dicts."""
+    found = []
+    for key, value in content.items():
+        found.append((*prefix, key))
+        if isinstance(value, dict):
+            found += spots(value, (*prefix, key))
+    return found
+
+
+def test_altered_checkpoints(tmp_path, small):
+    """Each loads and classifies with finite logits, or is refused in one line."""
+    original = to_checkpoint(SMALL, small, 32)
+    original["border"] = models.fit_border(torch.rand(20, models.BORDER_FEATURES), torch.arange(20).numpy() > 9)
+    rng = random.Random(0)
+    tensor = torch.zeros(3)
+    values = [
+        None,
+        -1,
+        0,
+        3,
+        10**40,
+        -0.5,
+        1e39,
+        math.nan,
+        math.inf,
+        -math.inf,
+        "",
+        "x",
+        [],
+        {},
+        [1],
+        {"a": 1},
+        True,
+        tensor,
+    ]
+    places = [p for p in spots(original) if p[0] not in ("format", "state_dict")]
+    places += [("state_dict",)] + [p for p in spots(original) if p[0] == "state_dict"][::9]
+    outcomes = Counter()
+    for _ in range(150):  # a thousand by hand
+        altered = copy.copy(original)
+        place = rng.choice(places)
+        inner = altered
+        for key in place[:-1]:
+            inner[key] = copy.copy(inner[key])
+            inner = inner[key]
+        if rng.random() < 0.1:
+            del inner[place[-1]]
+        else:
+            inner[place[-1]] = rng.choice(values)
+        if altered.get("input_size") == 10_000:
+            continue
+        torch.save(altered, tmp_path / "ckpt.pt")
+        try:
+            checkpoint = models.load(tmp_path / "ckpt.pt")
+            model = models.from_checkpoint(checkpoint, CPU)
+            with torch.inference_mode():
+                logits = model(torch.rand(1, 1, checkpoint["input_size"], checkpoint["input_size"]))
+            probabilities = models.probabilities(logits, checkpoint["temperature"])
+            images = torch.zeros(1, 32, 32, dtype=torch.uint8)
+            unlike = models.unlikeness(checkpoint["input_check"], images)
+            assert probabilities.isfinite().all() and unlike.isfinite().all(), place
+            outcomes["fine"] += 1
+        except data.UserError as e:
+            assert "\n" not in str(e), place
+            outcomes["refused"] += 1
+    assert outcomes["refused"] > 75 and outcomes["fine"] > 3
+
+
+def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
+    content = to_checkpoint(SMALL, small) | {"format_version": 1}
+    for key in ("finished", "epochs", "weights", "border"):
+        del content[key]
+    models.save(content, tmp_path / "ckpt.pt")
+    found = models.load(tmp_path)
+    assert found["finished"] is True and found["epochs"] == 1 and found["border"] is None
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
@@ -531,15 +744,18 @@ def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, smal
     assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
-def test_the_newest_run_is_found_by_time_not_by_name(tmp_path, monkeypatch):
+def test_the_newest_run_is_found_by_time_and_those_that_ended_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(models.ModelError, match="train"):
+    with pytest.raises(data.UserError, match="train"):
         models.newest_checkpoint()
     for name, age in (("a", 100), ("b", 900), ("c", 500)):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "ckpt.pt").touch()
         os.utime(Path("runs", name, "ckpt.pt"), (1e9 - age, 1e9 - age))
     assert models.newest_checkpoint() == Path("runs/a/ckpt.pt")
+    for name, finished in (("a", "false"), ("b", "true"), ("c", "true")):
+        Path("runs", name, "metrics.json").write_text(f'{{"finished": {finished}}}')
+    assert models.newest_checkpoint() == Path("runs/c/ckpt.pt")
 
 
 # --- probabilities ---
@@ -563,9 +779,9 @@ def test_probabilities_of_huge_logits_stay_finite():
 @pytest.fixture(scope="module")
 def phantoms(demo):
     """uint8 images of the demo set at 64 px: training, validation, test."""
-    records = data.find_training(demo, 0, 0.2) + [r | {"split": "test"} for r in data.scan(demo, "test")]
-    images = torch.stack([torch.from_numpy(data.read_image(demo / r["path"], 64)[0].copy()) for r in records])
-    return [images[[i for i, r in enumerate(records) if r["split"] == s]] for s in ("train", "val", "test")]
+    records = data.find_training(demo, 5, 0) + data.scan(demo, "test")
+    images = torch.stack([torch.from_numpy(data.read_image(demo / r.path, 64)[0].copy()) for r in records])
+    return [images[[i for i, r in enumerate(records) if r.split == s]] for s in ("train", "val", "test")]
 
 
 @pytest.fixture(scope="module")
@@ -614,11 +830,11 @@ def test_the_check_fits_images_that_lie_on_a_gpu():
 
 
 @pytest.mark.parametrize("size", [64, 90])
-def test_upside_down_is_the_layout_of_the_turned_image(size):
+def test_upside_down_is_the_features_of_the_turned_image(size):
     images = torch.randint(0, 256, (3, size, size), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
-    turned = models.layout(images.flip(1))
-    torch.testing.assert_close(models.upside_down(models.layout(images)), turned, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(models.layout(images), turned, atol=0.1)
+    turned = models.image_features(images.flip(1))
+    torch.testing.assert_close(models.upside_down(models.image_features(images)), turned, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(models.image_features(images), turned, atol=0.1)
 
 
 def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
@@ -627,3 +843,23 @@ def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
     images = images[:, 0].clamp(0, 255).to(torch.uint8)
     check = models.fit_input_check([images[:700]], [images[700:]])
     assert flagged(check, images[700:]) == pytest.approx(0.01, abs=0.002)
+
+
+# --- what the border tells ---
+
+
+def test_border_logit_is_that_of_scikit_learn():
+    g = torch.Generator().manual_seed(4)
+    images = torch.randint(0, 256, (60, 64, 64), generator=g, dtype=torch.uint8)
+    positive = np.arange(60) % 2 == 0
+    images[positive, :4] //= 2
+    features = data.border_features(images)
+    border = models.fit_border(features, positive)
+    standard = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(
+        features.double(), positive
+    )
+    z = models.border_logit(border, images)
+    assert z.dtype == np.float64 and ((z > 0) == positive).all()
+    np.testing.assert_allclose(z, standard.decision_function(features.double()), rtol=0.05, atol=0.05)
+    images[:, 10:50, 10:50] = 0  # no part of the border
+    np.testing.assert_allclose(models.border_logit(border, images), z)
