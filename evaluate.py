@@ -219,7 +219,7 @@ def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, pa
 
 
 def binary_estimates(
-    positive: np.ndarray, score: np.ndarray, predicted: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap
+    positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap
 ) -> dict[str, dict]:
     """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
     patients = np.unique(patients, return_inverse=True)[1]
@@ -271,21 +271,15 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     return result
 
 
-def mean_of(values: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    return {"mean": weights @ values / weights.sum(1)}
-
-
 def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
     """Mean probability and observed frequency, with its interval, in each of 10 equal bins that holds images."""
     bins = np.minimum((p * 10).astype(int), 9)
     points = []
     for b in np.unique(bins):
-        inside = bins == b
-        numbers = patient_numbers(patients[inside].tolist())
-        drawn = bootstrap.values(functools.partial(mean_of, positive[inside]), numbers)
-        share = np.array([positive[inside].mean()])
-        observed = with_interval(share, drawn.get("mean", np.empty(0))[None], numbers.max() + 1)
-        points.append({"predicted": float(p[inside].mean()), "observed": observed, "images": int(inside.sum())})
+        inside = positive[bins == b]
+        everyone = np.ones_like(inside)  # of whom, called positive, a share is: the frequency is a PPV
+        observed = binary_estimates(inside, None, everyone, patients[bins == b], bootstrap)["ppv"]
+        points.append({"predicted": float(p[bins == b].mean()), "observed": observed, "images": len(inside)})
     return points
 
 
@@ -382,7 +376,7 @@ class Scored:
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
     images_per_second: float | None = None
-    run: dict | None = None  # of a checkpoint: arguments, environment, epoch, epochs, finished, and its data
+    run: dict | None = None  # the checkpoint
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
@@ -526,7 +520,6 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     if ckpt["border"] is not None:
         border = np.concatenate([models.border_logit(ckpt["border"], b) for b in in_batches(images.pixels, index)])
 
-    trained_pixels = set(ckpt["data"]["pixels"].tolist())
     digests = images.digests[index]
     rule = ckpt["threshold"]
     if args.threshold is not None:
@@ -550,22 +543,13 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         stressed=stressed,
         border=border,
         leaks={
-            "images": sum(d in trained_pixels for d in digests.tolist()),
+            "images": int(torch.isin(digests, ckpt["data"]["pixels"]).sum()),
             "patients": len(data.named_patients(records) & set(ckpt["data"]["patients"])),
         },
         fingerprint=data.fingerprint(records, digests),
         parameters=models.parameters(model),
         images_per_second=len(records) / seconds,
-        run={
-            "arguments": arguments,
-            "environment": ckpt["environment"],
-            "epoch": ckpt["epoch"],
-            "epochs": ckpt["epochs"],
-            "finished": ckpt["finished"],
-            "images": {"train": len(trained_pixels), "val": len(ckpt["data"]["val"])},
-            "root": ckpt["data"]["root"],
-            "weights": ckpt["weights"]["note"],
-        },
+        run=ckpt,
     )
 
 
@@ -738,13 +722,18 @@ def provenance(args: argparse.Namespace) -> dict:
 
 def describe(s: Scored) -> dict:
     """What a report says of any model."""
+    run = None
+    if s.run is not None:
+        run = {k: s.run[k] for k in ("arguments", "environment", "weights", "epoch", "epochs", "finished")}
+        run["data"] = s.run["data"]["root"]
+        run["images"] = {"train": len(s.run["data"]["pixels"]), "val": len(s.run["data"]["val"])}
     return {
         "checkpoint": s.source,
         "sha256": s.sha256,
         "model": s.model,
         "parameters": s.parameters,
         "unfinished": s.unfinished,
-        "run": s.run,
+        "run": run,
         "split": s.split,
         "classes": s.classes,
         "data": {
@@ -831,15 +820,9 @@ def thirds(values: list[str]) -> list[str]:
     if len(set(values)) <= 3:
         return values
     low, high = np.nanquantile(numbers, (1 / 3, 2 / 3))
-    names = []
-    for number in numbers:
-        if number <= low:
-            names.append(f"<= {low:g}")
-        elif number <= high:
-            names.append(f"<= {high:g}")
-        else:
-            names.append(f"> {high:g}" if number > high else "")
-    return names
+    names = [f"<= {low:g}", f"<= {high:g}", f"> {high:g}"]
+    places = np.digitize(numbers, (low, high), right=True)
+    return [names[place] if value else "" for place, value in zip(places, values)]
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
@@ -873,18 +856,15 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
 
 def stress_report(s: Scored) -> dict:
     """AUROC, sensitivity and specificity of each stressed copy at the threshold in force; their mean and worst."""
-    once = np.ones((1, len(s.records)))
+    names = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
     rows = {}
-    for name, logits in s.stressed.items():
-        metrics = binary_metrics(*replace(s, logits=logits).binary, once)
-        rows[name] = {k: float(metrics[k][0]) for k in ("auroc", "sensitivity", "specificity", "balanced_accuracy")}
-    summary = {"mean": {}, "worst": {}}
-    for metric in rows["blur"]:
-        values = [row[metric] for row in rows.values()]
-        summary["mean"][metric] = float(np.mean(values))
-        summary["worst"][metric] = float(np.min(values))
-    rows.update(summary)
-    return {name: {k: number(v) for k, v in row.items()} for name, row in rows.items()}
+    for stress, logits in s.stressed.items():
+        metrics = binary_metrics(*replace(s, logits=logits).binary, np.ones((1, len(s.records))))
+        rows[stress] = [metrics[name][0] for name in names]
+    table = np.array(list(rows.values()))
+    rows["mean"] = table.mean(0)
+    rows["worst"] = table.min(0)
+    return {stress: dict(zip(names, map(number, row))) for stress, row in rows.items()}
 
 
 def mistakes(s: Scored, count: int) -> list[dict]:
@@ -1225,8 +1205,8 @@ def card_lines(r: dict) -> list[str]:
     lines = ["intended use: research on radiographs like those of the training data; not for diagnosis"]
     if r["run"]:
         n = r["run"]["images"]
-        lines.append(f"trained on {n['train']} images, validated on {n['val']}, of {r['run']['root']}")
-        lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']}")
+        lines.append(f"trained on {n['train']} images, validated on {n['val']}, of {r['run']['data']}")
+        lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']['note']}")
     lines.append("limits: measured on the images below alone; other hospitals, devices and ages were not")
     lines.append(f"SHA-256 {r['sha256']}; {r['provenance']['date']}; {r['provenance']['command']}")
     return lines
@@ -1241,7 +1221,7 @@ def comparison_blocks(c: dict) -> list:
     shifts = Table("under stress, and in the worst group of the border", ["", "mean AUROC", "worst AUROC"], [])
     shifts.header += ["worst sensitivity", "worst specificity", "worst border group"]
     differences = Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], [])
-    seeds = Table("mean (standard deviation) over seeds", ["", "seeds", "AUROC", "accuracy"], [])
+    seeds = Table("mean (standard deviation) over runs that differ by chance", ["", "seeds", "AUROC", "accuracy"], [])
     for e in c["compared"]:
         number, m, stress = str(e["number"]), e["metrics"], e["stress"]
         role = " (reference)" if e["number"] == 1 else ""
@@ -1368,7 +1348,7 @@ def decision_panel(ax, r: dict) -> None:
     ax.plot(thresholds, [row["model"] for row in curve], color=BLUE, label="as the model says")
     top = max(r["data"]["prevalence"], 0.05) * 1.1
     ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
-    ax.legend(loc="lower left", fontsize="small")
+    ax.legend(loc="upper right", fontsize="small")
 
 
 def score_panel(ax, z: np.ndarray, positive: np.ndarray, names: list[str], threshold: float | None) -> None:
@@ -1407,7 +1387,7 @@ def training_panel(ax, history: list[dict]) -> None:
     ax.set(title="training", xlabel="epoch", ylabel="loss")
     right.set_ylabel("validation AUROC")
     handles = ax.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    ax.legend(handles=handles, loc="best", fontsize="small")
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")
 
 
 def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
@@ -1447,10 +1427,11 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
     return figure
 
 
-def plot_mistakes(s: Scored, ckpt: dict, device: torch.device):
+def plot_mistakes(s: Scored, device: torch.device):
     """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
     figure = new_figure(11, 10)
     axes = figure.subplots(3, 4).ravel()
+    ckpt = s.run
     model = models.from_checkpoint(ckpt, device)
     for ax in axes:
         ax.set_axis_off()
@@ -1565,26 +1546,26 @@ def read_history(folder: Path) -> list[dict]:
 def write_report(s: Scored, r: dict, blocks: list, source: Path, args: argparse.Namespace) -> list[Path]:
     """The files of one model; returns their paths. A report of several runs has no folder but --output."""
     beside = source if source.is_dir() else source.parent  # a run's folder stands for its checkpoint
-    pooled = s.rule["value"] is None and len(s.classes) == 2
+    pooled = len(args.inputs) > 1
     if pooled and not args.output:
         return []
     folder = Path(args.output or beside)
-    folder.mkdir(parents=True, exist_ok=True)
     stem = args.split if s.run else f"{source.stem}.scored"  # the test.csv of a run must not replace its test.json
     if args.data:
         stem += f"-{data.find_root(args.data).resolve().name}"
-    written = [folder / f"{stem}.json", folder / ("report.md" if args.output or stem == "test" else f"{stem}.md")]
-    data.write_json(written[0], r)
-    data.write_text(written[1], as_markdown(f"Model card: {s.model}", [*card_lines(r), *blocks]))
+    card = folder / ("report.md" if args.output or stem == "test" else f"{stem}.md")
+    written = write_both(folder / f"{stem}.json", r, card, f"Model card: {s.model}", [*card_lines(r), *blocks])
     if s.run:
         written.append(folder / f"{stem}.csv")
         data.write_csv(written[-1], to_rows(s))
     if args.plots:
-        bootstrap = Bootstrap(args.bootstrap, args.seed)
-        written += save_figure(plot_report(s, r, bootstrap, [] if pooled else read_history(beside)), folder / stem)
-        if s.run and not pooled and r["failures"]:
-            figure = plot_mistakes(s, models.load(source), models.pick_device(args.device))
-            written += save_figure(figure, folder / f"{stem}-mistakes")
+        history = [] if pooled else read_history(beside)
+        written += save_figure(plot_report(s, r, Bootstrap(args.bootstrap, args.seed), history), folder / stem)
+    if args.plots and s.run and not pooled and r["failures"]:
+        try:
+            written += save_figure(plot_mistakes(s, models.pick_device(args.device)), folder / f"{stem}-mistakes")
+        except data.UserError as e:
+            data.warn(f"no picture of the mistakes: {e}")
     return written
 
 
@@ -1593,17 +1574,22 @@ def write_comparison(groups: list[list[Scored]], c: dict, blocks: list, args: ar
     if not args.output:
         return []
     folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "compare.json", folder / "report.md"]
-    data.write_json(written[0], c)
-    data.write_text(written[1], as_markdown("Comparison of models", blocks))
+    written = write_both(folder / "compare.json", c, folder / "report.md", "Comparison of models", blocks)
     if args.plots:
         written += save_figure(plot_comparison(groups, c), folder / "compare")
     return written
 
 
+def write_both(json_path: Path, result: dict, card: Path, heading: str, blocks: list) -> list[Path]:
+    """A report as JSON and as Markdown."""
+    json_path.parent.mkdir(parents=True, exist_ok=True)
+    data.write_json(json_path, result)
+    data.write_text(card, as_markdown(heading, blocks))
+    return [json_path, card]
+
+
 def run(args: argparse.Namespace) -> None:
-    inputs = find_inputs(args.inputs)
+    args.inputs = inputs = find_inputs(args.inputs)
     checkpoints = {path: models.load(path) for path in inputs if not is_csv(path)}
     check_arguments(args, inputs, checkpoints)
     for root in sorted({data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}):
