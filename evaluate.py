@@ -668,7 +668,7 @@ def pool(runs: list[Scored]) -> Scored:
 
 
 def align(s: Scored, first: Scored) -> Scored:
-    """The same in the order of the first one's images.
+    """The same in the order of the first one's images, whose patients count.
 
     Raises:
         UserError: the two did not score the same task.
@@ -684,7 +684,7 @@ def align(s: Scored, first: Scored) -> Scored:
     aligned = s.take(np.array([place[r.path] for r in first.records]))
     if (aligned.labels != first.labels).any():
         raise data.UserError(f"{both} do not agree on the labels")
-    return aligned
+    return replace(aligned, records=first.records)
 
 
 # --- provenance ---
@@ -1018,10 +1018,10 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     first = groups[0][0]
     measured = [measure([align(s, first) for s in runs], bootstrap) for runs in groups]
     entries = []
-    for number, model in enumerate(measured, 1):
+    for i, model in enumerate(measured, 1):
         runs = model.runs
         entry = describe(runs[0])
-        entry["number"] = number
+        entry["number"] = i
         entry["checkpoint"] = ", ".join(s.source for s in runs)
         entry["sha256"] = [s.sha256 for s in runs]
         entry["unfinished"] = next((s.unfinished for s in runs if s.unfinished), "")
@@ -1069,11 +1069,12 @@ class Table:
     def as_markdown(self) -> str:
         lines = [f"\n## {self.title}\n"] if self.title else [""]
         for row in (self.header, ["---"] * len(self.header), *self.rows):
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+            lines.append("| " + " | ".join(data.printable(cell).replace("|", "\\|") for cell in row) + " |")
         return "\n".join([*lines, ""])
 
 
 def shorten(text: str, width: int = 40) -> str:
+    text = data.printable(text)
     return text if len(text) <= width else f"...{text[3 - width :]}"
 
 
@@ -1241,7 +1242,13 @@ def comparison_blocks(c: dict) -> list:
             spread = [f"{show(m[k]['value'])} ({show(m[k]['sd'])})" for k in ("auroc", "accuracy")]
             seeds.rows.append([number, ", ".join(map(str, e["seeds"])), *spread])
     blocks += [table for table in (models_table, differences, seeds, shifts) if table.rows]
-    blocks.append("sorted by AUROC: the top of a table is flattered by chance. p by Holm: for the number of models.")
+    blocks.append(
+        "Sorted by AUROC: the top of a table is flattered by chance. Holm's p allow for the number of models."
+    )
+    if seeds.rows:
+        blocks.append(
+            "Of several runs the mean; its intervals hold the variation of training as well as that of testing."
+        )
     return blocks
 
 
@@ -1441,7 +1448,7 @@ def plot_mistakes(s: Scored, device: torch.device):
         heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
-        name = shorten(data.printable(Path(f["path"]).name), 34)
+        name = shorten(Path(f["path"]).name, 34)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
         caption = f"{name}\n{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}\nP({shorten(of, 15)}) {f['probability']:.3f}"
         ax.set_title(caption, fontsize="small")

@@ -458,6 +458,16 @@ def test_the_probability_is_that_of_the_positive_label(tmp_path, labels, asked, 
     assert found["confusion"] == {"tp": 2, "fp": 0, "fn": 0, "tn": 2}
 
 
+def test_control_characters_of_a_csv_reach_neither_screen_nor_card(tmp_path):
+    rows = to_rows([1, 0, 1], [0.9, 0.8, 0.1], subtype=["\x1b[2J", "a|b", ""])
+    rows[1]["path"] = "x\x1b[1A.png"
+    write_csv(tmp_path / "p.csv", rows)
+    done = run_script("evaluate.py", "p.csv", "--bootstrap", 20, cwd=tmp_path)
+    card = (tmp_path / "p.scored.md").read_text()
+    assert done.returncode == 0 and "\x1b" not in done.stdout + card
+    assert "?[2J" in done.stdout and "x?[1A.png" in done.stdout and "a\\|b" in card
+
+
 def test_a_guessed_positive_class_is_said(tmp_path):
     rows = to_rows(["healthy", "ill", "ill", "healthy"], [0.1, 0.9, 0.8, 0.3])
     found, err = evaluate_files(tmp_path, write_csv(tmp_path / "p.csv", rows))
@@ -558,9 +568,11 @@ def test_holm_by_hand():
 
 
 def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
+    """Nor where one of the two files knows the patients: those of the first count."""
     rows = read_csv((rivals / "good.csv").read_text())
-    write_csv(rivals / "same.csv", rows[::-1])
-    found, _ = evaluate_files(rivals, "good.csv", "same.csv", "--bootstrap", 100)
+    write_csv(rivals / "same.csv", [{**r, "patient": i // 3} for i, r in enumerate(rows)][::-1])
+    found, _ = evaluate_files(rivals, "same.csv", "good.csv", "--bootstrap", 100)
+    assert found["patients"] == 100
     (gaps,) = [e["difference"] for e in found["compared"] if e["difference"]]
     for gap in gaps.values():
         assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
