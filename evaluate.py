@@ -90,8 +90,9 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
 
 def binary_metrics(positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, weights: np.ndarray) -> dict:
     """Every metric of two classes, each [draws]; without scores those of the predictions alone."""
-    ranked = {} if score is None else ranking(positive, score, weights)
-    return {**ranked, **rates(positive, predicted, weights)}
+    metrics = {} if score is None else ranking(positive, score, weights)
+    metrics.update(rates(positive, predicted, weights))
+    return metrics
 
 
 def macro_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
@@ -711,9 +712,12 @@ def describe_environment(device: torch.device) -> dict:
 def provenance(args: argparse.Namespace) -> dict:
     """When and how this evaluation was made."""
     return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": data.command_line("python", *sys.argv),
-        "environment": describe_environment(models.pick_device(args.device)),
+        "bootstrap": {"unit": "patient", "draws": args.bootstrap, "seed": args.seed},
+        "provenance": {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "command": data.command_line("python", *sys.argv),
+            "environment": describe_environment(models.pick_device(args.device)),
+        },
     }
 
 
@@ -753,15 +757,22 @@ def describe(s: Scored) -> dict:
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything that the files say about one model."""
-    figures = report_two if len(s.classes) == 2 else report_more
-    return {**describe(s), **figures(s, bootstrap), "failures": mistakes(s, 10)}
+    result = describe(s)
+    result.update(report_two(s, bootstrap) if len(s.classes) == 2 else report_more(s, bootstrap))
+    result["failures"] = mistakes(s, 10)
+    return result
 
 
 def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of two classes."""
     positive, score, predicted = s.binary
     z = binary_logit(s.logits, s.positive)
-    one_temperature = len(np.unique(s.temperature)) == 1
+    calibrated = calibration(positive, z / s.temperature)
+    calibrated["temperature"] = None
+    if len(np.unique(s.temperature)) == 1:  # else each of several runs has its own
+        calibrated["temperature"] = float(s.temperature[0])
+    calibrated["before_temperature"] = calibration(positive, z)
+    calibrated["curve"] = calibration_curve(positive, score, s.patients, bootstrap)
     result = {
         "positive": s.classes[s.positive],
         "metrics": binary_estimates(positive, score, predicted, s.patients, bootstrap),
@@ -772,13 +783,7 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
             "fn": int((positive & ~predicted).sum()),
             "tn": int((~positive & ~predicted).sum()),
         },
-        "calibration": {
-            **calibration(positive, z / s.temperature),
-            "temperature": float(s.temperature[0]) if one_temperature else None,
-            "at_bound": one_temperature and at_bound(s.temperature[0]),
-            "before_temperature": calibration(positive, z),
-            "curve": calibration_curve(positive, score, s.patients, bootstrap),
-        },
+        "calibration": calibrated,
         "decision_curve": decision_curve(positive, score),
         "subgroups": subgroups(s, bootstrap),
     }
@@ -1035,7 +1040,8 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
         adjusted = holm([1.0 if gap["p"] is None else gap["p"] for gap in gaps])
         for entry, gap, p in zip(entries[1:], gaps, adjusted):
-            entry["difference"][metric] = {**gap, "p_holm": None if gap["p"] is None else p}
+            gap["p_holm"] = None if gap["p"] is None else p
+            entry["difference"][metric] = gap
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
         "split": first.split,
@@ -1160,10 +1166,9 @@ def two_class_blocks(r: dict) -> list:
     blocks = [metric_table("", {"at the threshold": r["metrics"], "at 0.5": r["at_half"]})]
     rows = {"as reported": c, "before temperature": c["before_temperature"]}
     blocks.append(number_table("calibration", rows, ["brier", "nll", "ece", "slope", "intercept"]))
-    if c["at_bound"]:
-        blocks.append(f"temperature {c['temperature']:.3f}: at the bound of its fit, so validation could not tell it")
-    elif c["temperature"] is not None:
-        blocks.append(f"temperature {c['temperature']:.3f}")
+    if c["temperature"] is not None:
+        bound = ": at the bound of its fit, so validation could not tell it" if at_bound(c["temperature"]) else ""
+        blocks.append(f"temperature {c['temperature']:.3f}{bound}")
     if c["exact"]:
         blocks.append(f"{c['exact']} probabilities of exactly 0 or 1 are left out of slope and intercept")
     if r["subgroups"]:
@@ -1521,8 +1526,15 @@ def check_arguments(args: argparse.Namespace, inputs: list[str], checkpoints: di
     """Raise UserError where an option does not fit the inputs."""
     if args.plots and not importlib.util.find_spec("matplotlib"):
         raise data.UserError("--plots needs matplotlib: pip install matplotlib")
-    for name, value in (("--threshold", args.threshold), ("--stress", args.stress or None)):
-        if value is not None and any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values()):
+    if args.plots and len(inputs) > 1 and not args.output:
+        raise data.UserError("--plots of several inputs needs --output DIR")
+    given = {
+        "--threshold": args.threshold is not None,
+        "--stress": args.stress,
+        "--plots of a comparison": args.plots and len(inputs) > 1,
+    }
+    if any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values()):
+        for name in [name for name, is_given in given.items() if is_given]:
             raise data.UserError(f"{name} is for two classes; leave it out here")
     if args.positive is not None and len(checkpoints) == len(inputs):
         raise data.UserError("--positive is for CSV files: a checkpoint knows its positive class")
@@ -1610,15 +1622,15 @@ def run(args: argparse.Namespace) -> None:
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
         may_differ = ["seed"]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
-    common = {"bootstrap": {"unit": "patient", "draws": args.bootstrap, "seed": args.seed}}
-    common["provenance"] = provenance(args)
     if len(scored) == 1:
-        result = {**report(scored[0], bootstrap), **common}
+        result = report(scored[0], bootstrap)
+        result.update(provenance(args))
         blocks = report_blocks(result)
         written = write_report(scored[0], result, blocks, Path(inputs[0]), args)
     else:
         groups = group_runs(scored, *may_differ)
-        result = {**compare(groups, bootstrap), **common}
+        result = compare(groups, bootstrap)
+        result.update(provenance(args))
         blocks = comparison_blocks(result)
         written = write_comparison(groups, result, blocks, args)
     print(json.dumps(result, indent=1) if args.json else as_text(blocks))

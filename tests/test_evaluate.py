@@ -1035,6 +1035,7 @@ def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, kind):
     [
         (("--threshold", "0.3"), "--threshold is for two classes"),
         (("--stress",), "--stress is for two classes"),
+        (("x.csv", "--plots"), "--plots of a comparison is for two classes"),
         (("--positive", "A"), "--positive is for CSV files"),
         (("--split", "val"), "no folder train/"),
     ],
