@@ -24,12 +24,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 
+import data  # before the libraries: it looks after Ctrl-C while they are being imported
+
+# isort: split
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import data
 import models
 
 BATCH = 32

@@ -34,6 +34,30 @@ import evaluate
 import models
 
 LAST_FORMAT = "training state"
+EPOCH = {
+    "epoch": models.Field(int, 1),
+    "train_loss": models.Field(float),
+    "lr": models.Field(float, 0),
+    "val_loss": models.Field(float, 0),
+    "val_auroc": models.SHARE,
+    "val_accuracy": models.SHARE,
+    "images_per_second": models.Field(float, 0),
+    "selected": models.Field(bool),
+    "seconds": models.Field(float, 0),
+}
+STATE = {
+    "arguments": models.FIELDS["arguments"],
+    "demo": models.Field(bool),
+    "fingerprint": models.TEXT,
+    "world": models.Field(int, 1),
+    "weights": models.FIELDS["weights"],
+    "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
+    "epochs": models.Field(list, of=dict),
+    "model": models.FIELDS["state_dict"],
+    "ema": models.FIELDS["state_dict"],
+    "optimizer": models.Field(dict),
+    "scaler": models.Field(dict),
+}
 
 
 # --- what follows from the step, and from the epochs so far ---
@@ -221,6 +245,13 @@ class Learner:
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
+
+    def restore(self, state: dict) -> None:
+        try:
+            for name, part in self.stateful().items():
+                part.load_state_dict(state[name])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise data.UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed: bool) -> tuple[torch.nn.Module, dict]:
@@ -449,7 +480,12 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
     Raises:
         UserError: it, or the checkpoint that goes with it, is missing, damaged, or belongs to other data or another run.
     """
-    state = models.load(folder / "last.pt", LAST_FORMAT)
+    state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
+    for number, h in enumerate(state["epochs"], 1):
+        for fault in models.faults(h, EPOCH):
+            raise data.UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
+        if h["epoch"] != number:
+            raise data.UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
     mine = {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
     if mine != {k: v for k, v in state["arguments"].items() if k not in MAY_CHANGE}:
         raise data.UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
@@ -581,8 +617,7 @@ def run(args: argparse.Namespace) -> None:
     dtype = pick_dtype(args.precision, device)
     history = []  # all that a run remembers but what the learner holds
     if state:
-        for name, part in learner.stateful().items():
-            part.load_state_dict(state[name])
+        learner.restore(state)
         history, weights, seen = state["epochs"], state["weights"], state["seen"]
     criterion = make_criterion(d, args, device)
     operations = data.preset(args.augment, crop)

@@ -8,11 +8,13 @@ mean little on shared machines. Prints one table and one line of JSON.
 """
 
 import argparse
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -147,20 +149,31 @@ def prediction(folder: Path) -> dict:
     """predict.py's reading and classifying of a folder, over reading alone on all cores; both from the same files."""
     files = 4 * [str(p) for p in sorted(folder.rglob("*")) if data.is_image(p)][:160]
     torch.manual_seed(0)
-    model = models.fold_batch_norms(models.build(NAME, 2, 160).eval(), 160).to(memory_format=torch.channels_last)
+    model = models.build(NAME, 2, 160).eval().to(memory_format=torch.channels_last)
     batches = [[torch.randint(0, 256, (100, 160, 160), dtype=torch.uint8)]] * 2
-    ckpt = {"classes": ["NORMAL", "PNEUMONIA"], "positive": "PNEUMONIA", "input_size": 160, "mean": 0.45, "std": 0.23}
-    ckpt |= {"temperature": 1.0, "threshold": {"value": 0.5}, "input_check": models.fit_input_check(*batches)}
-    loaded = [(ckpt | {"data": {"demo": False}}, model)]
+    checkpoint = {
+        "model": NAME,
+        "classes": ["NORMAL", "PNEUMONIA"],
+        "positive": "PNEUMONIA",
+        "input_size": 160,
+        "mean": 0.45,
+        "std": 0.23,
+        "temperature": 1.0,
+        "threshold": {"value": 0.5},
+        "input_check": models.fit_input_check(*batches),
+        "data": {"demo": False},
+    }
+    folded = models.fold_batch_norms(model, 160)
+    classifier = predict.Classifier(checkpoint, folded, CPU, "", threading.Semaphore(data.CORES))
+    work = functools.partial(predict.classify, classifier=classifier)
 
     def limit() -> None:
         with ThreadPoolExecutor(data.CORES) as pool:
             list(pool.map(lambda path: data.read_image(path, 160)[1], files))
 
     def real() -> None:
-        read, work = lambda path: predict.read(path, {160}), lambda batch: predict.classify(batch, loaded, CPU)
-        for results in predict.stream(files, read, work, data.CORES):
-            assert all(r["label"] for r, _ in results)
+        for rows in predict.stream(files, work, data.CORES, predict.BATCH):
+            assert all(row.label for row in rows)
 
     return {f"prediction of {len(files)} files / reading on {data.CORES} cores": ratio(limit, real)}
 
@@ -203,9 +216,9 @@ def one_start(root: str) -> None:
     original, start = train.train_epoch, time.perf_counter()
     result = {}
 
-    def few_steps(net, model, ema, optimizer, scaler, images, labels, order, *rest) -> None:
+    def few_steps(learner, criterion, loader, rates, *rest) -> None:
         result["seconds"] = time.perf_counter() - start
-        original(net, model, ema, optimizer, scaler, images, labels, order[:256], *rest)
+        original(learner, criterion, loader, rates[:4], *rest)
         raise Started
 
     train.train_epoch = few_steps

@@ -25,6 +25,10 @@ TRAIN = [
     ("--folds 5 --fold 5", "they are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is none of the classes NORMAL, PNEUMONIA"),
     ("--lear 1", "unrecognized arguments"),
+    ("--weights=", "names no file"),
+    ("--weights other/metrics.json", "can't be read as weights"),
+    ("--weights empty", "ckpt.pt does not exist"),
+    ("--model @@@ --no-pretrained", "timm has no model"),
 ]
 DATA = [
     ("check nowhere", "nowhere does not exist"),
@@ -32,7 +36,32 @@ DATA = [
     ("demo empty --images 3", "--images"),
     ("demo other", "is not empty"),
 ]
-CASES = [("train.py", *case) for case in TRAIN] + [("data.py", *case) for case in DATA]
+EVALUATE = [
+    ("", "there is no runs/*/ckpt.pt"),
+    ("nowhere.pt", "nowhere.pt does not exist"),
+    ("runs/*/ckpt.pt", "does not exist"),
+    ("empty", "ckpt.pt does not exist"),
+    ("other/metrics.json", "damaged or no checkpoint"),
+    ("missing.csv", "missing.csv"),
+    ("missing.csv --bootstrap -1", "--bootstrap: -1 is not in"),
+    ("missing.csv --threshold 1.5", "--threshold: 1.5 is not in"),
+    ("missing.csv --threshold nan", "--threshold"),
+    ("missing.csv --seed -1", "--seed: -1 is not in"),
+    ("missing.csv --split all", "--split"),
+]
+PREDICT = [
+    ("", "required: PATH"),
+    ("x.png", "train a model first"),
+    ("--ckpt none.pt x.png", "none.pt does not exist"),
+    ("--ckpt empty x.png", "ckpt.pt does not exist"),
+    ("--ckpt a --ckpt b x.png", "--ckpt takes one checkpoint"),
+    ("--ckpt other/metrics.json x.png", "is damaged or no checkpoint"),
+    ("--json --csv x.png", "not allowed"),
+    ("--thresh 1 x.png", "unrecognized arguments"),
+]
+CASES = []
+for script, cases in (("train.py", TRAIN), ("data.py", DATA), ("evaluate.py", EVALUATE), ("predict.py", PREDICT)):
+    CASES += [(script, *case) for case in cases]
 
 
 @pytest.fixture

@@ -270,6 +270,32 @@ def test_a_run_whose_checkpoint_is_lost_does_not_go_on(run_folder, tmp_path, dam
     assert (tmp_path / "run" / "last.pt").read_bytes() == before
 
 
+def drop_a_key(state):
+    del state["epochs"][0]["selected"]
+
+
+def shorten_the_history(state):
+    state["epochs"].pop(0)
+
+
+def reshape_a_weight(state):
+    state["ema"]["classifier.bias"] = torch.zeros(7)
+
+
+def empty_the_optimizer(state):
+    state["optimizer"] = {}
+
+
+@pytest.mark.parametrize("alter", [drop_a_key, shorten_the_history, reshape_a_weight, empty_the_optimizer])
+def test_an_altered_state_is_one_line(run_folder, tmp_path, alter):
+    shutil.copytree(run_folder, tmp_path / "run")
+    state = state_of(run_folder)
+    alter(state)
+    models.save(state, tmp_path / "run" / "last.pt")
+    done = run_script("train.py", "--resume", "run", "--epochs", 3, cwd=tmp_path)
+    assert done.returncode == 2 and "damaged" in done.stderr.splitlines()[-1]
+
+
 def change_an_image(root):
     path = next((root / "train" / "NORMAL").iterdir())
     Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
