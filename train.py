@@ -568,6 +568,8 @@ def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Name
         paths = [r.path for r in records]
         stressed = evaluate.infer_stressed(model, d.images, d.val, partners, paths, pre["mean"], pre["std"], device)
         checkpoint.update(calibrate(logits, stressed, d, "youden"))
+    if evaluate.at_bound(checkpoint["temperature"]):
+        data.warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
     checkpoint["epochs"] = epochs
     checkpoint["finished"] = True
     models.save(checkpoint, path)
@@ -706,11 +708,15 @@ def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, d
     if len(d.classes) == 2:
         print0(f"positive class: {d.classes[d.positive]}, negative: {d.classes[1 - d.positive]}")
     print0(f"{pre['input_size']} px on {device}, {dtype}")
+    print0("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
+    print0(
+        "val acc.: at a probability of 0.5, so that it stands at a class's share until the averaged weights have moved"
+    )
     print0(HEADER)
 
 
 def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
-    """Which epoch was selected and why, and what to do next."""
+    """Which epoch was selected, what the run took, and what to do next."""
     best, seconds = summarize(history)["best_epoch"], summarize(history)["seconds"]
     print(
         f"\n* selected so far: the latest epoch within a standard error of the best validation AUROC; in the end {best}"
@@ -815,10 +821,21 @@ def how_to_go_on(args: argparse.Namespace) -> str:
     return "nothing was saved yet"
 
 
+def run_or_explain(args: argparse.Namespace) -> None:
+    """run; what the compiler can't do, which shows in the first step, is something that the user can fix."""
+    try:
+        run(args)
+    except Exception as e:
+        if not args.compile or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
+            raise
+        reason = str(e).strip().splitlines()[0]
+        raise data.UserError(f"--compile does not work here ({reason}); leave it out") from None
+
+
 def main() -> None:
     parser = make_parser()
     args = parse_arguments(parser)
-    data.run_script(parser, lambda: run(args), lambda: how_to_go_on(args))
+    data.run_script(parser, lambda: run_or_explain(args), lambda: how_to_go_on(args))
 
 
 if __name__ == "__main__":

@@ -387,6 +387,17 @@ def test_a_full_disk_loses_nothing(demo, tmp_path):
     assert not list((tmp_path / "r").glob(".*.tmp"))
 
 
+def test_a_compiler_that_fails_is_one_line(demo, tmp_path, monkeypatch):
+    class Broken(torch.nn.Module):
+        def forward(self, x):
+            raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", lambda net: Broken())
+    done = run_script("train.py", "--data", demo, *SHORT, "--compile", "--output", "r", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--compile does not work here (no C++ compiler); leave it out" in done.stderr.splitlines()[-1]
+
+
 def test_a_loss_that_is_not_finite_is_named(demo, tmp_path):
     done = run_script("train.py", "--data", demo, *SHORT, "--lr", "1e30", "--output", "r", cwd=tmp_path)
     assert done.returncode == 2
