@@ -494,7 +494,9 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     records, images, left_out = read_split(root, args.split, *parts, size)
     same = args.split == "test" or data.fingerprint(records, images.digests) == ckpt["data"]["fingerprint"]
     if not same and not args.data:
-        raise data.UserError(f"the images in {root} are not those that {path} was trained on: its splits are gone")
+        raise data.UserError(
+            f"the images in {root} are not those that {path} was trained on, or it is of an older version"
+        )
     data.check_classes(records, ckpt["classes"], str(root))
     index = [i for i, r in enumerate(records) if r.split == args.split and i not in images.failed]
     if not index:
@@ -1092,6 +1094,10 @@ def show(value: float | None, digits: int = 3) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
+def show_p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else show(value)
+
+
 def show_interval(entry: dict | None) -> str:
     if entry is None:
         return ""
@@ -1150,15 +1156,16 @@ def number_table(name: str, rows: dict[str, dict], columns: list[str]) -> Table:
     return Table(name, ["", *map(title, columns)], [[k, *(show(row[c]) for c in columns)] for k, row in rows.items()])
 
 
-def extremes(groups: dict) -> str:
-    """The groups with the smallest and the largest value of each metric, in one line."""
-    parts = []
+def extremes(groups: dict) -> list[str]:
+    """The groups with the smallest and the largest value of each metric."""
+    lines = []
     for metric in ("auroc", "sensitivity", "specificity"):
         values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
         if len(values) > 1:
-            least, most = min(values, key=values.get), max(values, key=values.get)
-            parts.append(f"{title(metric)} {values[least]:.3f} ({least}) to {values[most]:.3f} ({most})")
-    return "; ".join(parts)
+            ends = min(values, key=values.get), max(values, key=values.get)
+            smallest, largest = (f"{values[name]:.3f} ({shorten(name, 24)})" for name in ends)
+            lines.append(f"smallest and largest {title(metric)}: {smallest}, {largest}")
+    return lines
 
 
 def two_class_blocks(r: dict) -> list:
@@ -1173,13 +1180,10 @@ def two_class_blocks(r: dict) -> list:
         blocks.append(f"{c['exact']} probabilities of exactly 0 or 1 are left out of slope and intercept")
     if r["subgroups"]:
         blocks.append(group_table("subgroups", r["subgroups"]))
-        blocks.append(extremes(r["subgroups"]))
+        blocks += extremes(r["subgroups"])
     if "shortcut" in r:
-        blocks.append(
-            group_table(
-                "where the border of the image, without any lung, speaks for the other class", r["shortcut"]["groups"]
-            )
-        )
+        name = "where the border of the image, without any lung, speaks for the other class"
+        blocks.append(group_table(name, r["shortcut"]["groups"]))
         blocks.append(f"AUROC of the border alone: {show_interval(r['shortcut']['border_auroc'])}")
     if "stress" in r:
         columns = ["auroc", "sensitivity", "specificity", "balanced_accuracy"]
@@ -1198,7 +1202,8 @@ def report_blocks(r: dict) -> list:
     blocks += two_class_blocks(r) if "positive" in r else more_class_blocks(r)
     names, cells = confusion_matrix(r)
     rows = [[name, *map(str, counts)] for name, counts in zip(names, cells)]
-    blocks.append(Table("confusion matrix", ["true class", *(f"predicted {name}" for name in names)], rows))
+    columns = [shorten(name, 14) for name in names]
+    blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
     rows = [[show(f["probability"], 4), f["label"], f["prediction"], f["path"]] for f in r["failures"]]
     if rows:
         of = f"P({r['positive']})" if "positive" in r else "P(predicted)"
@@ -1212,7 +1217,7 @@ def card_lines(r: dict) -> list[str]:
     if r["run"]:
         n = r["run"]["images"]
         lines.append(f"trained on {n['train']} images, validated on {n['val']}, of {r['run']['data']}")
-        lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']['note']}")
+        lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']['note'] or 'unknown'}")
     lines.append("limits: measured on the images below alone; other hospitals, devices and ages were not")
     lines.append(f"SHA-256 {r['sha256']}; {r['provenance']['date']}; {r['provenance']['command']}")
     return lines
@@ -1241,7 +1246,7 @@ def comparison_blocks(c: dict) -> list:
             figures += [stress and stress["worst"][k] for k in ("auroc", "sensitivity", "specificity")]
             shifts.rows.append([number, *map(show, [*figures, e["shortcut"]])])
         for metric, gap in e["difference"].items():
-            p_values = [show(gap["p"]), show(gap["p_holm"])]
+            p_values = [show_p(gap["p"]), show_p(gap["p_holm"])]
             differences.rows.append([f"{number} - 1", title(metric), show_interval(gap), *p_values])
         if len(e["runs"]) > 1:
             spread = [f"{show(m[k]['value'])} ({show(m[k]['sd'])})" for k in ("auroc", "accuracy")]
@@ -1383,17 +1388,15 @@ def confusion_panel(ax, names: list[str], cells: np.ndarray) -> None:
     ax.set(title="confusion matrix", xlabel="predicted", ylabel="true class")
 
 
-def training_panel(ax, history: list[dict]) -> None:
+def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
     if not history:
         ax.set_axis_off()
         ax.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
         return
-    epochs = [h["epoch"] for h in history]
     right = ax.twinx()
-    ax.plot(epochs, [h["train_loss"] for h in history], color=BLUE, label="training loss")
-    ax.plot(epochs, [h["val_loss"] for h in history], "--", color=BLUE, label="validation loss")
-    right.plot(epochs, [h["val_auroc"] for h in history], "o-", color=ORANGE, ms=3, label="validation AUROC")
-    selected = max((h["epoch"] for h in history if h["selected"]), default=epochs[-1])
+    ax.plot(history["epoch"], history["train_loss"], color=BLUE, label="training loss")
+    ax.plot(history["epoch"], history["val_loss"], "--", color=BLUE, label="validation loss")
+    right.plot(history["epoch"], history["val_auroc"], "o-", color=ORANGE, ms=3, label="validation AUROC")
     ax.axvline(selected, color="k", ls=":", lw=1, label=f"epoch {selected}, selected")
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(title="training", xlabel="epoch", ylabel="loss")
@@ -1402,7 +1405,7 @@ def training_panel(ax, history: list[dict]) -> None:
     ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")
 
 
-def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
+def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, list]):
     """The figure of one model."""
     m = r["metrics"]
     if "positive" not in r:
@@ -1433,7 +1436,7 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: list[dict]):
         score_panel(scores, z, positive, confusion_matrix(r)[0], r["threshold"]["value"])
     finish_roc(roc)
     confusion_panel(matrix, *confusion_matrix(r))
-    training_panel(training, history)
+    training_panel(training, history, s.run and s.run["epoch"])
     demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
     figure.suptitle(f"{r['model']}, {r['split']} split, {r['data']['images']} images{demo} {r['unfinished']}")
     return figure
@@ -1554,12 +1557,13 @@ def is_csv(path: str) -> bool:
     return path.lower().endswith(".csv")
 
 
-def read_history(folder: Path) -> list[dict]:
-    """The epochs of a run; pictures do without where there is no metrics.json."""
+def read_history(folder: Path) -> dict[str, list]:
+    """The curves of a run; pictures do without where there is no metrics.json."""
     try:
-        return json.loads((folder / "metrics.json").read_text())["epochs"]
+        epochs = json.loads((folder / "metrics.json").read_text())["epochs"]
+        return {name: [h[name] for h in epochs] for name in ("epoch", "train_loss", "val_loss", "val_auroc")}
     except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return {}
 
 
 def write_report(s: Scored, r: dict, blocks: list, source: Path, args: argparse.Namespace) -> list[Path]:
@@ -1578,7 +1582,7 @@ def write_report(s: Scored, r: dict, blocks: list, source: Path, args: argparse.
         written.append(folder / f"{stem}.csv")
         data.write_csv(written[-1], to_rows(s))
     if args.plots:
-        history = [] if pooled else read_history(beside)
+        history = {} if pooled or not s.run else read_history(beside)
         written += save_figure(plot_report(s, r, Bootstrap(args.bootstrap, args.seed), history), folder / stem)
     if args.plots and s.run and not pooled and r["failures"]:
         try:
