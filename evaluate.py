@@ -924,14 +924,20 @@ class Measured:
 
     def estimates(self) -> dict[str, dict]:
         """{metric: {"value", "ci95"}} of the mean over the runs, with several their standard deviation too."""
-        first = self.runs[0]
-        behind = min(len(np.unique(first.patients[first.labels == c])) for c in np.unique(first.labels))
         result = {}
         for name, values in self.values.items():
-            result[name] = with_interval(values, self.drawn[name], behind)
+            result[name] = with_interval(values, self.drawn[name], self.patients_behind(name))
             if len(values) > 1:
                 result[name]["sd"] = float(values.std(ddof=1))
         return result
+
+    def patients_behind(self, metric: str) -> int:
+        """As for two classes; of more those of the rarest class."""
+        s = self.runs[0]
+        if len(s.classes) == 2:
+            positive, _, predicted = s.binary
+            return patients_behind(metric, positive, predicted, s.patients)
+        return min(len(np.unique(s.patients[s.labels == c])) for c in np.unique(s.labels))
 
 
 def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:

@@ -562,6 +562,15 @@ def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
     assert [s for s in out.splitlines() if len(s) > 100] == []
 
 
+def test_a_comparison_and_a_report_say_the_same_of_a_model(tmp_path):
+    right = [{**r, "probability": 0.9 if r["label"] == "PNEUMONIA" else 0.2} for r in NAMED_ROWS]
+    for rows in (NAMED_ROWS, right):
+        alone = score(tmp_path, rows)["metrics"]
+        found, _ = evaluate_files(tmp_path, "p.csv", "p.csv", "--bootstrap", 200)
+        for entry in found["compared"]:
+            assert all(alone[name] == metric for name, metric in entry["metrics"].items())
+
+
 def test_holm_by_hand():
     assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert evaluate.holm([0.6, 0.9]) == [1, 1]
