@@ -17,7 +17,8 @@ def _end_in_one_line(kind: type, error: BaseException, trace) -> None:
         sys.__excepthook__(kind, error, trace)
 
 
-sys.excepthook = _end_in_one_line
+if sys.argv[0].endswith(("train.py", "evaluate.py", "predict.py", "data.py")):
+    sys.excepthook = _end_in_one_line
 
 import argparse
 import contextlib
@@ -571,7 +572,7 @@ def draw_folds(records: list[Record], folds: int) -> list[int]:
 
 
 def find_training(root: Path, folds: int, fold: int) -> list[Record]:
-    """The records of train/ (and val/), each with its split, train or val; test/ is looked at by name only.
+    """The records of train/ (and val/), each with its split, train or val; no pixel of test/ is read.
 
     Where there is no val/ to speak of, the patients of one of the folds are val.
 
@@ -837,7 +838,7 @@ def digest(pixels: np.ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
 
 
-def decode(path: Path, size: int | None) -> tuple[np.ndarray, "ImageInfo | None", str]:
+def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, str]:
     """read_image's pixels and info, and the reason where it fails."""
     try:
         pixels, info = read_image(path, size)

@@ -8,6 +8,7 @@ python evaluate.py predictions.csv              # what another program predicted
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import glob
@@ -114,14 +115,6 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) ->
     if probabilities.shape[1] == 2:
         return float(ranking(labels == positive, probabilities[:, positive], once)["auroc"][0])
     return float(macro_metrics(labels, probabilities, labels, once)["auroc"][0])
-
-
-def auroc_error(auroc: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
-    pair = auroc / (2 - auroc) - auroc**2
-    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
-    variance = (auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple) / (positives * negatives)
-    return math.sqrt(max(variance, 0.0))
 
 
 # --- intervals ---
@@ -445,23 +438,15 @@ def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 64):
 
 
 def infer_stressed(
-    model: torch.nn.Module,
-    images: torch.Tensor,
-    index: torch.Tensor,
-    partners: torch.Tensor | None,
-    paths: list[str],
-    mean: float,
-    std: float,
-    device: torch.device,
+    model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, records: list, mean: float, std: float, device
 ) -> dict[str, np.ndarray]:
-    """{name of the stress: logits [len(index), classes]} of changed copies of the images at index.
-
-    partners: for each of index the position in images of one of another class (see data.stress); paths: of the images.
-    """
+    """{name of the stress: logits [len(index), classes]} of changed copies of the images at index; records: theirs."""
+    partners = data.draw_partners(records)
+    paths = [r.path for r in records]
     logits = defaultdict(list)
     for start in range(0, len(index), 64):
         part = slice(start, start + 64)
-        others = None if partners is None else images[partners[part]].cpu()
+        others = None if partners is None else images[index[partners[part]]].cpu()
         for name, copies in data.stress(images[index[part]].cpu(), others, paths[part]):
             logits[name].append(infer(model, [copies], mean, std, device))
     return {name: np.concatenate(batches) for name, batches in logits.items()}
@@ -514,11 +499,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         raise data.UserError(f"{path} gives logits that are not finite for {records[infinite[0]].path}: it is damaged")
     stressed = {}
     if args.stress:
-        partners = None
-        if len({r.label for r in records}) > 1:
-            partners = index[data.draw_partners(records)]
-        paths = [r.path for r in records]
-        stressed = infer_stressed(model, images.pixels, index, partners, paths, *preprocessing)
+        stressed = infer_stressed(model, images.pixels, index, records, *preprocessing)
     border = np.full(len(records), math.nan)
     if ckpt["border"] is not None:
         border = np.concatenate([models.border_logit(ckpt["border"], b) for b in in_batches(images.pixels, index)])
@@ -654,6 +635,9 @@ def pool(runs: list[Scored]) -> Scored:
     first = runs[0]
     if len(runs) == 1:
         return first
+    paths = [r.path for s in runs for r in s.records]
+    if len(set(paths)) < len(paths):
+        raise data.UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
     arguments = {k: v for k, v in first.run["arguments"].items() if k != "fold"}
     return replace(
         first,
@@ -732,7 +716,7 @@ def describe(s: Scored) -> dict:
     if s.run is not None:
         run = {k: s.run[k] for k in ("arguments", "environment", "weights", "epoch", "epochs", "finished")}
         run["data"] = s.run["data"]["root"]
-        run["images"] = {"train": len(s.run["data"]["pixels"]), "val": len(s.run["data"]["val"])}
+        run["images"] = {"train": s.run["data"]["images"], "val": len(s.run["data"]["val"])}
     return {
         "checkpoint": s.source,
         "sha256": s.sha256,
@@ -1459,14 +1443,15 @@ def plot_mistakes(s: Scored, device: torch.device):
     for ax, f in zip(axes, mistakes(s, len(axes))):
         pixels, _ = data.read_image(Path(s.root, f["path"]), ckpt["input_size"])
         x = data.normalise(torch.from_numpy(pixels)[None].to(device), ckpt["mean"], ckpt["std"])
-        heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
+        with contextlib.suppress(data.UserError):  # some architectures have no map to show
+            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
+            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
         name = shorten(Path(f["path"]).name, 34)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
         caption = f"{name}\n{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}\nP({shorten(of, 15)}) {f['probability']:.3f}"
         ax.set_title(caption, fontsize="small")
-    figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (Grad-CAM)")
+    figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (HiResCAM)")
     return figure
 
 

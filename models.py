@@ -346,6 +346,7 @@ FIELDS = {
             "root": TEXT,
             "demo": Field(bool),
             "fingerprint": TEXT,
+            "images": COUNT,
             "patients": Field(list, of=str),
             "pixels": Field(torch.Tensor, dtype=torch.int64),
             "val": Field(list, of=str),
@@ -414,11 +415,11 @@ def canonical(x):
     return sys.intern(str(x)) if isinstance(x, str) else x
 
 
-def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] | None = None) -> dict:
+def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS) -> dict:
     """Read a checkpoint onto the CPU and check it; a run's folder stands for the one in it.
 
     Args:
-        kind: which format it must have; fields: what such a file holds, FIELDS for a classifier.
+        kind: which format it must have; fields: what such a file holds.
 
     Raises:
         UserError: missing, damaged, no checkpoint of this suite, or of a later format version.
@@ -442,11 +443,9 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] | None =
         raise data.UserError(
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code"
         )
-    if kind == FORMAT:
-        fields = FIELDS
-        if version == 1:
-            checkpoint = upgrade(checkpoint)
-    for fault in faults(checkpoint, fields or {}):
+    if kind == FORMAT and version == 1:
+        checkpoint = upgrade(checkpoint)
+    for fault in faults(checkpoint, fields):
         raise data.UserError(f"{path} is damaged: {fault}")
     if kind == FORMAT:
         check_classes(checkpoint, path)
@@ -455,8 +454,16 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] | None =
 
 def upgrade(checkpoint: dict) -> dict:
     """A checkpoint of version 1 with what it lacked; it came from a run that had ended, as far as it knew."""
-    unknown = {"source": "unknown", "note": "", "failed": ""}
-    return {"finished": True, "epochs": checkpoint.get("epoch"), "border": None, "weights": unknown, **checkpoint}
+    upgraded = {
+        "finished": True,
+        "epochs": checkpoint.get("epoch"),
+        "border": None,
+        "weights": {"source": "unknown", "note": "", "failed": ""},
+        **checkpoint,
+    }
+    with contextlib.suppress(TypeError, KeyError):  # faults says what is wrong
+        upgraded["data"] = {"images": len(checkpoint["data"]["pixels"]), **checkpoint["data"]}
+    return upgraded
 
 
 def check_classes(checkpoint: dict, path: Path) -> None:
@@ -487,7 +494,7 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     except RuntimeError as e:
         raise data.UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
     check_size(model, checkpoint["input_size"])
-    return model.to(device, memory_format=memory_format(model, device))
+    return model.eval().to(device, memory_format=memory_format(model, device))
 
 
 def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:

@@ -370,7 +370,9 @@ def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.de
     labels = d.labels[d.val].cpu()
     z = torch.from_numpy(logits)
     metrics = {
-        "val_loss": float(F.cross_entropy(z, labels)),
+        "val_loss": float(
+            F.cross_entropy(z, labels)
+        ),  # unweighted, on whole images: not to be compared with train_loss
         "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive),
         "val_accuracy": float((z.argmax(1) == labels).double().mean()),
     }
@@ -382,7 +384,7 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
 
     Args:
         logits: of the validation images; stressed: {name: logits} of their stressed copies, which the threshold then
-            rests on too.
+            rests on too; rule: that of --threshold.
     """
     labels = d.labels[d.val].cpu().numpy()
     temperature = evaluate.fit_temperature(logits, labels)
@@ -391,6 +393,7 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
     everything = np.concatenate([logits, *stressed.values()])
     positive = np.tile(labels == d.positive, 1 + len(stressed))
     z = evaluate.binary_logit(everything, d.positive) / temperature
+    rule = "youden" if rule == "stressed" else rule
     threshold = {
         "value": evaluate.choose_threshold(rule, positive, z),
         "rule": rule,
@@ -439,7 +442,7 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
     else:
         folder = new_folder(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"))
     held = lock(folder)
-    if any((folder / name).exists() for name in ("metrics.json", "last.pt", "ckpt.pt")):
+    if any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
         raise data.UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     return folder, held
 
@@ -519,6 +522,7 @@ def make_checkpoint(
         "root": metrics["data"]["root"],
         "demo": metrics["data"]["demo"],
         "fingerprint": metrics["data"]["fingerprint"],
+        "images": len(d.train),
         "patients": sorted(patients),  # trained on, by this run and those that its weights come from
         "pixels": pixels,  # digests of the training images, likewise
         "val": [r.path for r in d.records_of(d.val)],
@@ -534,8 +538,8 @@ def make_checkpoint(
         **chosen,
         **checks,
         "validation": {k: last[k] for k in ("val_loss", "val_auroc", "val_accuracy")},
-        "epoch": last["epoch"],
-        "epochs": last["epoch"],
+        "epoch": last["epoch"],  # that of these weights
+        "epochs": last["epoch"],  # how many the run has made; more where the last ones were not selected
         "finished": False,
         "data": about_data,
         "arguments": metrics["arguments"],
@@ -563,11 +567,9 @@ def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Name
     if args.threshold == "stressed" and len(d.classes) == 2:
         model = models.from_checkpoint(checkpoint, device)
         _, logits = validate(model, d, pre, device)
-        records = d.records_of(d.val)
-        partners = d.val[data.draw_partners(records).to(d.val.device)]
-        paths = [r.path for r in records]
-        stressed = evaluate.infer_stressed(model, d.images, d.val, partners, paths, pre["mean"], pre["std"], device)
-        checkpoint.update(calibrate(logits, stressed, d, "youden"))
+        preprocessing = pre["mean"], pre["std"], device
+        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), *preprocessing)
+        checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
         data.warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
     checkpoint["epochs"] = epochs
@@ -638,7 +640,7 @@ def run(args: argparse.Namespace) -> None:
         data.write_json(folder / "metrics.json", metrics)
         warn_overlap(d, seen)
 
-    print_start(print0, args, d, model, weights, pre, device, dtype)
+    print_start(print0, args, d, model, weights, pre, crop, device, dtype)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
             print0(f"no better validation AUROC in {args.patience} epochs: stopped")
@@ -660,9 +662,9 @@ def run(args: argparse.Namespace) -> None:
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
         h["selected"] = selected_epoch(history, positives, negatives) == epoch
+        # It only moves forward: a new best is itself the latest within its own error.
         if master and h["selected"]:
-            rule = "youden" if args.threshold == "stressed" else args.threshold  # see finish_checkpoint
-            chosen = calibrate(logits, {}, d, rule)
+            chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
             models.save(make_checkpoint(averaged, d, pre, metrics, seen, checks, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:
@@ -697,7 +699,7 @@ def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
     return rows
 
 
-def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, device, dtype) -> None:
+def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, crop: int, device, dtype) -> None:
     """What is trained, on what, and what the table's columns are."""
     count = {
         name: f"{len(index)} images of {d.patients(index)} patients"
@@ -707,7 +709,7 @@ def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, d
     print0(f"{d.root}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
         print0(f"positive class: {d.classes[d.positive]}, negative: {d.classes[1 - d.positive]}")
-    print0(f"{pre['input_size']} px on {device}, {dtype}")
+    print0(f"trained at {crop} px, validated at {pre['input_size']} px, on {device}, {dtype}")
     print0("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
     print0(
         "val acc.: at a probability of 0.5, so that it stands at a class's share until the averaged weights have moved"
@@ -798,11 +800,12 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
             parser.error("--resume names the folder: leave out --output")
         metrics = Path(args.resume, "metrics.json")
         try:
-            stored = json.loads(metrics.read_text())["arguments"]
-            if stored.keys() != vars(args).keys() - {"resume", "output"}:
-                raise ValueError("arguments of another version")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            stored = dict(json.loads(metrics.read_text())["arguments"])
+        except (OSError, ValueError, KeyError, TypeError):
             parser.error(f"--resume {args.resume} holds no run (no readable {metrics})")
+        odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
+        if odd:
+            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd[:5])}")
         parser.set_defaults(**stored)
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
         for name, value in stored.items():

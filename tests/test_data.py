@@ -1371,5 +1371,6 @@ def test_a_signal_leaves_nothing_half_written_and_says_how_to_go_on(tmp_path, nu
 
 
 def test_an_interruption_while_importing_is_one_line(tmp_path):
-    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); import data; print(1, flush=True); time.sleep(60)"
+    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = ['train.py'];"
+    code += "import data; print(1, flush=True); time.sleep(60)"
     assert run_code(code, tmp_path, signal.SIGINT) == (-signal.SIGINT, "interrupted\n")

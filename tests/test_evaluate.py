@@ -143,8 +143,8 @@ def test_standard_error_of_an_auroc():
         score = rng.exponential(np.where(labels == 1, 9, 1))
         areas.append(evaluate.macro_auroc(labels, np.stack([-score, score], 1), 1))
     assert np.mean(areas) == pytest.approx(0.9, abs=0.005)
-    assert evaluate.auroc_error(0.9, 40, 60) == pytest.approx(np.std(areas), rel=0.06)
-    assert evaluate.auroc_error(1.0, 40, 60) == 0
+    assert data.auroc_error(0.9, 40, 60) == pytest.approx(np.std(areas), rel=0.06)
+    assert data.auroc_error(1.0, 40, 60) == 0
 
 
 # --- intervals ---

@@ -62,6 +62,7 @@ def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
             "demo": False,
             "fingerprint": "0",
             "patients": ["IM-1"],
+            "images": 2,
             "pixels": torch.tensor([1, 2]),
             "val": ["a"],
         },

@@ -40,7 +40,7 @@ def wait_for_epoch(process, epoch):
 
 
 def state_of(folder):
-    return models.load(folder / "last.pt", train.LAST_FORMAT)
+    return models.load(folder / "last.pt", train.LAST_FORMAT, train.STATE)
 
 
 def metrics_of(folder):
