@@ -719,11 +719,10 @@ def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, c
 
 def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
     """Which epoch was selected, what the run took, and what to do next."""
-    best, seconds = summarize(history)["best_epoch"], summarize(history)["seconds"]
-    print(
-        f"\n* selected so far: the latest epoch within a standard error of the best validation AUROC; in the end {best}"
-    )
-    print(f"{len(history)} epochs in {seconds:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
+    run = summarize(history)
+    selected = history[run["best_epoch"] - 1]
+    print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
+    print(f"took {run['seconds']:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
     image = d.root / d.records_of(d.val[:1])[0].path
     print(data.command_line("python", "evaluate.py", folder / "ckpt.pt"))
     print(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image))
