@@ -19,7 +19,7 @@ TRAIN = [
     ("--resume nowhere", "holds no run"),
     ("--resume empty", "holds no run"),
     ("--resume list", "holds no run"),
-    ("--resume other", "holds no run"),
+    ("--resume other", "is of another version of this code"),
     ("--resume other --output x", "leave out --output"),
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "they are 0 to 4"),
