@@ -566,7 +566,10 @@ NO_MAP = "this model has no feature map that could be shown as a heat map"
 
 
 def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
-    """HiResCAM (Draelos and Carin 2020) of the logit of class target: the sum over channels of feature times gradient.
+    """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
+
+    The gradient is that of the logit of class target less the mean of all, since what raises all logits alike changes no
+    probability.
 
     It is that of the last stage of stride 8 or less, or the finest there is, since cells of 32 pixels, as the last stage
     of most networks has them, are too coarse for an opacity. In models that read a class token alone the last block's
@@ -589,7 +592,8 @@ def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
             keep = lambda layer, inputs, output, side=side: kept.append((output, side))
             handles.append(layer.register_forward_hook(keep))
         with torch.enable_grad():
-            score = model(x)[:, target].sum()
+            logits = model(x)
+            score = (logits[:, target] - logits.mean(1)).sum()
     finally:
         for handle in handles:
             handle.remove()
