@@ -261,16 +261,18 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
 def is_hidden(name: str) -> bool:
     """Files and folders of systems and programs: .DS_Store, .thumbnails, @eaDir, __MACOSX."""
-    return name.startswith((".", "@", "__"))
+    return name.startswith((".", "@", "__", "#", "$"))
 
 
 def is_dicom(path: Path) -> bool:
     """By its ending, or, since such files often have none or a number, by its first bytes."""
     suffix = path.suffix.lower()
+    if suffix not in ("", ".dcm") and not suffix[1:].isdigit():
+        return False
+    if not path.is_file():  # a named pipe would wait for ever
+        return False
     if suffix == ".dcm":
         return True
-    if suffix and not suffix[1:].isdigit():
-        return False
     with contextlib.suppress(OSError), open(path, "rb") as f:
         return f.read(132)[128:] == b"DICM"
     return False
@@ -344,6 +346,9 @@ def split_of(folder: str) -> str | None:
     return "val" if name in ("valid", "validation") else name if name in SPLITS else None
 
 
+TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
+
+
 def read_metadata(root: Path) -> dict[str, dict[str, str]]:
     """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without such a file.
 
@@ -364,9 +369,18 @@ def read_metadata(root: Path) -> dict[str, dict[str, str]]:
             raise UserError(f"{table} can't be read as UTF-8 text ({e}); save it as CSV in UTF-8") from None
         header = text.split("\n", 1)[0]
         reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-        if "file_name" not in (reader.fieldnames or []):
-            raise UserError(f"{table} has no column file_name; its columns are {', '.join(reader.fieldnames or [])}")
-        for row in reader:
+        columns = reader.fieldnames or []
+        if "file_name" not in columns:
+            raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
+        for column in columns:
+            meant = re.sub(r"[ _-]?id$", "", column.strip().lower())
+            if meant in TABLE_COLUMNS and column != meant:
+                raise UserError(f"{table}: call the column {meant} instead of {column}, or otherwise if it is none")
+        try:
+            lines = list(reader)
+        except csv.Error as e:
+            raise UserError(f"{table} can't be read ({e}); is a quotation mark missing?") from None
+        for row in lines:
             name = (row.pop("file_name") or "").replace("\\", "/").removeprefix("./")
             path = name if folder == "." else f"{folder}/{name}"
             if path in rows:
@@ -392,7 +406,7 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
         series=series,
         bytes=info.st_size,
         mtime_ns=info.st_mtime_ns,
-        groups={k: v for k, v in row.items() if k not in ("patient", "subtype", "label", "split")},
+        groups={k: v for k, v in row.items() if k not in TABLE_COLUMNS},
     )
 
 
@@ -412,7 +426,7 @@ def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list
             )
         if its_split != split:
             continue
-        if not row["label"]:
+        if not row.get("label"):
             unlabelled.append(path)
         elif not (root / path).is_file():
             missing.append(path)
@@ -465,6 +479,11 @@ def scan(root: Path, split: str, fewest: int = 1) -> list[Record]:
     labelled = any("label" in row for row in table.values())
     records = scan_table(root, split, table) if labelled else scan_folders(root, split, table)
     classes = sorted({r.label for r in records})
+    for name in classes:
+        if not name.isprintable():
+            raise UserError(f"the class {name!r} of {root}/{split} has control characters in its name; rename it")
+    if len({name.lower() for name in classes}) < len(classes):
+        raise UserError(f"classes of {root}/{split} differ in case alone: {', '.join(classes)}; rename one of them")
     if len(classes) < fewest:
         found = f"only one class with images, {classes[0]}" if classes else "no class folders with images"
         raise UserError(f"{root}/{split} has {found}; expected at least {fewest}, such as NORMAL/ and PNEUMONIA/")
@@ -713,6 +732,8 @@ def _open(source) -> tuple[Image.Image, ImageInfo]:
         if source.read(4) == b"DICM":
             return _open_dicom(source)
         source = Image.open(source, formats=list(FORMATS))
+        if source.mode[0] not in "IF" and ";16" in str(source.tile):
+            raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
     return source, ImageInfo(*source.size, source.mode)
 
 
@@ -933,8 +954,8 @@ def hash_lines(lines) -> str:
 
 
 def fingerprint(records: list[Record], digests: torch.Tensor) -> str:
-    """SHA-256 over paths and pixels, as decoded at one size: the same for every copy of the same images."""
-    return hash_lines(f"{r.path} {d}" for r, d in zip(records, digests.tolist()))
+    """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the same data."""
+    return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
 
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
@@ -1185,13 +1206,14 @@ def stress(images: torch.Tensor, partners: torch.Tensor | None, paths: list[str]
     for exponent in (0.7, 1.4):
         yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
     yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i, 30) for i in images.numpy()]))
-    yield "blur", to_uint8(TF.gaussian_blur(x, kernel_size=[9, 9], sigma=[size / 224, size / 224]))
+    kernel = 2 * max(4, math.ceil(size / 56)) + 1  # to four standard deviations
+    yield "blur", to_uint8(TF.gaussian_blur(x, [kernel, kernel], [size / 224, size / 224]))
     edge = round(size * 0.075)
     inner = size - 2 * edge
     yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
     for sd in (0.02, 0.05):
-        noise = [torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed_from(p))) for p in paths]
-        yield f"noise {sd}", to_uint8(x + sd * torch.stack(noise))
+        normals = [torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed_from(p))) for p in paths]
+        yield f"noise {sd}", to_uint8(x + sd * torch.stack(normals))
     if partners is not None:
         yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
 
@@ -1341,6 +1363,8 @@ def check(root: Path) -> dict:
     """
     records = scan_all(root)
     if not records:
+        if read_metadata(root):
+            scan(root, "train")  # raises: scan_all passes over what is wrong with a table
         raise UserError(f"{root} has none of the folders train/, val/, test/")
     folders = {f"{r.split}/{r.label}": [] for r in records}
     unreadable, problems, warnings = [], [], []
@@ -1487,7 +1511,7 @@ def print_check(report: dict) -> None:
     """The report in 100 columns: a column for each folder, then what was found."""
     print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}")
     folders = report["folders"]
-    width = max(19, *map(len, folders))
+    width = max([19, *map(len, folders)])
     columns = max(1, 80 // (width + 1))
     for start in range(0, len(folders), columns):
         names = list(folders)[start : start + columns]

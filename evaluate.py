@@ -331,9 +331,8 @@ def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
         return float(rule)
     if not positive.any() or positive.all():
         return 0.5
-    fpr, tpr, score = (
-        values[1:] for values in roc_curve(positive, z, drop_intermediate=False)
-    )  # the first is infinite
+    curve = roc_curve(positive, z, drop_intermediate=False)
+    fpr, tpr, score = (values[1:] for values in curve)  # the first score is infinite
     wanted = tpr - fpr if rule == "youden" else tpr >= float(rule.split("=")[1]) - 1e-12
     i = int(np.argmax(wanted))
     below = score[i + 1] if i + 1 < len(score) else score[i] - 1e-6  # rounding must not put the lowest score under it

@@ -276,9 +276,10 @@ def read_weights(path: Path) -> dict:
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights of timm's own train.py
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # noqa: BLE001, unpicklers fail in any way
-        lines = str(e).splitlines() or [type(e).__name__]
-        raise data.UserError(f"{path} can't be read as weights: {lines[0]}") from None
+    except Exception:  # noqa: BLE001, unpicklers fail in any way, and name options that are none of ours
+        raise data.UserError(
+            f"{path} can't be read as weights: no .safetensors file, nor tensors saved by torch"
+        ) from None
     if not isinstance(content, dict):
         raise data.UserError(f"{path} does not hold a state dict of tensors")
     return content
@@ -297,9 +298,14 @@ def unwrap(content: dict, path: Path) -> dict[str, torch.Tensor]:
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
-        if not value.isfinite().all():
-            raise data.UserError(f"{path} holds weights that are no numbers, or infinite: {key}")
+        if not is_plain(value) or not value.isfinite().all():
+            raise data.UserError(f"{path} holds weights that are no numbers, infinite, sparse or quantized: {key}")
     return state
+
+
+def is_plain(value: torch.Tensor) -> bool:
+    """Neither sparse nor quantized."""
+    return value.layout == torch.strided and not value.is_quantized
 
 
 # --- save and load ---
@@ -395,7 +401,7 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
 
 def fits(value: torch.Tensor, field: Field) -> bool:
     same_shape = field.shape is None or field.shape == value.shape
-    return same_shape and value.dtype == field.dtype and bool(value.isfinite().all())
+    return is_plain(value) and same_shape and value.dtype == field.dtype and bool(value.isfinite().all())
 
 
 def save(checkpoint: dict, path: Path) -> None:
@@ -485,7 +491,7 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     model = build(name, len(checkpoint["classes"]), checkpoint["input_size"])
     for key, new in model.state_dict().items():
         value = state.get(key)
-        if value is None or value.shape != new.shape or value.dtype != new.dtype:
+        if value is None or not is_plain(value) or value.shape != new.shape or value.dtype != new.dtype:
             raise data.UserError(f"the weights do not fit this version of timm's {name}: {key}")
         if not value[new.isfinite()].isfinite().all():  # a mask holds infinities, in a new model too
             raise data.UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
@@ -517,6 +523,8 @@ def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:
         before = folded(x)
         for handle in handles:
             handle.remove()
+        if not before.isfinite().all():
+            return model
         for conv, norm in pairs:
             statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
@@ -568,12 +576,10 @@ NO_MAP = "this model has no feature map that could be shown as a heat map"
 def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
 
-    The gradient is that of the logit of class target less the mean of all, since what raises all logits alike changes no
-    probability.
-
-    It is that of the last stage of stride 8 or less, or the finest there is, since cells of 32 pixels, as the last stage
-    of most networks has them, are too coarse for an opacity. In models that read a class token alone the last block's
-    other tokens count for nothing: the block before is taken.
+    The gradient is that of the logit of class target less the mean of all: what raises all alike changes no probability.
+    The features are those of the last stage of stride 8 or less, or the finest there is: cells of 32 pixels, as most last
+    stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's other
+    tokens count for nothing: the block before is taken.
 
     Args:
         model: in evaluation mode. x: normalised images [n, 1, side, side].

@@ -434,6 +434,8 @@ def run(args: argparse.Namespace) -> int:
         raise data.UserError("--ckpt takes one checkpoint")
     classifier = open_classifier(args.ckpt and args.ckpt[0], args.device)
     checkpoint = classifier.checkpoint
+    if not checkpoint["finished"]:
+        data.warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments'].get('epochs')}")
     if checkpoint["data"]["demo"]:
         data.warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     if args.cam:

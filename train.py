@@ -148,13 +148,14 @@ class TrainingSet:
     classes: list[str]
     positive: int  # position of the positive class in classes
     left_out: list[dict]  # path and reason
+    fingerprint: str  # see data.fingerprint
 
     def about(self) -> dict:
         """What the files of a run say of the data."""
         return {
             "root": str(self.root.resolve()),
             "demo": data.is_demo(self.root),
-            "fingerprint": data.fingerprint(self.records, self.digests),
+            "fingerprint": self.fingerprint,
             "classes": self.classes,
             "positive": self.classes[self.positive],
             "images": {"train": len(self.train), "val": len(self.val)},
@@ -165,6 +166,9 @@ class TrainingSet:
     def records_of(self, index: torch.Tensor) -> list[data.Record]:
         return [self.records[i] for i in index.tolist()]
 
+    def digests_of(self, index: torch.Tensor) -> torch.Tensor:
+        return self.digests[index.cpu()]  # they stay on the CPU where the images go to a GPU
+
     def patients(self, index: torch.Tensor) -> int:
         return len({r.patient for r in self.records_of(index)})
 
@@ -172,6 +176,7 @@ class TrainingSet:
 def read_data(root: Path, records: list[data.Record], size: int, positive: str | None) -> TrainingSet:
     """Decode the records of find_training, and check that each class is there to train and to validate on."""
     loaded = data.load_images(root, records, size)
+    fingerprint = data.fingerprint(records, loaded.digests)  # before what failed is left out, as evaluate.py has it
     for i in loaded.failed:
         records[i].split = "left out"
     classes = sorted({r.label for r in records})
@@ -192,14 +197,21 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
         classes=classes,
         positive=data.positive_index(classes, positive),
         left_out=data.report_left_out(records, loaded.failed),
+        fingerprint=fingerprint,
     )
 
 
 def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
-    """Say loudly where the run that the weights come from was trained on what validates this one."""
+    """Say loudly where this run, or the one that its weights come from, is trained on what validates it."""
+    copies = int(torch.isin(d.digests_of(d.val), d.digests_of(d.train)).sum())
+    if copies:
+        data.warn(
+            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of other or unknown "
+            "patients (python data.py check --json lists them): validation, and all that is chosen by it, is flattered"
+        )
     if seen is None:
         return
-    images = len(set(d.digests[d.val].tolist()) & set(seen["pixels"].tolist()))
+    images = len(set(d.digests_of(d.val).tolist()) & set(seen["pixels"].tolist()))
     patients = len(data.named_patients(d.records_of(d.val)) & set(seen["patients"]))
     if images or patients:
         data.warn(
@@ -247,11 +259,22 @@ class Learner:
         }
 
     def restore(self, state: dict) -> None:
+        groups = without_rate(self.optimizer.state_dict())
         try:
+            if without_rate(state["optimizer"]) != groups:
+                raise ValueError("other groups of parameters")
             for name, part in self.stateful().items():
                 part.load_state_dict(state[name])
+            for parameter, moments in self.optimizer.state.items():
+                if [moments[k].shape for k in ("exp_avg", "exp_avg_sq", "step")] != [parameter.shape] * 2 + [()]:
+                    raise ValueError("moments of another shape")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise data.UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
+
+
+def without_rate(optimizer: dict) -> str:
+    """The groups of an optimizer's state as JSON, in which tuples are lists, but for the rate, which each step sets."""
+    return json.dumps([{k: v for k, v in group.items() if k != "lr"} for group in optimizer["param_groups"]])
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed: bool) -> tuple[torch.nn.Module, dict]:
@@ -325,7 +348,7 @@ def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.devic
 
 
 def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
-    """One epoch; nothing in it waits for the device but the end.
+    """One epoch; nothing in it but fp16's scaler waits for the device before the end.
 
     Args:
         loader: iterable of (x, y), one for each step, on the device.
@@ -370,9 +393,8 @@ def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.de
     labels = d.labels[d.val].cpu()
     z = torch.from_numpy(logits)
     metrics = {
-        "val_loss": float(
-            F.cross_entropy(z, labels)
-        ),  # unweighted, on whole images: not to be compared with train_loss
+        # Unweighted, on whole images: not to be compared with train_loss.
+        "val_loss": float(F.cross_entropy(z, labels)),
         "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive),
         "val_accuracy": float((z.argmax(1) == labels).double().mean()),
     }
@@ -477,6 +499,11 @@ def save_state(path: Path, learner: Learner, metrics: dict, seen: dict | None, w
     )
 
 
+def fixed(arguments: dict) -> dict:
+    """Those that --resume can't change."""
+    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
+
+
 def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> dict:
     """What save_state wrote, for this run and these images.
 
@@ -489,8 +516,7 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
             raise data.UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
         if h["epoch"] != number:
             raise data.UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
-    mine = {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
-    if mine != {k: v for k, v in state["arguments"].items() if k not in MAY_CHANGE}:
+    if fixed(arguments) != fixed(state["arguments"]):
         raise data.UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
     if state["fingerprint"] != fingerprint:
         raise data.UserError(f"the images are not those that the run in {folder} was started with; start a new run")
@@ -500,9 +526,11 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
         )
     if state["epochs"]:
         try:
-            models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
+            checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
         except data.UserError as e:
             raise data.UserError(f"{e}; the run can't go on without it, start a new one") from None
+        if fixed(arguments) != fixed(checkpoint["arguments"]):
+            raise data.UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
     if state["epochs"] and arguments["epochs"] != state["arguments"]["epochs"]:
         data.warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
     return state
@@ -513,7 +541,7 @@ def make_checkpoint(
 ) -> dict:
     """All that evaluation and prediction need; checks: from fit_checks; chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
-    pixels = d.digests[d.train]
+    pixels = d.digests_of(d.train)
     if seen is not None:
         patients |= set(seen["patients"])
         pixels = torch.cat([pixels, seen["pixels"]]).unique()
@@ -592,6 +620,8 @@ def run(args: argparse.Namespace) -> None:
     with master_first(rank):
         data.prepare_demo(root)
         records = data.find_training(root, args.folds, args.fold)
+    if args.threshold != "stressed" and len({r.label for r in records}) > 2:
+        raise data.UserError("--threshold is for two classes; leave it out here")
     folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
     folder = broadcast(folder)
     args.output = str(folder)  # for the line that says how to go on
@@ -632,7 +662,7 @@ def run(args: argparse.Namespace) -> None:
         "finished": False,
         "data": about,
         "weights": weights,
-        "epochs": history,
+        "epochs": history,  # the list itself: it grows as the run does
     }
     if master and not state:
         data.write_csv(folder / "splits.csv", split_rows(d, about["demo"]))
@@ -658,7 +688,8 @@ def run(args: argparse.Namespace) -> None:
         speed = steps * batch_size / (time.perf_counter() - start)
 
         averaged = learner.ema.module
-        val_metrics, logits = broadcast(validate(averaged, d, pre, device) if master else None)
+        val_metrics, logits = validate(averaged, d, pre, device) if master else (None, None)
+        val_metrics = broadcast(val_metrics)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
         h["selected"] = selected_epoch(history, positives, negatives) == epoch
@@ -706,7 +737,7 @@ def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, c
         for name, index in (("train", d.train), ("val", d.val))
     }
     print0(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {weights['note']}")
-    print0(f"{d.root}: {count['train']} to train, {count['val']} to validate")
+    print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
         print0(f"positive class: {d.classes[d.positive]}, negative: {d.classes[1 - d.positive]}")
     print0(f"trained at {crop} px, validated at {pre['input_size']} px, on {device}, {dtype}")
@@ -722,10 +753,10 @@ def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
     run = summarize(history)
     selected = history[run["best_epoch"] - 1]
     print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
-    print(f"took {run['seconds']:.0f} s; checkpoint: {folder / 'ckpt.pt'}\n")
+    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(folder / 'ckpt.pt'))}\n")
     image = d.root / d.records_of(d.val[:1])[0].path
-    print(data.command_line("python", "evaluate.py", folder / "ckpt.pt"))
-    print(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image))
+    print(data.printable(data.command_line("python", "evaluate.py", folder / "ckpt.pt")))
+    print(data.printable(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image)))
 
 
 # --- command line ---
@@ -737,7 +768,7 @@ def make_parser() -> data.Parser:
     g = parser.add_argument_group("data")
     g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     g.add_argument(
-        "--img-size", type=number(int, 1, 10_000), metavar="PX", help="side of the input (160, or the model's)"
+        "--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)"
     )
     g.add_argument("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
     g.add_argument("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")

@@ -59,7 +59,7 @@ def set_up(count: int, compiled: bool = False):
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     labels = torch.randint(0, 2, (count,))
     everything = torch.arange(count)
-    d = train.TrainingSet(Path(), [], images, everything, labels, everything, everything, ["A", "B"], 1, [])
+    d = train.TrainingSet(Path(), [], images, everything, labels, everything, everything, ["A", "B"], 1, [], "")
     criterion = train.make_criterion(d, args, CPU)
     operations = data.preset(args.augment, SIZE)
     pre = {"mean": 0.45, "std": 0.23}

@@ -506,6 +506,17 @@ def test_refused_with_a_reason(tmp_path, monkeypatch, name):
         assert str(refused.value).isprintable()
 
 
+def test_deep_colour_is_refused(tmp_path):
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + struct.pack(">12H", *range(0, 12 * 300, 300)) for _ in range(4))
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    (tmp_path / "deep.png").write_bytes(content)
+    with pytest.raises(data.ImageError, match="16 bits a channel"):
+        data.read_image(tmp_path / "deep.png", 32)
+
+
 def test_reasons_are_one_printable_line(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("two\nlines \x1b[31m")
@@ -639,6 +650,13 @@ def table(root, text, folder=""):
     return root
 
 
+@pytest.mark.parametrize("name", ["pipe", "pipe.dcm", "pipe.png"])
+def test_a_named_pipe_is_not_waited_for(tmp_path, name):
+    root = tree(tmp_path / "d")
+    os.mkfifo(root / "train" / "NORMAL" / name)
+    assert len(data.load_images(root, data.scan(root, "train"), 16).failed) <= 1
+
+
 def test_a_table_tells_patients_subtypes_and_groups(tmp_path, capsys):
     touch(
         tmp_path, "train/NORMAL/a.png", "train/NORMAL/b.png", "train/PNEUMONIA/c.png", "train/PNEUMONIA/IM-0007-1.png"
@@ -690,13 +708,16 @@ BAD_TABLES = {
     "the split of x/1.png is not told": "file_name,label\nx/1.png,A\n",
     "save it as CSV in UTF-8": b"file_name,label\nx\xff.png,A\n",
     "has no column file_name": "",
+    "call the column patient instead of Patient_ID": "file_name,Patient_ID\nx/1.png,A\n",
+    "differ in case alone: NORMAL, normal": "file_name,label,split\nx/1.png,normal,train\nx/2.png,NORMAL,train\n",
+    "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
 }
 
 
 @pytest.mark.parametrize("message", BAD_TABLES)
 def test_a_table_that_can_not_be_used_is_an_error(tmp_path, message):
     with pytest.raises(data.UserError, match=message):
-        data.scan(table(touch(tmp_path, "x/1.png"), BAD_TABLES[message]), "train")
+        data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_TABLES[message]), "train")
 
 
 def test_a_patient_of_the_table_in_train_and_test_is_an_error(tmp_path):

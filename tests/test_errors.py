@@ -14,7 +14,7 @@ TRAIN = [
     ("--threshold best", "--threshold"),
     ("--threshold sensitivity=youden", "--threshold"),
     ("--seed -1", "--seed"),
-    ("--model convnext_atto --no-pretrained --img-size 4", "does not take 4 x 4 pixels"),
+    ("--model convnext_atto --no-pretrained --img-size 8", "does not take 8 x 8 pixels"),
     ("--lr -1", "--lr: -1 is not in"),
     ("--resume nowhere", "holds no run"),
     ("--resume empty", "holds no run"),

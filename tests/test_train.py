@@ -220,6 +220,17 @@ def test_lower_layers_move_less_with_layer_decay(demo, tmp_path):
     assert change["blocks.11.attn.qkv.weight"] / change["blocks.3.attn.qkv.weight"] == pytest.approx(2**8, rel=0.5)
 
 
+def test_copies_in_training_and_validation_are_said(demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "d")
+    for i, path in enumerate(sorted((tmp_path / "d" / "train").rglob("*.jpeg"))):
+        shutil.copy(path, path.with_name(f"copy{i}.jpeg"))
+    done = run_script("train.py", "--data", "d", *SHORT, "--folds", 4, "--epochs", 1, "--output", "r", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (leak,) = [line for line in done.stderr.splitlines() if "LEAK" in line]
+    assert "have the same pixels as training images" in leak
+    assert int(leak.split("LEAK: ")[1].split()[0]) > 10
+
+
 # --- interruption and resume ---
 
 
@@ -301,6 +312,19 @@ def change_an_image(root):
     Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
 
 
+def another_patient(root):
+    names = sorted(p.relative_to(root).as_posix() for p in (root / "train").rglob("*.jpeg"))
+    rows = [f"{name},p{i // 3}" for i, name in enumerate(names)]
+    (root / "metadata.csv").write_text("\n".join(["file_name,patient", *rows]))
+
+
+def checkpoint_of_another_seed(root):
+    path = root.parent / "run" / "ckpt.pt"
+    checkpoint = models.load(path)
+    checkpoint["arguments"]["seed"] = 1
+    models.save(checkpoint, path)
+
+
 def state_of_another_seed(root):
     metrics = root.parent / "run" / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": 1'))
@@ -308,7 +332,12 @@ def state_of_another_seed(root):
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(change_an_image, "not those that the run"), (state_of_another_seed, "belongs to a run with other arguments")],
+    [
+        (change_an_image, "not those that the run"),
+        (another_patient, "not those that the run"),
+        (state_of_another_seed, "belongs to a run with other arguments"),
+        (checkpoint_of_another_seed, "ckpt.pt belongs to a run with other arguments"),
+    ],
 )
 def test_a_run_goes_on_with_its_own_data_and_state_alone(run_folder, demo, tmp_path, change, message):
     shutil.copytree(run_folder, tmp_path / "run")
