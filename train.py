@@ -166,6 +166,16 @@ class TrainingSet:
     def records_of(self, index: torch.Tensor) -> list[data.Record]:
         return [self.records[i] for i in index.tolist()]
 
+    def move(self, device: torch.device) -> None:
+        """Images, labels and positions; the digests stay."""
+        self.images, self.labels = self.images.to(device), self.labels.to(device)
+        self.train, self.val = self.train.to(device), self.val.to(device)
+
+    def sides(self) -> tuple[int, int]:
+        """How many validation images are positive, and how many negative."""
+        positives = int((self.labels[self.val] == self.positive).sum())
+        return positives, len(self.val) - positives
+
     def digests_of(self, index: torch.Tensor) -> torch.Tensor:
         return self.digests[index.cpu()]  # they stay on the CPU where the images go to a GPU
 
@@ -628,10 +638,7 @@ def run(args: argparse.Namespace) -> None:
     with master_first(rank):
         d = read_data(root, records, pre["input_size"], args.positive)
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
-    d.labels, d.train, d.val = (t.to(d.images.device) for t in (d.labels, d.train, d.val))
-    positives = int((d.labels[d.val] == d.positive).sum())
-    negatives = len(d.val) - positives
+        d.move(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     batch_size = min(args.batch_size * world, len(d.train))
     steps = len(d.train) // batch_size  # the incomplete last batch is left out: other images each epoch
 
@@ -692,7 +699,7 @@ def run(args: argparse.Namespace) -> None:
         val_metrics = broadcast(val_metrics)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
-        h["selected"] = selected_epoch(history, positives, negatives) == epoch
+        h["selected"] = selected_epoch(history, *d.sides()) == epoch
         # It only moves forward: a new best is itself the latest within its own error.
         if master and h["selected"]:
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
