@@ -953,6 +953,9 @@ def test_the_folds_of_a_cross_validation_are_pooled(run, demo, tmp_path):
         altered(run, tmp_path / f"f{fold}", 0.3, fold=fold)
         ckpt = models.load(tmp_path / f"f{fold}")
         ckpt["threshold"]["value"] = fold / 4
+        records = data.find_training(Path(root), 10, fold)
+        images = data.load_images(Path(root), records, ckpt["input_size"])
+        ckpt["data"]["fingerprint"] = data.fingerprint(records, images.digests)
         models.save(ckpt, tmp_path / f"f{fold}" / "ckpt.pt")
     words = (run, "f1", "f2", "--split", "val", "--bootstrap", 50, "--device", "cpu")
     found, err = evaluate_files(tmp_path, *words)
