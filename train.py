@@ -662,7 +662,7 @@ def run(args: argparse.Namespace) -> None:
         history, weights, seen = state["epochs"], state["weights"], state["seen"]
     criterion = make_criterion(d, args, device)
     operations = data.preset(args.augment, crop)
-    checks = fit_checks(d) if master else {}
+    checks = None  # as long to fit as an epoch's validation: not before the first step
     metrics = {
         "arguments": arguments,
         "environment": evaluate.describe_environment(device),
@@ -702,6 +702,7 @@ def run(args: argparse.Namespace) -> None:
         h["selected"] = selected_epoch(history, *d.sides()) == epoch
         # It only moves forward: a new best is itself the latest within its own error.
         if master and h["selected"]:
+            checks = checks or fit_checks(d)
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
             models.save(make_checkpoint(averaged, d, pre, metrics, seen, checks, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
