@@ -278,6 +278,8 @@ class Learner:
             for parameter, moments in self.optimizer.state.items():
                 if [moments[k].shape for k in ("exp_avg", "exp_avg_sq", "step")] != [parameter.shape] * 2 + [()]:
                     raise ValueError("moments of another shape")
+                if not moments["step"] >= 0:
+                    raise ValueError(f"step {moments['step']}")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise data.UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 

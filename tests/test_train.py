@@ -293,11 +293,17 @@ def reshape_a_weight(state):
     state["ema"]["classifier.bias"] = torch.zeros(7)
 
 
+def count_backwards(state):
+    state["optimizer"]["state"][0]["step"] = torch.tensor(-1.0)
+
+
 def empty_the_optimizer(state):
     state["optimizer"] = {}
 
 
-@pytest.mark.parametrize("alter", [drop_a_key, shorten_the_history, reshape_a_weight, empty_the_optimizer])
+@pytest.mark.parametrize(
+    "alter", [drop_a_key, shorten_the_history, reshape_a_weight, count_backwards, empty_the_optimizer]
+)
 def test_an_altered_state_is_one_line(run_folder, tmp_path, alter):
     shutil.copytree(run_folder, tmp_path / "run")
     state = state_of(run_folder)
