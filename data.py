@@ -55,6 +55,7 @@ from tqdm import tqdm
 
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
+OTHER_VAL = ("valid", "validation")  # what some call val
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
 
 # --- command line and files, for all four scripts ---
@@ -195,6 +196,11 @@ def to_csv(rows: list[dict], header: bool = True) -> str:
     return text.getvalue()
 
 
+def sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
@@ -333,17 +339,17 @@ def prepare_demo(root: Path) -> None:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """ROOT/split; some call val/ valid/ or validation/."""
-    for name in ("valid", "validation") if split == "val" else ():
+    """ROOT/split, or what it is called instead."""
+    for name in OTHER_VAL if split == "val" else ():
         if (root / name).is_dir() and not (root / split).is_dir():
             return root / name
     return root / split
 
 
 def split_of(folder: str) -> str | None:
-    """The split that a folder or a word in metadata.csv names; some say valid or validation."""
+    """The split that a folder or a word in metadata.csv names."""
     name = folder.lower()
-    return "val" if name in ("valid", "validation") else name if name in SPLITS else None
+    return "val" if name in OTHER_VAL else name if name in SPLITS else None
 
 
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
@@ -467,15 +473,15 @@ def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> li
     return records
 
 
-def scan(root: Path, split: str, fewest: int = 1) -> list[Record]:
+def scan(root: Path, split: str, fewest: int = 1, table: dict | None = None) -> list[Record]:
     """The images of a split: those of ROOT/split/CLASS/, or those that metadata.csv gives labels.
 
-    No image is decoded. One whose patient nothing tells is its own patient.
+    No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
 
     Raises:
         UserError: no such folder, or fewer than fewest classes with images.
     """
-    table = read_metadata(root)
+    table = read_metadata(root) if table is None else table
     labelled = any("label" in row for row in table.values())
     records = scan_table(root, split, table) if labelled else scan_folders(root, split, table)
     classes = sorted({r.label for r in records})
@@ -508,12 +514,13 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
         UserError: train/ has fewer than fewest classes, or the splits have other classes than train.
     """
     records = []
+    table = read_metadata(root)  # once: it may have hundreds of thousands of rows
     for split in SPLITS:
         if split == "train" and fewest:
-            records = scan(root, split, fewest)
+            records = scan(root, split, fewest, table)
             continue
         try:
-            more = scan(root, split)
+            more = scan(root, split, table=table)
         except UserError as e:
             if split_folder(root, split).is_dir():
                 warn(str(e))

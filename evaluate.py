@@ -12,7 +12,6 @@ import contextlib
 import csv
 import functools
 import glob
-import hashlib
 import importlib.util
 import json
 import math
@@ -422,11 +421,10 @@ class Scored:
 @torch.inference_mode()
 def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torch.device) -> np.ndarray:
     """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout."""
-    layout = models.memory_format(model, device)
     logits = []
     for batch in batches:
         x = data.normalise(batch.to(device, non_blocking=True), mean, std)
-        logits.append(model(x.to(memory_format=layout)).float())
+        logits.append(model(x).float())
     return torch.cat(logits).cpu().double().numpy()
 
 
@@ -510,7 +508,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     threshold = math.nan if rule["value"] is None else rule["value"]
     return Scored(
         source=path,
-        sha256=sha256(models.in_run_folder(path)),
+        sha256=data.sha256(models.in_run_folder(path)),
         model=ckpt["model"],
         classes=ckpt["classes"],
         positive=ckpt["classes"].index(ckpt["positive"]),
@@ -592,7 +590,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     threshold = 0.5 if args.threshold is None else args.threshold
     return Scored(
         source=path,
-        sha256=sha256(Path(path)),
+        sha256=data.sha256(Path(path)),
         model=Path(path).stem,
         classes=classes,
         positive=positive,
@@ -674,11 +672,6 @@ def align(s: Scored, first: Scored) -> Scored:
 
 
 # --- provenance ---
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def describe_environment(device: torch.device) -> dict:

@@ -116,7 +116,7 @@ def check_size(model: nn.Module, size: int) -> None:
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, the faster one, but for the models that it crashes or does not fit; inputs want the same."""
+    """channels_last, the faster one, but where it crashes or does not fit; images of one channel are in both."""
     for parameter in model.parameters():
         if parameter.ndim == 5:
             return torch.contiguous_format

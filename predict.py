@@ -108,7 +108,7 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:
     checkpoint = models.load(path)
     device = models.pick_device(device)
     model = models.fold_batch_norms(models.from_checkpoint(checkpoint, device), checkpoint["input_size"])
-    checksum = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    checksum = data.sha256(path)[:12]
     turns = threading.Semaphore(data.CORES if device.type == "cpu" else 1)
     return Classifier(checkpoint, model, device, checksum, turns)
 

@@ -230,9 +230,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
 
 
-def batches(
-    d: TrainingSet, order: torch.Tensor, operations: list, draws: list, pre: dict, device, layout, share: slice
-):
+def batches(d: TrainingSet, order: torch.Tensor, operations: list, draws: list, pre: dict, device, share: slice):
     """Yield the (x, y) of each step: augmented and normalised images [batch, 1, side, side] and their labels [batch].
 
     Args:
@@ -242,8 +240,7 @@ def batches(
         index = index[share]
         numbers = [u[index].to(device, non_blocking=True) for u in draws]
         x = data.augment(d.images[index].to(device, non_blocking=True), operations, numbers)
-        x = data.normalise(x, pre["mean"], pre["std"]).to(memory_format=layout)
-        yield x, d.labels[index].to(device, non_blocking=True)
+        yield data.normalise(x, pre["mean"], pre["std"]), d.labels[index].to(device, non_blocking=True)
 
 
 # --- model and loop ---
@@ -303,9 +300,9 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed
     return model, weights
 
 
-def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device, layout) -> Learner:
+def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> Learner:
     """Put the model on the device, wrapped for several processes and compiled where that is asked for."""
-    model.to(device, memory_format=layout)
+    model.to(device, memory_format=models.memory_format(model, device))
     if args.freeze:
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)
@@ -543,8 +540,10 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
             raise data.UserError(f"{e}; the run can't go on without it, start a new one") from None
         if fixed(arguments) != fixed(checkpoint["arguments"]):
             raise data.UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
-    if state["epochs"] and arguments["epochs"] != state["arguments"]["epochs"]:
-        data.warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
+        if arguments["epochs"] != state["arguments"]["epochs"]:
+            data.warn(
+                "another number of epochs: the rates of the rest are those of a run of that length from the start"
+            )
     return state
 
 
@@ -655,8 +654,7 @@ def run(args: argparse.Namespace) -> None:
     crop = training_size(args, pre["input_size"])
     for size in {crop, pre["input_size"]}:
         models.check_size(model, size)
-    layout = models.memory_format(model, device)
-    learner = make_learner(model, args, device, layout)
+    learner = make_learner(model, args, device)
     dtype = pick_dtype(args.precision, device)
     history = []  # all that a run remembers but what the learner holds
     if state:
@@ -691,7 +689,7 @@ def run(args: argparse.Namespace) -> None:
         order = d.train[data.shuffle(len(d.train), args.seed, epoch).to(d.train.device)]
         order = order[: steps * batch_size].view(steps, batch_size)
         draws = [u.to(d.images.device) for u in data.draw(operations, len(d.records), args.seed, epoch)]
-        loader = batches(d, order, operations, draws, pre, device, layout, slice(rank, None, world))
+        loader = batches(d, order, operations, draws, pre, device, slice(rank, None, world))
         loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)

@@ -54,8 +54,7 @@ def set_up(count: int, compiled: bool = False):
     model = models.build(NAME, 2, SIZE)
     arguments = f"--batch-size {BATCH} --lr 0.001 --precision fp32" + " --compile" * compiled
     args = train.make_parser().parse_args(arguments.split())
-    layout = models.memory_format(model, CPU)
-    learner = train.make_learner(model, args, CPU, layout)
+    learner = train.make_learner(model, args, CPU)
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     labels = torch.randint(0, 2, (count,))
     everything = torch.arange(count)
@@ -68,7 +67,7 @@ def set_up(count: int, compiled: bool = False):
         steps = n // BATCH
         order = data.shuffle(n, 0, 1)[: steps * BATCH].view(steps, BATCH)
         draws = data.draw(operations, n, 0, 1)
-        loader = train.batches(d, order, operations, draws, pre, CPU, layout, slice(None))
+        loader = train.batches(d, order, operations, draws, pre, CPU, slice(None))
         train.train_epoch(learner, criterion, loader, steps * [args.lr], 0, torch.float32)
 
     return model, images, epoch
