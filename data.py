@@ -356,7 +356,7 @@ TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are 
 
 
 def read_metadata(root: Path) -> dict[str, dict[str, str]]:
-    """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without such a file.
+    """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without one.
 
     The convention of Hugging Face's image folders: file_name is relative to the table's folder. Separated by commas,
     semicolons or tabs; UTF-8 with or without a byte order mark.
@@ -538,7 +538,7 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
 
 
 def positive_index(classes: list[str], asked: str | None) -> int:
-    """The index of the positive class: the one asked for, else PNEUMONIA in whatever case, else, with a warning, the last."""
+    """The index of the positive class: the one asked for, else PNEUMONIA in any case, else, with a warning, the last."""
     if asked is not None:
         if asked not in classes:
             raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
@@ -614,7 +614,8 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
     records = [r for r in records if r.split != "test"]
     if unnamed := sum(not r.known_patient for r in records):
         warn(
-            f"the patient can't be parsed from {unnamed} of {len(records)} file names: each such image counts as its own"
+            f"the patient can't be parsed from {unnamed} of {len(records)} file names: "
+            "each such image counts as its own"
         )
     if any(r.split == "val" for r in records):
         return records
@@ -800,7 +801,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
 
 
 def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
-    """The first frame of a DICOM file, 8 bits grey or RGB, as PS3.3 C.7.6.3 and C.11.2 say; lookup tables are ignored."""
+    """The first frame of a DICOM file, 8 bits grey or RGB, as PS3.3 C.7.6.3 and C.11.2 say; no lookup tables."""
     try:
         from pydicom import dcmread
         from pydicom.pixels import pixel_array
@@ -961,7 +962,7 @@ def hash_lines(lines) -> str:
 
 
 def fingerprint(records: list[Record], digests: torch.Tensor) -> str:
-    """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the same data."""
+    """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the data."""
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
 
@@ -1195,8 +1196,8 @@ def stress(images: torch.Tensor, partners: torch.Tensor | None, paths: list[str]
     """Yield (name, copy) of uint8 images [batch, side, side] under changes that leave the diagnosis as it is.
 
     Exposure (brightness and contrast x 0.65 and x 1.4, gamma 0.7 and 1.4), JPEG at quality 30, a Gaussian blur of
-    1 pixel at 224 (in proportion elsewhere), the central 85 % of each side, resized back, Gaussian noise with a standard
-    deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with those of another image.
+    1 pixel at 224 (in proportion elsewhere), the central 85 % of each side, resized back, Gaussian noise with a
+    standard deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with those of another image.
 
     Args:
         partners: uint8 like images, each of another class; None leaves out the exchange.

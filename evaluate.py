@@ -73,7 +73,7 @@ def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> d
 
 
 def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """AUROC (ties count half) and AUPRC (average precision, a step function), each [draws]; NaN without both classes."""
+    """AUROC (ties count half) and AUPRC (average precision, a step function), each [draws]; NaN without both."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # first image of each group of equal scores
     weights = weights[:, order]
@@ -1441,8 +1441,8 @@ def plot_mistakes(s: Scored, device: torch.device):
             ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
         name = shorten(Path(f["path"]).name, 34)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
-        caption = f"{name}\n{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}\nP({shorten(of, 15)}) {f['probability']:.3f}"
-        ax.set_title(caption, fontsize="small")
+        called = f"{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}"
+        ax.set_title(f"{name}\n{called}\nP({shorten(of, 15)}) {f['probability']:.3f}", fontsize="small")
     figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (HiResCAM)")
     return figure
 

@@ -413,7 +413,7 @@ def save(checkpoint: dict, path: Path) -> None:
 
 
 def canonical(x):
-    """The same, with equal strings being one object: a pickle tells them apart, and equal runs shall give equal files."""
+    """The same, with equal strings being one object: a pickle tells them apart, equal runs shall not."""
     if isinstance(x, dict):
         return {canonical(k): canonical(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -576,9 +576,10 @@ NO_MAP = "this model has no feature map that could be shown as a heat map"
 def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
 
-    The gradient is that of the logit of class target less the mean of all: what raises all alike changes no probability.
-    The features are those of the last stage of stride 8 or less, or the finest there is: cells of 32 pixels, as most last
-    stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's other
+    The gradient is that of the logit of class target less the mean of all: what raises all alike changes
+    no probability.
+    The features are those of the last stage of stride 8 or less, or the finest there is: cells of 32 pixels, as most
+    last stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's other
     tokens count for nothing: the block before is taken.
 
     Args:

@@ -216,8 +216,8 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     copies = int(torch.isin(d.digests_of(d.val), d.digests_of(d.train)).sum())
     if copies:
         data.warn(
-            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of other or unknown "
-            "patients (python data.py check --json lists them): validation, and all that is chosen by it, is flattered"
+            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of other or "
+            "unknown patients (python data.py check --json lists them): validation, and all that is chosen by it, is flattered"
         )
     if seen is None:
         return
@@ -460,7 +460,7 @@ def lock(folder: Path):
 
 
 def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
-    """The run's folder, which this process alone uses, and the lock; one that already holds a run is never overwritten."""
+    """The run's folder, which this process alone uses, and the lock; one that holds a run is never overwritten."""
     if args.resume is not None:
         folder = Path(args.resume)
         held = lock(folder)
@@ -517,7 +517,7 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
     """What save_state wrote, for this run and these images.
 
     Raises:
-        UserError: it, or the checkpoint that goes with it, is missing, damaged, or belongs to other data or another run.
+        UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
     """
     state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
     for number, h in enumerate(state["epochs"], 1):
