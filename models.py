@@ -579,8 +579,8 @@ def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
     The gradient is that of the logit of class target less the mean of all: what raises all alike changes
     no probability.
     The features are those of the last stage of stride 8 or less, or the finest there is: cells of 32 pixels, as most
-    last stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's other
-    tokens count for nothing: the block before is taken.
+    last stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's
+    other tokens count for nothing: the block before is taken.
 
     Args:
         model: in evaluation mode. x: normalised images [n, 1, side, side].

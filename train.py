@@ -216,8 +216,9 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     copies = int(torch.isin(d.digests_of(d.val), d.digests_of(d.train)).sum())
     if copies:
         data.warn(
-            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of other or "
-            "unknown patients (python data.py check --json lists them): validation, and all that is chosen by it, is flattered"
+            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
+            "other or unknown patients (python data.py check --json lists them): "
+            "validation, and all that is chosen by it, is flattered"
         )
     if seen is None:
         return
