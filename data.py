@@ -538,7 +538,7 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
 
 
 def positive_index(classes: list[str], asked: str | None) -> int:
-    """The index of the positive class: the one asked for, else PNEUMONIA in any case, else (with a warning) the last."""
+    """Index of the positive class: the one asked for, else PNEUMONIA in any case, else (with a warning) the last."""
     if asked is not None:
         if asked not in classes:
             raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
