@@ -5,9 +5,7 @@ Every model has one grey input channel and one logit per class.
 
 import argparse
 import contextlib
-import copy
 import difflib
-import functools
 import http.client
 import io
 import json
@@ -24,9 +22,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 import data
 
@@ -501,47 +497,6 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
         raise data.UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
     check_size(model, checkpoint["input_size"])
     return model.eval().to(device, memory_format=memory_format(model, device))
-
-
-def fold_batch_norms(model: nn.Module, size: int) -> nn.Module:
-    """A copy with each batch norm put into the convolution before it: the same logits in half the time.
-
-    Args:
-        model: in evaluation mode; it comes back as it is where the copy's logits differ by more than rounding.
-        size: side of its input.
-    """
-    folded = copy.deepcopy(model)
-    norms = {m: name for name, m in folded.named_modules() if type(m) in (nn.BatchNorm2d, BatchNormAct2d)}
-    if not norms:
-        return model
-    handles, outputs, pairs = [], [], []
-    for layer in folded.modules():
-        if layer in norms or type(layer) is nn.Conv2d:  # its subclasses may change their weights before they use them
-            handles.append(layer.register_forward_hook(functools.partial(find_pair, outputs, pairs)))
-    x = torch.rand(2, 1, size, size, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
-    with torch.no_grad():
-        before = folded(x)
-        for handle in handles:
-            handle.remove()
-        if not before.isfinite().all():
-            return model
-        for conv, norm in pairs:
-            statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            rest = [norm.drop, norm.act] if isinstance(norm, BatchNormAct2d) else []
-            folded.set_submodule(norms[norm], nn.Sequential(*rest))
-        same = torch.allclose(folded(x), before, rtol=1e-3, atol=1e-4 * float(before.abs().max()))
-    return folded if same else model
-
-
-def find_pair(outputs: list, pairs: list, layer: nn.Module, inputs: tuple, output: torch.Tensor) -> None:
-    """A forward hook: keep what convolutions give, and find the batch norms that take it."""
-    if type(layer) is nn.Conv2d:
-        outputs.append((layer, output))
-        return
-    for conv, given in outputs:
-        if given is inputs[0]:
-            pairs.append((conv, layer))
 
 
 def newest_checkpoint() -> Path:

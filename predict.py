@@ -107,7 +107,7 @@ def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
 def load_classifier(path: Path, changed: int, device: str) -> Classifier:
     checkpoint = models.load(path)
     device = models.pick_device(device)
-    model = models.fold_batch_norms(models.from_checkpoint(checkpoint, device), checkpoint["input_size"])
+    model = models.from_checkpoint(checkpoint, device)
     checksum = data.sha256(path)[:12]
     turns = threading.Semaphore(data.CORES if device.type == "cpu" else 1)
     return Classifier(checkpoint, model, device, checksum, turns)

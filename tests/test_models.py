@@ -146,34 +146,6 @@ def test_save_and_load_give_the_same_logits(trained, tmp_path):
     assert expected.std() > 0
 
 
-def test_folded_batch_norms_change_no_logit(trained):
-    """All of them go where there are any; a model without one comes back as it is."""
-    _, _, model, _ = trained
-    x = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(2))
-    folded = models.fold_batch_norms(model, 64)
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    assert (folded is model) == (not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()))
-    with torch.inference_mode():
-        torch.testing.assert_close(folded(x), model(x), rtol=1e-4, atol=1e-5)
-
-
-def test_a_batch_norm_that_can_not_be_folded_is_left_alone():
-    """The convolution has a second reader here."""
-
-    class Forked(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2)
-            self.norm.running_mean += 1
-
-        def forward(self, x):
-            x = self.conv(x)
-            return (self.norm(x) + x).mean((2, 3))
-
-    model = Forked().eval()
-    assert models.fold_batch_norms(model, 8) is model
-
-
 def test_heat_map_of_each_architecture(trained):
     _, _, model, _ = trained
     x = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(3))
