@@ -708,7 +708,7 @@ def describe(s: Scored) -> dict:
     if s.run is not None:
         run = {k: s.run[k] for k in ("arguments", "environment", "weights", "epoch", "epochs", "finished")}
         run["data"] = s.run["data"]["root"]
-        run["images"] = {"train": s.run["data"]["images"], "val": len(s.run["data"]["val"])}
+        run["images"] = {"train": s.run["data"]["images"], "val": len(s.run["data"]["val_pixels"])}
     return {
         "checkpoint": s.source,
         "sha256": s.sha256,

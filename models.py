@@ -27,7 +27,7 @@ from torch import nn
 import data
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 def pick_device(name: str) -> torch.device:
@@ -351,7 +351,8 @@ FIELDS = {
             "images": COUNT,
             "patients": Field(list, of=str),
             "pixels": Field(torch.Tensor, dtype=torch.int64),
-            "val": Field(list, of=str),
+            "val_patients": Field(list, of=str),
+            "val_pixels": Field(torch.Tensor, dtype=torch.int64),
         },
     ),
     "arguments": Field(dict, of=PLAIN),
@@ -445,7 +446,7 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
         raise data.UserError(
             f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code"
         )
-    if kind == FORMAT and version == 1:
+    if kind == FORMAT and version < FORMAT_VERSION:
         checkpoint = upgrade(checkpoint)
     for fault in faults(checkpoint, fields):
         raise data.UserError(f"{path} is damaged: {fault}")
@@ -455,7 +456,7 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
 
 
 def upgrade(checkpoint: dict) -> dict:
-    """A checkpoint of version 1 with what it lacked; it came from a run that had ended, as far as it knew."""
+    """A checkpoint of an earlier version with what it lacked; a run of version 1 had ended, as far as it knew."""
     upgraded = {
         "finished": True,
         "epochs": checkpoint.get("epoch"),
@@ -464,7 +465,13 @@ def upgrade(checkpoint: dict) -> dict:
         **checkpoint,
     }
     with contextlib.suppress(TypeError, KeyError):  # faults says what is wrong
-        upgraded["data"] = {"images": len(checkpoint["data"]["pixels"]), **checkpoint["data"]}
+        about = dict(checkpoint["data"])
+        lacked = {
+            "images": len(about["pixels"]),
+            "val_patients": [],
+            "val_pixels": torch.zeros(len(about["val"]), dtype=torch.int64),  # so many; which ones is not known
+        }
+        upgraded["data"] = {**lacked, **about}
     return upgraded
 
 

@@ -213,7 +213,8 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
 
 def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     """Say loudly where this run, or the one that its weights come from, is trained on what validates it."""
-    copies = int(torch.isin(d.digests_of(d.val), d.digests_of(d.train)).sum())
+    pixels = d.digests_of(d.val)
+    copies = int(torch.isin(pixels, d.digests_of(d.train)).sum())
     if copies:
         data.warn(
             f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
@@ -222,7 +223,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
     if seen is None:
         return
-    images = len(set(d.digests_of(d.val).tolist()) & set(seen["pixels"].tolist()))
+    images = int(torch.isin(pixels, seen["pixels"]).sum())
     patients = len(data.named_patients(d.records_of(d.val)) & set(seen["patients"]))
     if images or patients:
         data.warn(
@@ -231,17 +232,31 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
 
 
-def batches(d: TrainingSet, order: torch.Tensor, operations: list, draws: list, pre: dict, device, share: slice):
-    """Yield the (x, y) of each step: augmented and normalised images [batch, 1, side, side] and their labels [batch].
+@dataclass
+class Feed:
+    """How the images of an epoch are drawn and changed."""
 
-    Args:
-        order: int64 [steps, batch], positions of images; draws: see data.draw; share: this process's part of a batch.
+    operations: list  # of data.preset, with their strengths
+    pre: dict  # mean and std
+    seed: int
+    batch_size: int  # of all processes together
+    share: slice  # of each batch, for this process
+    device: torch.device
+
+
+def batches(d: TrainingSet, feed: Feed, epoch: int):
+    """Yield the (x, y) of each step: augmented, normalised images [batch, 1, side, side] and their labels [batch].
+
+    The incomplete last batch is left out: other images each epoch.
     """
-    for index in order:
-        index = index[share]
-        numbers = [u[index].to(device, non_blocking=True) for u in draws]
-        x = data.augment(d.images[index].to(device, non_blocking=True), operations, numbers)
-        yield data.normalise(x, pre["mean"], pre["std"]), d.labels[index].to(device, non_blocking=True)
+    order = d.train[data.shuffle(len(d.train), feed.seed, epoch).to(d.train.device)]
+    draws = [u.to(d.images.device) for u in data.draw(feed.operations, len(d.records), feed.seed, epoch)]
+    for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
+        index = order[start : start + feed.batch_size][feed.share]
+        x = d.images[index].to(feed.device, non_blocking=True)
+        numbers = [u[index].to(feed.device, non_blocking=True) for u in draws]
+        x = data.augment(x, feed.operations, numbers)
+        yield data.normalise(x, feed.pre["mean"], feed.pre["std"]), d.labels[index].to(feed.device, non_blocking=True)
 
 
 # --- model and loop ---
@@ -565,7 +580,8 @@ def make_checkpoint(
         "images": len(d.train),
         "patients": sorted(patients),  # trained on, by this run and those that its weights come from
         "pixels": pixels,  # digests of the training images, likewise
-        "val": [r.path for r in d.records_of(d.val)],
+        "val_patients": sorted(data.named_patients(d.records_of(d.val))),  # epoch, temperature and threshold are
+        "val_pixels": d.digests_of(d.val),  # chosen on these
     }
     return {
         "format": models.FORMAT,
@@ -642,7 +658,7 @@ def run(args: argparse.Namespace) -> None:
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.move(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     batch_size = min(args.batch_size * world, len(d.train))
-    steps = len(d.train) // batch_size  # the incomplete last batch is left out: other images each epoch
+    steps = len(d.train) // batch_size
 
     # model
     arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
@@ -662,7 +678,7 @@ def run(args: argparse.Namespace) -> None:
         learner.restore(state)
         history, weights, seen = state["epochs"], state["weights"], state["seen"]
     criterion = make_criterion(d, args, device)
-    operations = data.preset(args.augment, crop)
+    feed = Feed(data.preset(args.augment, crop), pre, args.seed, batch_size, slice(rank, None, world), device)
     checks = None  # as long to fit as an epoch's validation: not before the first step
     metrics = {
         "arguments": arguments,
@@ -687,10 +703,7 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
         first_step, total, warmup = (epoch - 1) * steps, args.epochs * steps, round(args.warmup_epochs * steps)
         rates = [learning_rate(first_step + step, total, warmup, args.lr) for step in range(steps)]
-        order = d.train[data.shuffle(len(d.train), args.seed, epoch).to(d.train.device)]
-        order = order[: steps * batch_size].view(steps, batch_size)
-        draws = [u.to(d.images.device) for u in data.draw(operations, len(d.records), args.seed, epoch)]
-        loader = batches(d, order, operations, draws, pre, device, slice(rank, None, world))
+        loader = batches(d, feed, epoch)
         loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
@@ -741,10 +754,9 @@ def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
 
 def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, crop: int, device, dtype) -> None:
     """What is trained, on what, and what the table's columns are."""
-    count = {
-        name: f"{len(index)} images of {d.patients(index)} patients"
-        for name, index in (("train", d.train), ("val", d.val))
-    }
+    about = d.about()
+    images, patients = about["images"], about["patients"]
+    count = {split: f"{images[split]} images of {patients[split]} patients" for split in images}
     print0(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {weights['note']}")
     print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
@@ -789,7 +801,7 @@ def make_parser() -> data.Parser:
     source.add_argument(
         "--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict"
     )
-    g.add_argument("--freeze", action="store_true", help="train the head alone: a linear probe")
+    g.add_argument("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
     g = parser.add_argument_group("recipe")
     g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
@@ -816,11 +828,11 @@ def make_parser() -> data.Parser:
     g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
     g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
-    g.add_argument("--compile", action="store_true", help="torch.compile the model")
+    g.add_argument("--compile", action=yes_no, default=False, help="torch.compile the model")
     return parser
 
 
-MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
+MAY_CHANGE = ("data", "epochs", "device", "output", "resume")  # what --resume takes from the command line
 
 
 def threshold_rule(text: str) -> str:
@@ -829,6 +841,20 @@ def threshold_rule(text: str) -> str:
     if text not in ("youden", "stressed") and not 0 < float(value) < 1:
         raise ValueError
     return text
+
+
+def to_words(parser: data.Parser, values: dict) -> list[str]:
+    """The command line that gives these values, so that the parser can check them."""
+    words = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if value is None:
+            continue
+        if action.nargs == 0:  # a flag, which --no-FLAG may contradict
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            words.append(f"{action.option_strings[0]}={value}")
+    return words
 
 
 def parse_arguments(parser: data.Parser) -> argparse.Namespace:
@@ -845,9 +871,12 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
         odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
         if odd:
             parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd[:5])}")
-        parser.set_defaults(**stored)
+        reader = make_parser()
+        reader.prog = f"train.py: {metrics} is damaged"
+        stored = reader.parse_args(to_words(reader, stored))
+        parser.set_defaults(**vars(stored))
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
-        for name, value in stored.items():
+        for name, value in vars(stored).items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")

@@ -64,7 +64,8 @@ def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
             "patients": ["IM-1"],
             "images": 2,
             "pixels": torch.tensor([1, 2]),
-            "val": ["a"],
+            "val_patients": ["IM-2"],
+            "val_pixels": torch.tensor([3]),
         },
         "arguments": {"seed": 0},
         "environment": {"torch": "2"},
@@ -693,9 +694,13 @@ def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
     content = to_checkpoint(SMALL, small) | {"format_version": 1}
     for key in ("finished", "epochs", "weights", "border"):
         del content[key]
+    for key in ("images", "val_patients", "val_pixels"):
+        del content["data"][key]
+    content["data"]["val"] = ["a", "b", "c"]
     models.save(content, tmp_path / "ckpt.pt")
     found = models.load(tmp_path)
     assert found["finished"] is True and found["epochs"] == 1 and found["border"] is None
+    assert found["data"]["images"] == 2 and len(found["data"]["val_pixels"]) == 3
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])

@@ -143,8 +143,8 @@ def test_what_a_run_writes(run_folder, demo):
     assert ckpt["validation"]["val_auroc"] == best["val_auroc"]
     assert 0 < ckpt["threshold"]["value"] < 1
     assert ckpt["data"]["demo"] and ckpt["data"]["fingerprint"] == metrics["data"]["fingerprint"]
-    held_out = {r["path"] for r in rows if r["split"] == "val"}
-    assert set(ckpt["data"]["val"]) == held_out and held_out
+    held_out = [r["patient"] for r in rows if r["split"] == "val"]
+    assert set(ckpt["data"]["val_patients"]) == set(held_out) and len(ckpt["data"]["val_pixels"]) == len(held_out) > 0
     assert {r["patient"] for r in rows if r["split"] == "train"} == set(ckpt["data"]["patients"])
 
 
@@ -368,6 +368,19 @@ def test_resume_takes_the_runs_arguments_and_moved_data(run_folder, demo, tmp_pa
     done = run_script("train.py", "--data", demo, *SHORT, "--output", "run", cwd=tmp_path)
     assert done.returncode == 2 and "--resume run" in done.stderr
     assert (tmp_path / "run" / "ckpt.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", "x"), ("folds", -1), ("lr", [0.1]), ("augment", "odd"), ("threshold", 3)]
+)
+def test_stored_arguments_are_checked_like_those_of_a_command_line(run_folder, tmp_path, name, value):
+    shutil.copytree(run_folder, tmp_path / "run")
+    metrics = metrics_of(tmp_path / "run")
+    metrics["arguments"][name] = value
+    (tmp_path / "run" / "metrics.json").write_text(json.dumps(metrics))
+    done = run_script("train.py", "--resume", "run", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "metrics.json is damaged" in line and f"--{name}" in line
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
