@@ -223,9 +223,9 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
             rows[i].unlike = distance
             rows[i].flags = flags(readings[i], distance)
             decide(rows[i], p, checkpoint)
-    for row in rows:
+    for row, reading in zip(rows, readings):
         if maps is not None and row.label is not None:
-            add_heat_map(row, classifier, maps)
+            add_heat_map(row, reading.pixels, classifier, maps)
     return rows
 
 
@@ -270,22 +270,26 @@ def flags(reading: Reading, unlike: float) -> list[str]:
 
 # --- heat maps ---
 
+MAP_END = "_cam.png"
 LOW = 0.3  # of a map's own maximum: what is lower has no colour
 PANEL = (224, 2500)  # pixels: smallest width, largest side
 GREY, WHITE = (90, 90, 90), (255, 255, 255)
 
 
-def add_heat_map(row: Prediction, classifier: Classifier, folder: Path) -> None:
-    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile."""
+def add_heat_map(row: Prediction, pixels: np.ndarray, classifier: Classifier, folder: Path) -> None:
+    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile.
+
+    pixels: uint8 [size, size], what the model saw.
+    """
     checkpoint = classifier.checkpoint
     try:
-        pixels = torch.from_numpy(data.read_image(row.path, checkpoint["input_size"])[0])
         picture = Image.fromarray(data.read_image(row.path, None)[0])
     except data.ImageError as e:
         row.label, row.probability = None, None
         row.error = f"no map: {e}"
         return
-    x = data.normalise(pixels[None].to(classifier.device), checkpoint["mean"], checkpoint["std"])
+    x = torch.from_numpy(pixels)[None].to(classifier.device)
+    x = data.normalise(x, checkpoint["mean"], checkpoint["std"])
     heat = models.heat_map(classifier.model, x, checkpoint["classes"].index(row.label))[0].cpu().numpy()
     with data.replacing(folder / map_name(Path(row.path))) as f:
         draw_heat_map(picture, heat, caption(row, checkpoint["positive"])).save(f, "PNG")
@@ -296,7 +300,7 @@ def map_name(path: PurePath) -> str:
     parts = path.relative_to(path.anchor).parts[-3:]
     name = re.sub(r"[^\w-]+", "_", "_".join(parts))
     name = name.encode()[-120:].decode(errors="ignore")  # file systems count bytes
-    return f"{name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}_cam.png"
+    return f"{name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}{MAP_END}"
 
 
 def caption(row: Prediction, positive: str) -> list[str]:
@@ -442,6 +446,10 @@ def run(args: argparse.Namespace) -> int:
         if any(Path(args.cam).resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
             raise data.UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
         Path(args.cam).mkdir(parents=True, exist_ok=True)
+        if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in Path(args.cam).iterdir()):
+            raise data.UserError(
+                f"--cam {args.cam} holds images, with which maps would be confused; take another folder"
+            )
     work = functools.partial(classify, classifier=classifier, maps=Path(args.cam) if args.cam else None)
     workers, limit = data.CORES, BATCH
     if args.cam or (len(args.inputs) == 1 and os.path.isfile(args.inputs[0])):

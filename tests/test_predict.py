@@ -267,6 +267,19 @@ def test_a_file_that_goes_before_its_map_is_drawn_is_one_bad_row(run_folder, dem
     assert [r["label"] is None for r in as_json(done)] == [False, False, True]
 
 
+def test_maps_are_not_mixed_with_radiographs(run_folder, demo, tmp_path):
+    """A map among the images of a class would be scored as one; maps from before are in nobody's way."""
+    image = min((demo / "test" / "NORMAL").iterdir())
+    (tmp_path / "class").mkdir()
+    shutil.copy(image, tmp_path / "class")
+    common = ("predict.py", "--ckpt", run_folder, "--cam")
+    refused = run_script(*common, "class", image, cwd=tmp_path)
+    assert refused.returncode == 2 and "class holds images" in refused.stderr
+    for _ in range(2):
+        assert run_script(*common, "maps", image, cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 1 and len(list((tmp_path / "class").iterdir())) == 1
+
+
 def test_each_map_gives_its_row_at_once(run_folder, demo, tmp_path, monkeypatch):
     """A heat map takes long: whoever interrupts waits for one, and what was done is printed."""
     first, second, third = sorted((demo / "test" / "NORMAL").iterdir())[:3]
