@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -260,16 +258,6 @@ def test_a_killed_run_ends_as_one_that_was_not(demo, tmp_path):
         assert same(state_of(whole)[key], state_of(cut)[key])
 
 
-def test_another_seed_gives_other_bits(demo, tmp_path):
-    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        options = ("--epochs", 1, "--seed", seed, "--output", name)
-        done = run_script("train.py", "--data", demo, *SHORT, *options, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    a, b, c = (tmp_path / n / "ckpt.pt" for n in "abc")
-    assert a.read_bytes() == b.read_bytes()
-    assert not same(models.load(a)["state_dict"], models.load(c)["state_dict"])
-
-
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_a_run_whose_checkpoint_is_lost_does_not_go_on(run_folder, tmp_path, damage):
     shutil.copytree(run_folder, tmp_path / "run")
@@ -383,13 +371,12 @@ def test_stored_arguments_are_checked_like_those_of_a_command_line(run_folder, t
     assert done.returncode == 2 and "metrics.json is damaged" in line and f"--{name}" in line
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_an_interruption_says_how_to_go_on(demo, tmp_path, number, code):
+def test_an_interruption_says_how_to_go_on(demo, tmp_path):
     process = start("--data", demo, *SHORT, "--epochs", 500, "--output", "a run", cwd=tmp_path)
     wait_for_epoch(process, 1)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == 143
     assert (
         err.splitlines()[-1] == "interrupted; go on with: python train.py --resume 'a run'" and "Traceback" not in err
     )
@@ -502,19 +489,6 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
     assert apart.mean() < 2e-6
     done = run_script("train.py", "--resume", "two", cwd=tmp_path)
     assert done.returncode == 2 and "was started with 2 processes, not 1" in done.stderr
-
-
-def test_a_rank_that_dies_ends_the_run(demo, tmp_path):
-    command = launch("--data", demo, *SHORT, "--epochs", 500, "--output", "r", port=free_port())
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "r" / "ckpt.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
-    children = [int(p) for p, parent in (x.split() for x in listing.splitlines()[1:]) if int(parent) == process.pid]
-    os.kill(max(children), signal.SIGKILL)
-    process.communicate(timeout=120)
-    assert process.returncode != 0
 
 
 def test_help_is_grouped_and_short():
