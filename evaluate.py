@@ -1350,7 +1350,7 @@ def precision_panel(ax, positive: np.ndarray, score: np.ndarray, label: str) -> 
         ax.step(recall, precision, where="post", color=BLUE, label=label)
     ax.axhline(prevalence, **THIN, label=f"prevalence {prevalence:.3f}")
     ax.set(title="precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.03))
-    ax.legend(loc="lower left")
+    ax.legend()
 
 
 def operating_point(ax, x: float | None, y: float | None) -> None:
@@ -1379,7 +1379,7 @@ def decision_panel(ax, r: dict) -> None:
     ax.plot(thresholds, model, color=BLUE, label="as the model says")
     top = max(r["data"]["prevalence"], 0.05) * 1.1
     ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
-    ax.legend(loc="upper right")
+    ax.legend()
 
 
 def score_panel(ax, s: Scored, r: dict) -> None:
@@ -1403,14 +1403,16 @@ def confusion_panel(ax, r: dict) -> None:
     display.plot(ax=ax, cmap="Greys", colorbar=False)
     for (i, j), text in np.ndenumerate(display.text_):
         text.set_text(f"{cells[i, j]}\n{100 * cells[i, j] / max(cells[i].sum(), 1):.1f} %")
-    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=90, va="center")
+    slope = 0 if len(names) == 2 else 30  # more names have no room side by side
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=slope, ha="right" if slope else "center")
+    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=0 if slope else 90, va="center")
     ax.set(title="confusion matrix", xlabel="predicted", ylabel="true class")
 
 
 def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
     if not history:
         ax.set_axis_off()
-        ax.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
+        ax.text(0.5, 0.5, "no training history", ha="center")
         return
     right = ax.twinx()
     ax.plot(history["epoch"], history["train_loss"], color=BLUE, label="training loss")
@@ -1460,7 +1462,7 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, lis
 
 def plot_mistakes(s: Scored, device: torch.device):
     """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
-    figure = new_figure(11, 10)
+    figure = new_figure(11, 10.5)
     axes = figure.subplots(3, 4).ravel()
     ckpt = s.run
     model = models.from_checkpoint(ckpt, device)
@@ -1473,10 +1475,14 @@ def plot_mistakes(s: Scored, device: torch.device):
         with contextlib.suppress(data.UserError):  # some architectures have no map to show
             heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
             ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
-        name = shorten(Path(f["path"]).name, 34)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
-        called = f"{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}"
-        ax.set_title(f"{name}\n{called}\nP({shorten(of, 15)}) {f['probability']:.3f}", fontsize="small")
+        lines = [
+            shorten(Path(f["path"]).name, 34),
+            f"true: {shorten(f['label'], 25)}",
+            f"predicted: {shorten(f['prediction'], 25)}",
+            f"P({shorten(of, 25)}) {f['probability']:.3f}",
+        ]
+        ax.set_title("\n".join(lines), fontsize="small")
     figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (HiResCAM)")
     return figure
 
@@ -1500,7 +1506,7 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     finish_roc(roc)
     gaps.axvline(0, color="k", ls=":", lw=1)
     gaps.set_yticks(range(1, len(names)), names[1:])
-    gaps.invert_yaxis()
+    gaps.set_ylim(len(names) - 0.5, 0.5)  # the first on top
     gaps.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
     if len(names) > 1:
         gaps.legend(fontsize="small")
@@ -1576,6 +1582,30 @@ def is_csv(path: str) -> bool:
     return path.lower().endswith(".csv")
 
 
+def load_checkpoint(path: str) -> dict:
+    """A checkpoint with what is used of its arguments, of which models.load asks nothing.
+
+    Raises:
+        UserError: as models.load, or arguments that train.py does not write.
+    """
+    ckpt = models.load(path)
+    arguments = {"folds": 10, "fold": 0, **ckpt["arguments"]}  # older versions had no folds
+    fields = {
+        "epochs": models.Field(int, 1),
+        "folds": models.Field(int, 2, 1000),
+        "fold": models.Field(int, 0, 999),
+    }
+    for fault in models.faults(arguments, fields, "arguments."):
+        raise data.UserError(f"{path} is damaged: {fault}")
+    if arguments["fold"] >= arguments["folds"]:
+        raise data.UserError(f"{path} is damaged: fold {arguments['fold']} is none of {arguments['folds']} folds")
+    try:
+        json.dumps([ckpt["arguments"], ckpt["environment"]], allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError):
+        raise data.UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
+    return ckpt
+
+
 def read_history(folder: Path) -> dict[str, list]:
     """The curves of a run; pictures do without where there is no metrics.json."""
     try:
@@ -1640,7 +1670,8 @@ def write_comparison(
 
 def run(args: argparse.Namespace) -> None:
     args.inputs = find_inputs(args.inputs)
-    checkpoints = {path: models.load(path) for path in args.inputs if not is_csv(path)}
+    read_split.cache_clear()  # a folder may have changed since another call in this process
+    checkpoints = {path: load_checkpoint(path) for path in args.inputs if not is_csv(path)}
     check_arguments(args, checkpoints)
     for root in sorted({data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}):
         data.prepare_demo(root)
