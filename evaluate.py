@@ -63,6 +63,7 @@ def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> d
     tn = weights @ (~positive & ~predicted)
     sensitivity = tp / (tp + fn)
     specificity = tn / (tn + fp)
+    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
     return {
         "accuracy": (tp + tn) / (tp + fp + fn + tn),
         "balanced_accuracy": (sensitivity + specificity) / 2,
@@ -71,7 +72,7 @@ def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> d
         "ppv": tp / (tp + fp),
         "npv": tn / (tn + fn),
         "f1": 2 * tp / (2 * tp + fp + fn),
-        "mcc": (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
+        "mcc": (tp * tn - fp * fn) / np.sqrt(margins),
     }
 
 
@@ -371,7 +372,7 @@ class Scored:
     rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
     left_out: list[dict]  # path and reason
     border: np.ndarray  # float64 [images]: logit of the classifier that sees the border alone; NaN where there is none
-    stressed: dict[str, np.ndarray]  # logits of changed copies
+    stressed: dict[str, np.ndarray]  # logits of changed copies, like logits
     leaks: dict | None = None  # how many images and patients it was trained on
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
@@ -391,6 +392,11 @@ class Scored:
     def probabilities(self) -> np.ndarray:
         """Calibrated, float64 [images, classes]."""
         return softmax(self.logits / self.temperature[:, None], axis=1)
+
+    @property
+    def z(self) -> np.ndarray:
+        """Logit of the positive one of two classes, before temperature."""
+        return binary_logit(self.logits, self.positive)
 
     @property
     def score(self) -> np.ndarray:
@@ -763,7 +769,6 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
 def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of two classes."""
     positive, score, predicted = s.binary
-    z = binary_logit(s.logits, s.positive)
     temperatures = np.unique(s.temperature)  # several runs have each its own
     (tn, fp), (fn, tp) = confusion_matrix(positive, predicted, labels=[False, True]).tolist()
     result = {
@@ -772,9 +777,9 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
         "at_half": binary_estimates(positive, None, score >= 0.5, s.patients, bootstrap),
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
         "calibration": {
-            **calibration(positive, z / s.temperature),
+            **calibration(positive, s.z / s.temperature),
             "temperature": float(temperatures[0]) if len(temperatures) == 1 else None,
-            "before_temperature": calibration(positive, z),
+            "before_temperature": calibration(positive, s.z),
             "curve": calibration_curve(positive, score, s.patients, bootstrap),
         },
         "decision_curve": decision_curve(positive, score),
@@ -889,7 +894,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; every figure of the report follows from it."""
     if len(s.classes) == 2:
-        columns = {"logit": binary_logit(s.logits, s.positive), "probability": s.score}
+        columns = {"logit": s.z, "probability": s.score}
     else:
         columns = {f"logit_{name}": logits for name, logits in zip(s.classes, s.logits.T)}
         for name, probabilities in zip(s.classes, s.probabilities.T):
@@ -985,7 +990,8 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     sd, freedom = deviation(np.array(drawn), [mine[:, 0], theirs[:, 0]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
-    return {"value": float(value), "ci95": [float(value - half), float(value + half)], "p": float(max(p, exact_p))}
+    ends = [float(value - half), float(value + half)]
+    return {"value": float(value), "ci95": ends, "p": float(max(p, exact_p))}
 
 
 def holm(p: list[float]) -> list[float]:
@@ -1005,14 +1011,15 @@ def worst_of(runs: list[Scored]) -> dict:
         result["stress"] = {"mean": {}, "worst": {}}
         for how, means in result["stress"].items():
             for metric in UNDER_STRESS:
-                means[metric] = mean_or_none([r[how][metric] for r in reports])
+                means[metric] = mean([r[how][metric] for r in reports])
     if all(np.isfinite(s.border).all() for s in runs):
-        result["shortcut"] = mean_or_none([shortcut(s, Bootstrap(0))["worst"] for s in runs])
+        result["shortcut"] = mean([shortcut(s, Bootstrap(0))["worst"] for s in runs])
     return result
 
 
-def mean_or_none(values: list[float | None]) -> float | None:
-    return None if None in values else float(np.mean(values))
+def mean(values: list[float | None]) -> float | None:
+    """None where one of them is undefined."""
+    return number(np.mean(np.array(values, float)))
 
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
@@ -1154,8 +1161,10 @@ def group_table(name: str, groups: dict) -> Table:
 
 def number_table(name: str, rows: dict[str, dict], columns: tuple[str, ...]) -> Table:
     """A row for each entry, with the named figures."""
-    cells = [[label, *(show(row[column]) for column in columns)] for label, row in rows.items()]
-    return Table(name, ["", *map(title, columns)], cells)
+    table = Table(name, ["", *map(title, columns)], [])
+    for label, row in rows.items():
+        table.rows.append([label, *(show(row[column]) for column in columns)])
+    return table
 
 
 def extremes(groups: dict) -> list[str]:
@@ -1207,7 +1216,9 @@ def report_blocks(r: dict) -> list:
     blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
     if r["failures"]:
         of = r.get("positive", "predicted")
-        rows = [[show(f["probability"], 4), f["label"], f["prediction"], f["path"]] for f in r["failures"]]
+        rows = []
+        for f in r["failures"]:
+            rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
         blocks.append(Table("most confident mistakes", [f"P({of})", "true class", "predicted", "file"], rows))
     return blocks
 
@@ -1268,7 +1279,10 @@ def comparison_blocks(c: dict) -> list:
 
 
 def as_text(blocks: list) -> str:
-    return "\n".join(block.as_text() if isinstance(block, Table) else data.printable(block) for block in blocks)
+    lines = []
+    for block in blocks:
+        lines.append(block.as_text() if isinstance(block, Table) else data.printable(block))
+    return "\n".join(lines)
 
 
 def as_markdown(heading: str, blocks: list) -> str:
@@ -1383,7 +1397,7 @@ def decision_panel(ax, r: dict) -> None:
 
 
 def score_panel(ax, s: Scored, r: dict) -> None:
-    z = binary_logit(s.logits, s.positive) / s.temperature
+    z = s.z / s.temperature
     edges = np.linspace(z.min(), z.max() + 1e-6, 41)
     positive = s.labels == s.positive
     negative_name, positive_name = confusion_cells(r)[0]
@@ -1473,8 +1487,10 @@ def plot_mistakes(s: Scored, device: torch.device):
         x = data.normalise(torch.from_numpy(pixels)[None].to(device), ckpt["mean"], ckpt["std"])
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         with contextlib.suppress(data.UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
-            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
+            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))
+            heat = heat[0].cpu().numpy()
+            opacity = np.where(heat > 0.3, heat / 2, 0)
+            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=opacity)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
         lines = [
             shorten(Path(f["path"]).name, 34),
@@ -1673,11 +1689,15 @@ def run(args: argparse.Namespace) -> None:
     read_split.cache_clear()  # a folder may have changed since another call in this process
     checkpoints = {path: load_checkpoint(path) for path in args.inputs if not is_csv(path)}
     check_arguments(args, checkpoints)
-    for root in sorted({data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}):
+    roots = {data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}
+    for root in sorted(roots):
         data.prepare_demo(root)
     scored = []
     for path in args.inputs:
-        scored.append(score_csv(path, args) if is_csv(path) else score_checkpoint(path, checkpoints[path], args))
+        if path in checkpoints:
+            scored.append(score_checkpoint(path, checkpoints[path], args))
+        else:
+            scored.append(score_csv(path, args))
     warn_leaks(scored)
     if args.split != "test":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
