@@ -37,10 +37,13 @@ import torchvision
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import ConfusionMatrixDisplay, precision_recall_curve, roc_curve
+from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_curve, roc_curve
 
 import models
 
+MAIN = ("auroc", "sensitivity", "specificity")  # what is said of a part of the images, or of changed ones
+UNDER_STRESS = (*MAIN, "balanced_accuracy")
+COMPARED = ("auroc", "accuracy")
 BLOCK = 300_000  # weights of a bootstrap that are held at once
 EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
 
@@ -48,6 +51,7 @@ EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
 # --- metrics on weighted images: one row of weights is one draw of the bootstrap ---
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The metrics of a confusion matrix, each [draws]; NaN where one is undefined (its denominator is zero).
 
@@ -57,21 +61,22 @@ def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> d
     fp = weights @ (~positive & predicted)
     fn = weights @ (positive & ~predicted)
     tn = weights @ (~positive & ~predicted)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        sensitivity = tp / (tp + fn)
-        specificity = tn / (tn + fp)
-        return {
-            "accuracy": (tp + tn) / (tp + fp + fn + tn),
-            "balanced_accuracy": (sensitivity + specificity) / 2,
-            "sensitivity": sensitivity,
-            "specificity": specificity,
-            "ppv": tp / (tp + fp),
-            "npv": tn / (tn + fn),
-            "f1": 2 * tp / (2 * tp + fp + fn),
-            "mcc": (tp * tn - fp * fn) / np.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)),
-        }
+    sensitivity = tp / (tp + fn)
+    specificity = tn / (tn + fp)
+    margins = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return {
+        "accuracy": (tp + tn) / (tp + fp + fn + tn),
+        "balanced_accuracy": (sensitivity + specificity) / 2,
+        "sensitivity": sensitivity,
+        "specificity": specificity,
+        "ppv": tp / (tp + fp),
+        "npv": tn / (tn + fn),
+        "f1": 2 * tp / (2 * tp + fp + fn),
+        "mcc": (tp * tn - fp * fn) / np.sqrt(margins),
+    }
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """AUROC (ties count half) and AUPRC (average precision, a step function), each [draws]; NaN without both."""
     order = np.argsort(-score, kind="stable")
@@ -81,11 +86,11 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
     negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1)
     tp = np.cumsum(positives, 1)
     fp = np.cumsum(negatives, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        auroc = (negatives * (tp - positives / 2)).sum(1) / (tp[:, -1] * fp[:, -1])
-        precision = np.where(tp + fp > 0, tp / (tp + fp), 0)
-        auprc = (positives * precision).sum(1) / tp[:, -1]
-        return {"auroc": auroc, "auprc": np.where(fp[:, -1] > 0, auprc, np.nan)}
+    precision = np.where(tp + fp > 0, tp / (tp + fp), 0)
+    all_positives, all_negatives = tp[:, -1], fp[:, -1]
+    auroc = (negatives * (tp - positives / 2)).sum(1) / (all_positives * all_negatives)
+    auprc = (positives * precision).sum(1) / all_positives
+    return {"auroc": auroc, "auprc": np.where(all_negatives > 0, auprc, np.nan)}
 
 
 def binary_metrics(positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, weights: np.ndarray) -> dict:
@@ -112,8 +117,10 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) ->
     """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
     once = np.ones((1, len(labels)))
     if probabilities.shape[1] == 2:
-        return float(ranking(labels == positive, probabilities[:, positive], once)["auroc"][0])
-    return float(macro_metrics(labels, probabilities, labels, once)["auroc"][0])
+        metrics = ranking(labels == positive, probabilities[:, positive], once)
+    else:
+        metrics = macro_metrics(labels, probabilities, labels, once)
+    return float(metrics["auroc"][0])
 
 
 # --- intervals ---
@@ -127,17 +134,18 @@ class Bootstrap:
     seed: int = 0
 
     def values(self, metrics, patients: np.ndarray) -> dict[str, np.ndarray]:
-        """What metrics(weights [block, images]) returns, [draws] for each name; patients: int [images], from 0 on."""
+        """What metrics(weights [block, images]) returns for each name, [1 + draws]: of the images as they are, then
+        of each draw; patients: int [images], from 0 on."""
         rng = np.random.default_rng(self.seed)
         count = int(patients.max()) + 1
         block = max(1, BLOCK // len(patients))  # bounds the memory, whatever the numbers of images and of draws
-        blocks = []
+        blocks = [metrics(np.ones((1, len(patients))))]
         for start in range(0, self.draws, block):
             rows = min(block, self.draws - start)
             drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
             weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
             blocks.append(metrics(weights[:, patients].astype(float)))
-        return {name: np.concatenate([b[name] for b in blocks]) for name in (blocks[0] if blocks else ())}
+        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
 
 
 def patient_numbers(names) -> np.ndarray:
@@ -171,22 +179,23 @@ def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> 
     return math.sqrt(total), total**2 / inverse if inverse else math.inf
 
 
-def with_interval(values: np.ndarray, drawn: np.ndarray, patients: int, low: int = 0) -> dict:
-    """{"value", "ci95"} of a mean over runs, values [runs], in [low, 1], from its bootstrap, drawn [runs, draws].
+def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
+    """{"value", "ci95"} of a mean over runs, in [low, 1], from its bootstrap: values [runs, 1 + draws].
 
     The interval is symmetric on the logit scale, where a draw keeps a sixth of the value's distance from either end.
     Where there is none (the value lies at an end, or no draw differs), it is Clopper and Pearson's on the number of
     patients in the metric's denominator. tests/coverage_simulation.py tells how often it holds the truth.
     """
-    value = float(values.mean())
-    if math.isnan(value) or not drawn.size:
+    value = float(values[:, 0].mean())
+    if math.isnan(value) or values.shape[1] == 1:
         return {"value": number(value), "ci95": None}
+    values = (values - low) / (1 - low)
     share = (value - low) / (1 - low)
     ends = clopper_pearson(share, patients)
     if 0 < share < 1:
-        shares = [(x - low) / (1 - low) for x in (drawn.mean(0), values)]
-        drawn_logits, logits = (logit(np.clip(x, share / 6, 1 - (1 - share) / 6)) for x in shares)
-        sd, freedom = deviation(drawn_logits, [logits])
+        bounds = share / 6, 1 - (1 - share) / 6
+        drawn = logit(np.clip(values[:, 1:].mean(0), *bounds))
+        sd, freedom = deviation(drawn, [logit(np.clip(values[:, 0], *bounds))])
         if sd > 1e-9:
             half = stdtrit(freedom, 0.975) * sd
             ends = expit([logit(share) - half, logit(share) + half])
@@ -200,15 +209,17 @@ def number(value: float) -> float | None:
 
 def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, patients: np.ndarray) -> int:
     """How many patients the denominator of a metric holds; those of the rarer class where it needs both."""
-    groups = {
-        "accuracy": [positive | ~positive],
-        "sensitivity": [positive],
-        "specificity": [~positive],
-        "ppv": [predicted],
-        "npv": [~predicted],
-        "f1": [positive | predicted],
+    denominators = {
+        "accuracy": np.ones_like(positive),
+        "sensitivity": positive,
+        "specificity": ~positive,
+        "ppv": predicted,
+        "npv": ~predicted,
+        "f1": positive | predicted,
     }
-    return min(np.count_nonzero(np.bincount(patients[mask])) for mask in groups.get(metric, [positive, ~positive]))
+    if metric in denominators:
+        return len(np.unique(patients[denominators[metric]]))
+    return min(len(np.unique(patients[positive])), len(np.unique(patients[~positive])))
 
 
 def binary_estimates(
@@ -216,22 +227,16 @@ def binary_estimates(
 ) -> dict[str, dict]:
     """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
     patients = np.unique(patients, return_inverse=True)[1]
-    metrics = functools.partial(binary_metrics, positive, score, predicted)
-    point = metrics(np.ones((1, len(patients))))
-    drawn = bootstrap.values(metrics, patients)
     result = {}
-    for name, value in point.items():
+    for name, values in bootstrap.values(
+        functools.partial(binary_metrics, positive, score, predicted), patients
+    ).items():
         behind = patients_behind(name, positive, predicted, patients)
-        result[name] = with_interval(value, drawn.get(name, np.empty(0))[None], behind, -1 if name == "mcc" else 0)
+        result[name] = with_interval(values[None], behind, -1 if name == "mcc" else 0)
     return result
 
 
 # --- calibration and decisions ---
-
-
-def nll(positive: np.ndarray, z: np.ndarray) -> float:
-    """Mean negative log-likelihood of binary labels, from logits."""
-    return float(-np.mean(log_expit(np.where(positive, z, -z))))
 
 
 def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
@@ -247,21 +252,25 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     exact = np.abs(z) >= -logit(EXACT) * 0.999
     result = {
         "brier": float(np.mean((p - positive) ** 2)),
-        "nll": nll(positive, z),
+        "nll": float(-np.mean(log_expit(np.where(positive, z, -z)))),
         "ece": float(gaps.sum() / len(p)),
         "slope": None,
         "intercept": None,
         "exact": int(exact.sum()),
     }
     y, z = positive[~exact], z[~exact]
-    # No logistic regression has a finite slope where the classes do not overlap, or all scores are equal.
-    if y.any() and not y.all() and z[y].min() < z[~y].max() and z[~y].min() < z[y].max():
-        scale = max(float(z.std()), 1e-12)
+    if overlap(z[y], z[~y]):
+        scale = max(z.std(), 1e-12)
         fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(z[:, None] / scale, y)
-        bound = float(np.abs(z).max()) + 50
+        bound = np.abs(z).max() + 50
         result["slope"] = float(fit.coef_[0, 0] / scale)
-        result["intercept"] = float(brentq(lambda shift: float(np.mean(expit(z + shift) - y)), -bound, bound))
+        result["intercept"] = float(brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound))
     return result
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether some of a lie below some of b and the other way round: else no logistic regression has a finite slope."""
+    return len(a) > 0 and len(b) > 0 and a.min() < b.max() and b.min() < a.max()
 
 
 def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
@@ -363,7 +372,7 @@ class Scored:
     rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
     left_out: list[dict]  # path and reason
     border: np.ndarray  # float64 [images]: logit of the classifier that sees the border alone; NaN where there is none
-    stressed: dict[str, np.ndarray]  # logits of changed copies
+    stressed: dict[str, np.ndarray]  # logits of changed copies, like logits
     leaks: dict | None = None  # how many images and patients it was trained on
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
@@ -385,6 +394,11 @@ class Scored:
         return softmax(self.logits / self.temperature[:, None], axis=1)
 
     @property
+    def z(self) -> np.ndarray:
+        """Logit of the positive one of two classes, before temperature."""
+        return binary_logit(self.logits, self.positive)
+
+    @property
     def score(self) -> np.ndarray:
         """Probability of the positive class."""
         return self.probabilities[:, self.positive]
@@ -402,14 +416,18 @@ class Scored:
         return self.labels == self.positive, self.score, self.predicted == self.positive
 
     @property
+    def arguments(self) -> dict:
+        """Of the training; another program's predictions have none in common."""
+        return {"source": self.source} if self.run is None else self.run["arguments"]
+
+    @property
     def unfinished(self) -> str:
         if self.run is None or self.run["finished"]:
             return ""
-        return f"UNFINISHED: epoch {self.run['epochs']} of {self.run['arguments']['epochs']}"
+        return f"UNFINISHED: epoch {self.run['epochs']} of {self.arguments['epochs']}"
 
     def take(self, index: np.ndarray) -> "Scored":
-        """The images at index, int64 or bool."""
-        index = np.arange(len(self.records))[index]
+        """The images at index, int64."""
         return replace(
             self,
             records=[self.records[i] for i in index],
@@ -430,8 +448,8 @@ def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torc
 
 def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 64):
     """Yield uint8 batches of the images at index."""
-    for i in range(0, len(index), size):
-        yield images[index[i : i + size]]
+    for part in index.split(size):
+        yield images[part]
 
 
 def infer_stressed(
@@ -464,18 +482,28 @@ def read_split(root: Path, split: str, folds: int, fold: int, size: int) -> tupl
     return records, images, data.report_left_out(records, failed)
 
 
+def threshold_rule(args: argparse.Namespace, stored: dict) -> dict:
+    """The stored rule, but where the user asks for another threshold."""
+    if args.threshold is None:
+        return stored
+    return {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
+
+
 def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     """Run a checkpoint over a split.
 
     Raises:
         UserError: no such split, other classes, changed training images, or logits that are not finite.
     """
-    root = data.find_root(args.data or ckpt["data"]["root"])
-    arguments, size = ckpt["arguments"], ckpt["input_size"]
+    trained_on, arguments = ckpt["data"], ckpt["arguments"]
+    root = data.find_root(args.data or trained_on["root"])
     parts = arguments.get("folds", 10), arguments.get("fold", 0)
-    records, images, left_out = read_split(root, args.split, *parts, size)
-    same = args.split == "test" or data.fingerprint(records, images.digests) == ckpt["data"]["fingerprint"]
-    if not same and not args.data:
+    records, images, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
+    if (
+        args.split != "test"
+        and not args.data
+        and data.fingerprint(records, images.digests) != trained_on["fingerprint"]
+    ):
         raise data.UserError(
             f"the images in {root} are not those that {path} was trained on, or it is of an older version"
         )
@@ -483,28 +511,11 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     index = [i for i, r in enumerate(records) if r.split == args.split and i not in images.failed]
     if not index:
         raise data.UserError(f"no image of the {args.split} split of {root} can be read")
-    records, index = [records[i] for i in index], torch.tensor(index)
-    device = models.pick_device(args.device)
-    model = models.from_checkpoint(ckpt, device)
-    preprocessing = ckpt["mean"], ckpt["std"], device
-
-    start = time.perf_counter()
-    logits = infer(model, in_batches(images.pixels, index), *preprocessing)
-    seconds = time.perf_counter() - start
-    infinite = np.flatnonzero(~np.isfinite(logits).all(1))
-    if len(infinite):
-        raise data.UserError(f"{path} gives logits that are not finite for {records[infinite[0]].path}: it is damaged")
-    stressed = {}
-    if args.stress:
-        stressed = infer_stressed(model, images.pixels, index, records, *preprocessing)
-    border = np.full(len(records), math.nan)
-    if ckpt["border"] is not None:
-        border = np.concatenate([models.border_logit(ckpt["border"], b) for b in in_batches(images.pixels, index)])
-
+    records = [records[i] for i in index]
+    index = torch.tensor(index)
     digests = images.digests[index]
-    rule = ckpt["threshold"]
-    if args.threshold is not None:
-        rule = {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
+    outputs = run_model(path, ckpt, images.pixels, index, records, args)
+    rule = threshold_rule(args, ckpt["threshold"])
     threshold = math.nan if rule["value"] is None else rule["value"]
     return Scored(
         source=path,
@@ -514,24 +525,47 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         positive=ckpt["classes"].index(ckpt["positive"]),
         split=args.split,
         root=str(root),
-        demo=data.is_demo(root) or ckpt["data"]["demo"],
+        demo=data.is_demo(root) or trained_on["demo"],
         records=records,
-        logits=logits,
         temperature=np.full(len(records), ckpt["temperature"]),
         threshold=np.full(len(records), threshold),
         rule=rule,
         left_out=left_out,
-        stressed=stressed,
-        border=border,
         leaks={
-            "images": int(torch.isin(digests, ckpt["data"]["pixels"]).sum()),
-            "patients": len(data.named_patients(records) & set(ckpt["data"]["patients"])),
+            "images": int(torch.isin(digests, trained_on["pixels"]).sum()),
+            "patients": len(data.named_patients(records) & set(trained_on["patients"])),
         },
         fingerprint=data.fingerprint(records, digests),
-        parameters=models.parameters(model),
-        images_per_second=len(records) / seconds,
         run=ckpt,
+        **outputs,
     )
+
+
+def run_model(
+    path: str, ckpt: dict, images: torch.Tensor, index: torch.Tensor, records: list, args: argparse.Namespace
+) -> dict:
+    """What a checkpoint says of the images at index: the fields of Scored that take the model."""
+    device = models.pick_device(args.device)
+    model = models.from_checkpoint(ckpt, device)
+    preprocessing = ckpt["mean"], ckpt["std"], device
+    start = time.perf_counter()
+    logits = infer(model, in_batches(images, index), *preprocessing)
+    seconds = time.perf_counter() - start
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        raise data.UserError(
+            f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged"
+        )
+    border = np.full(len(index), math.nan)
+    if ckpt["border"] is not None:
+        border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in in_batches(images, index)])
+    return {
+        "logits": logits,
+        "stressed": infer_stressed(model, images, index, records, *preprocessing) if args.stress else {},
+        "border": border,
+        "parameters": models.parameters(model),
+        "images_per_second": len(index) / seconds,
+    }
 
 
 def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
@@ -541,23 +575,22 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
         UserError: with the reason.
     """
     problem = f"{path} needs a header with the columns path, label, probability, and one row per image"
-    records, p, no_groups = [], [], {}
+    records, p = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
             if {"flags", "error"} <= set(reader.fieldnames or ()):
                 raise data.UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
             for row in reader:
-                if None in (row.get("path"), row.get("label"), row.get("probability")):
+                path_of_image, label, probability = (row.get(name) for name in ("path", "label", "probability"))
+                if None in (path_of_image, label, probability):
                     raise data.UserError(problem)
-                patient, subtype, series = data.identify(Path(row["path"]).name)
-                patient = row.get("patient") or patient or row["path"]
+                patient, subtype, series = data.identify(Path(path_of_image).name)
+                patient = row.get("patient") or patient or path_of_image
                 subtype = row.get("subtype") or subtype
-                label = sys.intern(row["label"])  # a million rows share two
-                records.append(
-                    data.Record(row["path"], label, "predictions", patient, subtype, series, 0, 0, no_groups)
-                )
-                p.append(float(row["probability"]))
+                label = sys.intern(label)  # a million rows share two
+                records.append(data.Record(path_of_image, label, "predictions", patient, subtype, series, 0, 0))
+                p.append(float(probability))
     except (UnicodeDecodeError, csv.Error) as e:
         raise data.UserError(f"{path} can't be read: {e}") from None
     except ValueError:
@@ -587,7 +620,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     positive = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
     logits[:, positive] = logit(p.clip(EXACT, 1 - EXACT))
-    threshold = 0.5 if args.threshold is None else args.threshold
+    rule = threshold_rule(args, {"value": 0.5, "rule": "0.5", "from": "default"})
     return Scored(
         source=path,
         sha256=data.sha256(Path(path)),
@@ -600,12 +633,8 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         records=records,
         logits=logits,
         temperature=np.ones(len(p)),
-        threshold=np.full(len(p), threshold),
-        rule={
-            "value": threshold,
-            "rule": f"{threshold:g}",
-            "from": "default" if args.threshold is None else "command line",
-        },
+        threshold=np.full(len(p), rule["value"]),
+        rule=rule,
         left_out=[],
         border=np.full(len(p), math.nan),
         stressed={},
@@ -616,14 +645,12 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
     """Runs whose arguments differ in the named ones alone stand together; one run that is given twice stays apart."""
     groups = defaultdict(list)
     for s in scored:
-        arguments = {"source": s.source} if s.run is None else dict(s.run["arguments"])
-        differing = json.dumps([arguments.pop(name, None) for name in names])
-        groups[json.dumps(arguments, sort_keys=True)].append((differing, s))
+        common = {name: value for name, value in s.arguments.items() if name not in names}
+        groups[json.dumps(common, sort_keys=True)].append(s)
     result = []
-    for group in groups.values():
-        runs = [s for _, s in group]
-        distinct = len({differing for differing, _ in group}) == len(group)
-        result += [runs] if distinct else [[s] for s in runs]
+    for runs in groups.values():
+        distinct = {str([s.arguments.get(name) for name in names]) for s in runs}
+        result += [runs] if len(distinct) == len(runs) else [[s] for s in runs]
     return result
 
 
@@ -635,7 +662,7 @@ def pool(runs: list[Scored]) -> Scored:
     paths = [r.path for s in runs for r in s.records]
     if len(set(paths)) < len(paths):
         raise data.UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
-    arguments = {k: v for k, v in first.run["arguments"].items() if k != "fold"}
+    arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
     return replace(
         first,
         source=", ".join(s.source for s in runs),
@@ -676,12 +703,12 @@ def align(s: Scored, first: Scored) -> Scored:
 
 def describe_environment(device: torch.device) -> dict:
     """Versions, device and git commit, for the record."""
-    try:
-        folder = Path(__file__).resolve().parent
-        git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-        commit = subprocess.run(git, check=False, capture_output=True, text=True, timeout=5).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        commit = None
+    git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).resolve().parent
+    commit = None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(git, cwd=folder, check=False, capture_output=True, text=True, timeout=5)
+        commit = done.stdout.strip() or None
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
     return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
@@ -735,33 +762,26 @@ def describe(s: Scored) -> dict:
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything that the files say about one model."""
-    result = describe(s)
-    result.update(report_two(s, bootstrap) if len(s.classes) == 2 else report_more(s, bootstrap))
-    result["failures"] = mistakes(s, 10)
-    return result
+    figures = report_two if len(s.classes) == 2 else report_more
+    return {**describe(s), **figures(s, bootstrap), "failures": mistakes(s, 10)}
 
 
 def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of two classes."""
     positive, score, predicted = s.binary
-    z = binary_logit(s.logits, s.positive)
-    calibrated = calibration(positive, z / s.temperature)
-    calibrated["temperature"] = None
-    if len(np.unique(s.temperature)) == 1:  # else each of several runs has its own
-        calibrated["temperature"] = float(s.temperature[0])
-    calibrated["before_temperature"] = calibration(positive, z)
-    calibrated["curve"] = calibration_curve(positive, score, s.patients, bootstrap)
+    temperatures = np.unique(s.temperature)  # several runs have each its own
+    (tn, fp), (fn, tp) = confusion_matrix(positive, predicted, labels=[False, True]).tolist()
     result = {
         "positive": s.classes[s.positive],
         "metrics": binary_estimates(positive, score, predicted, s.patients, bootstrap),
         "at_half": binary_estimates(positive, None, score >= 0.5, s.patients, bootstrap),
-        "confusion": {
-            "tp": int((positive & predicted).sum()),
-            "fp": int((~positive & predicted).sum()),
-            "fn": int((positive & ~predicted).sum()),
-            "tn": int((~positive & ~predicted).sum()),
+        "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
+        "calibration": {
+            **calibration(positive, s.z / s.temperature),
+            "temperature": float(temperatures[0]) if len(temperatures) == 1 else None,
+            "before_temperature": calibration(positive, s.z),
+            "curve": calibration_curve(positive, score, s.patients, bootstrap),
         },
-        "calibration": calibrated,
         "decision_curve": decision_curve(positive, score),
         "subgroups": subgroups(s, bootstrap),
     }
@@ -774,23 +794,25 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
 
 def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of more than two classes."""
-    each = {}
+    aurocs, sensitivities = {}, {}
     for c, name in enumerate(s.classes):
-        each[name] = binary_estimates(s.labels == c, s.probabilities[:, c], s.predicted == c, s.patients, bootstrap)
-    count = len(s.classes)
+        label, score, predicted = s.labels == c, s.probabilities[:, c], s.predicted == c
+        estimates = binary_estimates(label, score, predicted, s.patients, bootstrap)
+        aurocs[name] = estimates["auroc"]
+        sensitivities[name] = estimates["sensitivity"]
     return {
         "metrics": measure([s], bootstrap).estimates(),
-        "auroc_one_vs_rest": {name: e["auroc"] for name, e in each.items()},
-        "sensitivity_per_class": {name: e["sensitivity"] for name, e in each.items()},
-        "confusion": np.bincount(s.labels * count + s.predicted, minlength=count**2).reshape(count, count).tolist(),
+        "auroc_one_vs_rest": aurocs,
+        "sensitivity_per_class": sensitivities,
+        "confusion": confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist(),
     }
 
 
 def group_estimates(s: Scored, mask: np.ndarray, bootstrap: Bootstrap) -> dict:
     """Counts, and of AUROC, sensitivity and specificity what is defined, of the images in a mask."""
-    part = s.take(mask)
+    part = s.take(np.flatnonzero(mask))
     metrics = binary_estimates(*part.binary, part.patients, bootstrap)
-    defined = {k: metrics[k] for k in ("auroc", "sensitivity", "specificity") if metrics[k]["value"] is not None}
+    defined = {name: metrics[name] for name in MAIN if metrics[name]["value"] is not None}
     return {"images": len(part.records), "patients": len(np.unique(part.patients)), **defined}
 
 
@@ -825,11 +847,12 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images tells without any lung, and how the model does where that misleads."""
     positive = s.labels == s.positive
     border = s.border > 0
-    groups = {}
-    for c, mask in ((1 - s.positive, ~positive & border), (s.positive, positive & ~border)):
+    groups, values = {}, []
+    for c, metric in ((1 - s.positive, "specificity"), (s.positive, "sensitivity")):
+        mask = (s.labels == c) & (border != positive)
         if mask.any():
             groups[s.classes[c]] = group_estimates(s, mask, bootstrap)
-    values = [group[k]["value"] for group in groups.values() for k in ("sensitivity", "specificity") if k in group]
+            values.append(groups[s.classes[c]][metric]["value"])
     return {
         "border_auroc": binary_estimates(positive, s.border, border, s.patients, bootstrap)["auroc"],
         "groups": groups,
@@ -839,15 +862,15 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
 
 def stress_report(s: Scored) -> dict:
     """AUROC, sensitivity and specificity of each stressed copy at the threshold in force; their mean and worst."""
-    names = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
+    once = np.ones((1, len(s.records)))
     rows = {}
     for stress, logits in s.stressed.items():
-        metrics = binary_metrics(*replace(s, logits=logits).binary, np.ones((1, len(s.records))))
-        rows[stress] = [metrics[name][0] for name in names]
+        metrics = binary_metrics(*replace(s, logits=logits).binary, once)
+        rows[stress] = [metrics[name][0] for name in UNDER_STRESS]
     table = np.array(list(rows.values()))
     rows["mean"] = table.mean(0)
     rows["worst"] = table.min(0)
-    return {stress: dict(zip(names, map(number, row))) for stress, row in rows.items()}
+    return {stress: dict(zip(UNDER_STRESS, map(number, row))) for stress, row in rows.items()}
 
 
 def mistakes(s: Scored, count: int) -> list[dict]:
@@ -871,10 +894,11 @@ def mistakes(s: Scored, count: int) -> list[dict]:
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; every figure of the report follows from it."""
     if len(s.classes) == 2:
-        columns = {"logit": binary_logit(s.logits, s.positive), "probability": s.score}
+        columns = {"logit": s.z, "probability": s.score}
     else:
-        columns = {f"logit_{name}": s.logits[:, c] for c, name in enumerate(s.classes)}
-        columns.update({f"probability_{name}": s.probabilities[:, c] for c, name in enumerate(s.classes)})
+        columns = {f"logit_{name}": logits for name, logits in zip(s.classes, s.logits.T)}
+        for name, probabilities in zip(s.classes, s.probabilities.T):
+            columns[f"probability_{name}"] = probabilities
     rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
@@ -895,16 +919,15 @@ class Measured:
     """A model's metrics: those of one run, or of several that differ in their seed alone."""
 
     runs: list[Scored]
-    values: dict[str, np.ndarray]  # of each metric [runs]
-    drawn: dict[str, np.ndarray]  # and in each draw of patients [runs, draws]
+    values: dict[str, np.ndarray]  # of each metric [runs, 1 + draws], see Bootstrap.values
 
     def estimates(self) -> dict[str, dict]:
         """{metric: {"value", "ci95"}} of the mean over the runs, with several their standard deviation too."""
         result = {}
         for name, values in self.values.items():
-            result[name] = with_interval(values, self.drawn[name], self.patients_behind(name))
+            result[name] = with_interval(values, self.patients_behind(name))
             if len(values) > 1:
-                result[name]["sd"] = float(values.std(ddof=1))
+                result[name]["sd"] = float(values[:, 0].std(ddof=1))
         return result
 
     def patients_behind(self, metric: str) -> int:
@@ -925,13 +948,8 @@ def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
-    points = [task_metrics(s, np.ones((1, len(s.records)))) for s in runs]
-    draws = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
-    values, drawn = {}, {}
-    for name in points[0]:
-        values[name] = np.concatenate([point[name] for point in points])
-        drawn[name] = np.stack([draw.get(name, np.empty(0)) for draw in draws])
-    return Measured(runs, values, drawn)
+    each = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
+    return Measured(runs, {name: np.stack([values[name] for values in each]) for name in each[0]})
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -959,21 +977,21 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     Where few patients tell the accuracies apart, the draws make it too sure: the standard deviation is then at least
     what the exact test's p says (Altman and Bland 2011).
     """
-    value = float(model.values[metric].mean() - reference.values[metric].mean())
-    drawn = model.drawn[metric].mean(0) - reference.drawn[metric].mean(0)
-    if math.isnan(value) or not len(drawn):
+    mine, theirs = model.values[metric], reference.values[metric]
+    value, *drawn = mine.mean(0) - theirs.mean(0)
+    if math.isnan(value) or not drawn:
         return {"value": number(value), "ci95": None, "p": None}
     exact_p, least = 0.0, 0.0
     if metric == "accuracy":
-        mine = right_answers(model) * len(reference.runs)
-        theirs = right_answers(reference) * len(model.runs)
-        if np.count_nonzero(mine - theirs) <= 500:  # beyond these the draws are as good
-            exact_p = sign_flip_p(mine - theirs)
+        gaps = right_answers(model) * len(reference.runs) - right_answers(reference) * len(model.runs)
+        if np.count_nonzero(gaps) <= 500:  # beyond these the draws are as good
+            exact_p = sign_flip_p(gaps)
             least = abs(value) / max(-ndtri(exact_p / 2), 0.5)
-    sd, freedom = deviation(drawn, [model.values[metric], reference.values[metric]], least)
+    sd, freedom = deviation(np.array(drawn), [mine[:, 0], theirs[:, 0]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
-    return {"value": value, "ci95": [float(value - half), float(value + half)], "p": float(max(p, exact_p))}
+    ends = [float(value - half), float(value + half)]
+    return {"value": float(value), "ci95": ends, "p": float(max(p, exact_p))}
 
 
 def holm(p: list[float]) -> list[float]:
@@ -990,16 +1008,18 @@ def worst_of(runs: list[Scored]) -> dict:
     result = {"stress": None, "shortcut": None}
     if all(s.stressed for s in runs):
         reports = [stress_report(s) for s in runs]
-        result["stress"] = {}
-        for how in ("mean", "worst"):
-            result["stress"][how] = {k: mean_or_none([r[how][k] for r in reports]) for k in reports[0][how]}
+        result["stress"] = {"mean": {}, "worst": {}}
+        for how, means in result["stress"].items():
+            for metric in UNDER_STRESS:
+                means[metric] = mean([r[how][metric] for r in reports])
     if all(np.isfinite(s.border).all() for s in runs):
-        result["shortcut"] = mean_or_none([shortcut(s, Bootstrap(0))["worst"] for s in runs])
+        result["shortcut"] = mean([shortcut(s, Bootstrap(0))["worst"] for s in runs])
     return result
 
 
-def mean_or_none(values: list[float | None]) -> float | None:
-    return None if None in values else float(np.mean(values))
+def mean(values: list[float | None]) -> float | None:
+    """None where one of them is undefined."""
+    return number(np.mean(np.array(values, float)))
 
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
@@ -1009,18 +1029,21 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     entries = []
     for i, model in enumerate(measured, 1):
         runs = model.runs
-        entry = describe(runs[0])
-        entry["number"] = i
-        entry["checkpoint"] = ", ".join(s.source for s in runs)
-        entry["sha256"] = [s.sha256 for s in runs]
-        entry["unfinished"] = next((s.unfinished for s in runs if s.unfinished), "")
-        entry["runs"] = [s.source for s in runs]
-        entry["seeds"] = [s.run["arguments"].get("seed") for s in runs if s.run]
-        entry["metrics"] = model.estimates()
-        entry.update(worst_of(runs))
-        entry["difference"] = {}
+        sources = [s.source for s in runs]
+        entry = {
+            **describe(runs[0]),
+            "number": i,
+            "checkpoint": ", ".join(sources),
+            "sha256": [s.sha256 for s in runs],
+            "unfinished": next((s.unfinished for s in runs if s.unfinished), ""),
+            "runs": sources,
+            "seeds": [s.arguments.get("seed") for s in runs if s.run],
+            "metrics": model.estimates(),
+            **worst_of(runs),
+            "difference": {},
+        }
         entries.append(entry)
-    for metric in ("auroc", "accuracy"):
+    for metric in COMPARED:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
         adjusted = holm([1.0 if gap["p"] is None else gap["p"] for gap in gaps])
         for entry, gap, p in zip(entries[1:], gaps, adjusted):
@@ -1050,16 +1073,17 @@ class Table:
     def as_text(self) -> str:
         """Aligned columns, each at most 40 wide."""
         rows = [[shorten(cell) for cell in row] for row in (self.header, *self.rows)]
-        widths = [max(len(row[i]) for row in rows) for i in range(len(self.header))]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         lines = [f"\n{self.title}"] if self.title else [""]
         for row in rows:
-            lines.append("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip())
+            lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
         return "\n".join(lines)
 
     def as_markdown(self) -> str:
         lines = [f"\n## {self.title}\n"] if self.title else [""]
         for row in (self.header, ["---"] * len(self.header), *self.rows):
-            lines.append("| " + " | ".join(data.printable(cell).replace("|", "\\|") for cell in row) + " |")
+            cells = [data.printable(cell).replace("|", "\\|") for cell in row]
+            lines.append(f"| {' | '.join(cells)} |")
         return "\n".join([*lines, ""])
 
 
@@ -1085,7 +1109,8 @@ def show_interval(entry: dict | None) -> str:
         return ""
     if entry["ci95"] is None:
         return show(entry["value"])
-    return f"{show(entry['value'])} [{show(entry['ci95'][0])}, {show(entry['ci95'][1])}]"
+    low, high = entry["ci95"]
+    return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def header_lines(r: dict) -> list[str]:
@@ -1108,40 +1133,44 @@ def header_lines(r: dict) -> list[str]:
     return lines
 
 
-def confusion_matrix(r: dict) -> tuple[list[str], np.ndarray]:
-    """Class names and counts, a row for each true class."""
-    if "positive" not in r:
-        return r["classes"], np.array(r["confusion"])
+def confusion_cells(r: dict) -> tuple[list[str], np.ndarray]:
+    """Class names and counts, a row for each true class; of two classes the negative one first."""
     c = r["confusion"]
-    negative = next(name for name in r["classes"] if name != r["positive"])
-    return [negative, r["positive"]], np.array([[c["tn"], c["fp"]], [c["fn"], c["tp"]]])
+    if "positive" not in r:
+        return r["classes"], np.array(c)
+    names = sorted(r["classes"], key=lambda name: name == r["positive"])
+    return names, np.array([[c["tn"], c["fp"]], [c["fn"], c["tp"]]])
 
 
 def metric_table(name: str, columns: dict[str, dict]) -> Table:
     """A row for each metric, a column for each named set of them."""
     rows = []
     for metric in next(iter(columns.values())):
-        rows.append([title(metric), *(show_interval(metrics.get(metric)) for metrics in columns.values())])
+        cells = [show_interval(metrics.get(metric)) for metrics in columns.values()]
+        rows.append([title(metric), *cells])
     return Table(name, ["", *columns], rows)
 
 
 def group_table(name: str, groups: dict) -> Table:
     rows = []
     for group, g in groups.items():
-        figures = [show_interval(g.get(k)) for k in ("auroc", "sensitivity", "specificity")]
-        rows.append([shorten(group, 20), f"{g['images']} ({g['patients']})", *figures])
-    return Table(name, ["", "n (patients)", "AUROC", "sensitivity", "specificity"], rows)
+        cells = [show_interval(g.get(metric)) for metric in MAIN]
+        rows.append([shorten(group, 20), f"{g['images']} ({g['patients']})", *cells])
+    return Table(name, ["", "n (patients)", *map(title, MAIN)], rows)
 
 
-def number_table(name: str, rows: dict[str, dict], columns: list[str]) -> Table:
+def number_table(name: str, rows: dict[str, dict], columns: tuple[str, ...]) -> Table:
     """A row for each entry, with the named figures."""
-    return Table(name, ["", *map(title, columns)], [[k, *(show(row[c]) for c in columns)] for k, row in rows.items()])
+    table = Table(name, ["", *map(title, columns)], [])
+    for label, row in rows.items():
+        table.rows.append([label, *(show(row[column]) for column in columns)])
+    return table
 
 
 def extremes(groups: dict) -> list[str]:
     """The groups with the smallest and the largest value of each metric."""
     lines = []
-    for metric in ("auroc", "sensitivity", "specificity"):
+    for metric in MAIN:
         values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
         if len(values) > 1:
             ends = min(values, key=values.get), max(values, key=values.get)
@@ -1154,7 +1183,7 @@ def two_class_blocks(r: dict) -> list:
     c = r["calibration"]
     blocks = [metric_table("", {"at the threshold": r["metrics"], "at 0.5": r["at_half"]})]
     rows = {"as reported": c, "before temperature": c["before_temperature"]}
-    blocks.append(number_table("calibration", rows, ["brier", "nll", "ece", "slope", "intercept"]))
+    blocks.append(number_table("calibration", rows, ("brier", "nll", "ece", "slope", "intercept")))
     if c["temperature"] is not None:
         bound = ": at the bound of its fit, so validation could not tell it" if at_bound(c["temperature"]) else ""
         blocks.append(f"temperature {c['temperature']:.3f}{bound}")
@@ -1168,8 +1197,7 @@ def two_class_blocks(r: dict) -> list:
         blocks.append(group_table(name, r["shortcut"]["groups"]))
         blocks.append(f"AUROC of the border alone: {show_interval(r['shortcut']['border_auroc'])}")
     if "stress" in r:
-        columns = ["auroc", "sensitivity", "specificity", "balanced_accuracy"]
-        blocks.append(number_table("stress", r["stress"], columns))
+        blocks.append(number_table("stress", r["stress"], UNDER_STRESS))
     return blocks
 
 
@@ -1182,14 +1210,16 @@ def report_blocks(r: dict) -> list:
     """The report of one model, from its JSON."""
     blocks = header_lines(r)
     blocks += two_class_blocks(r) if "positive" in r else more_class_blocks(r)
-    names, cells = confusion_matrix(r)
+    names, cells = confusion_cells(r)
     rows = [[name, *map(str, counts)] for name, counts in zip(names, cells)]
     columns = [shorten(name, 14) for name in names]
     blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
-    rows = [[show(f["probability"], 4), f["label"], f["prediction"], f["path"]] for f in r["failures"]]
-    if rows:
-        of = f"P({r['positive']})" if "positive" in r else "P(predicted)"
-        blocks.append(Table("most confident mistakes", [of, "true class", "predicted", "file"], rows))
+    if r["failures"]:
+        of = r.get("positive", "predicted")
+        rows = []
+        for f in r["failures"]:
+            rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
+        blocks.append(Table("most confident mistakes", [f"P({of})", "true class", "predicted", "file"], rows))
     return blocks
 
 
@@ -1209,35 +1239,39 @@ def comparison_blocks(c: dict) -> list:
     """The report of several models, from its JSON."""
     demo = "; DEMO: synthetic phantoms, not radiographs" if c["demo"] else ""
     blocks = [f"{c['split']} split, {c['images']} images of {c['patients']} patients{demo}"]
-    columns = ["", "model", "AUROC", "accuracy", "sens.", "spec.", "params", "img/s"]
-    models_table = Table("", columns, [])
-    shifts = Table("under stress, and in the worst group of the border", ["", "mean AUROC", "worst AUROC"], [])
-    shifts.header += ["worst sensitivity", "worst specificity", "worst border group"]
-    differences = Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], [])
-    seeds = Table("mean (standard deviation) over runs that differ by chance", ["", "seeds", "AUROC", "accuracy"], [])
+    model_rows, differences, seeds, shifts = [], [], [], []
     for e in c["compared"]:
-        number, m, stress = str(e["number"]), e["metrics"], e["stress"]
-        role = " (reference)" if e["number"] == 1 else ""
+        number, metrics = str(e["number"]), e["metrics"]
+        role = " (reference)" if number == "1" else ""
         blocks.append(f"{number}{role}  {e['checkpoint']}  {e['unfinished']}".rstrip())
-        sides = [show(m[k]["value"]) if k in m else "-" for k in ("sensitivity", "specificity")]
+        intervals = [show_interval(metrics[name]) for name in COMPARED]
+        sides = [show(metrics[name]["value"]) if name in metrics else "-" for name in ("sensitivity", "specificity")]
         size = f"{e['parameters'] / 1e6:.2f} M" if e["parameters"] else "-"
-        figures = [show_interval(m["auroc"]), show_interval(m["accuracy"]), *sides]
-        models_table.rows.append([number, shorten(e["model"], 21), *figures, size, show(e["images_per_second"], 0)])
-        if stress or e["shortcut"] is not None:
-            figures = [stress and stress["mean"]["auroc"]]
-            figures += [stress and stress["worst"][k] for k in ("auroc", "sensitivity", "specificity")]
-            shifts.rows.append([number, *map(show, [*figures, e["shortcut"]])])
+        speed = show(e["images_per_second"], 0)
+        model_rows.append([number, shorten(e["model"], 21), *intervals, *sides, size, speed])
         for metric, gap in e["difference"].items():
-            p_values = [show_p(gap["p"]), show_p(gap["p_holm"])]
-            differences.rows.append([f"{number} - 1", title(metric), show_interval(gap), *p_values])
+            cells = [title(metric), show_interval(gap), show_p(gap["p"]), show_p(gap["p_holm"])]
+            differences.append([f"{number} - 1", *cells])
         if len(e["runs"]) > 1:
-            spread = [f"{show(m[k]['value'])} ({show(m[k]['sd'])})" for k in ("auroc", "accuracy")]
-            seeds.rows.append([number, ", ".join(map(str, e["seeds"])), *spread])
-    blocks += [table for table in (models_table, differences, seeds, shifts) if table.rows]
+            spread = [f"{show(metrics[name]['value'])} ({show(metrics[name]['sd'])})" for name in COMPARED]
+            seeds.append([number, ", ".join(map(str, e["seeds"])), *spread])
+        if e["stress"] or e["shortcut"] is not None:
+            stress = e["stress"] or {"mean": {}, "worst": {}}
+            figures = [stress["mean"].get("auroc"), *map(stress["worst"].get, MAIN), e["shortcut"]]
+            shifts.append([number, *map(show, figures)])
+    shift_columns = ["mean AUROC", "worst AUROC", "worst sensitivity", "worst specificity", "worst border group"]
+    seed_title = "mean (standard deviation) over runs that differ by chance"
+    tables = [
+        Table("", ["", "model", "AUROC", "accuracy", "sens.", "spec.", "params", "img/s"], model_rows),
+        Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], differences),
+        Table(seed_title, ["", "seeds", "AUROC", "accuracy"], seeds),
+        Table("under stress, and in the worst group of the border", ["", *shift_columns], shifts),
+    ]
+    blocks += [table for table in tables if table.rows]
     blocks.append(
         "Sorted by AUROC: the top of a table is flattered by chance. Holm's p allow for the number of models."
     )
-    if seeds.rows:
+    if seeds:
         blocks.append(
             "Of several runs the mean; its intervals hold the variation of training as well as that of testing."
         )
@@ -1245,7 +1279,10 @@ def comparison_blocks(c: dict) -> list:
 
 
 def as_text(blocks: list) -> str:
-    return "\n".join(block.as_text() if isinstance(block, Table) else data.printable(block) for block in blocks)
+    lines = []
+    for block in blocks:
+        lines.append(block.as_text() if isinstance(block, Table) else data.printable(block))
+    return "\n".join(lines)
 
 
 def as_markdown(heading: str, blocks: list) -> str:
@@ -1260,6 +1297,7 @@ def as_markdown(heading: str, blocks: list) -> str:
 GRID = np.linspace(0, 1, 101)
 BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.6"  # of Okabe and Ito's set: they differ in lightness as well
 COLOURS, STYLES = ("k", BLUE, ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
+THIN = {"color": GREY, "ls": ":", "lw": 1}  # what chance would give
 
 
 def new_figure(width: float, height: float):
@@ -1268,57 +1306,65 @@ def new_figure(width: float, height: float):
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # file names may hold dollar signs
+    rcParams["legend.fontsize"] = "small"
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure, stem: Path) -> list[Path]:
-    paths = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".png", ".pdf")]
+    paths = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts that the font lacks show as boxes
-        for path in paths:
-            with data.replacing(path) as f:
-                figure.savefig(f, format=path.suffix[1:], dpi=300)
+        for kind in ("png", "pdf"):
+            paths.append(stem.with_name(f"{stem.name}.{kind}"))
+            with data.replacing(paths[-1]) as f:
+                figure.savefig(f, format=kind, dpi=300)
     return paths
 
 
-def curve_draws(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """In each draw sensitivity over 1 - specificity, and precision over recall, on GRID [draws, len(GRID)]."""
-    roc, precision_recall = [], []
-    for w in weights:
-        if w[positive].any() and w[~positive].any():
-            fpr, tpr, _ = roc_curve(positive, score, sample_weight=w)
-            roc.append(np.interp(GRID, fpr, tpr))
-            precision, recall, _ = precision_recall_curve(positive, score, sample_weight=w)
-            precision_recall.append(np.interp(GRID, recall[::-1], precision[::-1]))
-    return {"roc": np.array(roc).reshape(-1, len(GRID)), "pr": np.array(precision_recall).reshape(-1, len(GRID))}
+def curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """Sensitivity over 1 - specificity, and precision over recall, on GRID: [draws with both classes, len(GRID)]."""
+    both = [w for w in weights if w[positive].any() and w[~positive].any()]
+    roc, precision_recall = np.empty((2, len(both), len(GRID)))
+    for i, w in enumerate(both):
+        fpr, tpr, _ = roc_curve(positive, score, sample_weight=w)
+        roc[i] = np.interp(GRID, fpr, tpr)
+        precision, recall, _ = precision_recall_curve(positive, score, sample_weight=w)
+        precision_recall[i] = np.interp(GRID, recall[::-1], precision[::-1])
+    return {"roc": roc, "precision_recall": precision_recall}
 
 
-def fill_band(ax, drawn: np.ndarray | None) -> None:
-    if drawn is not None and len(drawn):
-        ax.fill_between(
-            GRID, *np.percentile(drawn, (2.5, 97.5), axis=0), color=BLUE, alpha=0.2, lw=0, label="95 % band"
-        )
+def fill_band(ax, curves: np.ndarray) -> None:
+    """Of the curves [1 + draws, len(GRID)] in all draws."""
+    if len(curves) > 1:
+        low, high = np.percentile(curves[1:], (2.5, 97.5), axis=0)
+        ax.fill_between(GRID, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % band")
 
 
-def draw_roc(ax, positive: np.ndarray, score: np.ndarray, label: str, **style) -> None:
+def style(i: int) -> dict:
+    """Of the curve number i."""
+    return {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
+
+
+def draw_roc(ax, positive: np.ndarray, score: np.ndarray, **style) -> None:
     if positive.any() and not positive.all():
         fpr, tpr, _ = roc_curve(positive, score)
-        ax.plot(fpr, tpr, label=label, **style)
+        ax.plot(fpr, tpr, **style)
 
 
 def finish_roc(ax) -> None:
-    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1, label="chance")
+    ax.plot([0, 1], [0, 1], **THIN, label="chance")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
-    ax.legend(loc="lower right", fontsize="small")
+    ax.legend(loc="lower right")
 
 
 def precision_panel(ax, positive: np.ndarray, score: np.ndarray, label: str) -> None:
-    if positive.any() and not positive.all():
+    prevalence = positive.mean()
+    if 0 < prevalence < 1:
         precision, recall, _ = precision_recall_curve(positive, score)
         ax.step(recall, precision, where="post", color=BLUE, label=label)
-    ax.axhline(positive.mean(), color=GREY, ls=":", lw=1, label=f"prevalence {positive.mean():.3f}")
+    ax.axhline(prevalence, **THIN, label=f"prevalence {prevalence:.3f}")
     ax.set(title="precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.03))
-    ax.legend(loc="lower left", fontsize="small")
+    ax.legend()
 
 
 def operating_point(ax, x: float | None, y: float | None) -> None:
@@ -1328,52 +1374,59 @@ def operating_point(ax, x: float | None, y: float | None) -> None:
 
 def calibration_panel(ax, c: dict) -> None:
     """Observed over predicted with intervals; the counts stand above the panel, over their bins."""
-    ax.plot([0, 1], [0, 1], color=GREY, ls=":", lw=1)
+    ax.plot([0, 1], [0, 1], **THIN)
     for point in c["curve"]:
-        x, y, ci95 = point["predicted"], point["observed"]["value"], point["observed"]["ci95"]
-        if ci95:
-            ax.vlines(x, *ci95, color=BLUE)
-        ax.plot(x, y, "o", color=BLUE)
-        ax.text(min(int(x * 10), 9) / 10 + 0.05, 1.06, str(point["images"]), ha="center", fontsize="x-small")
+        x, observed = point["predicted"], point["observed"]
+        if observed["ci95"]:
+            ax.vlines(x, *observed["ci95"], color=BLUE)
+        ax.plot(x, observed["value"], "o", color=BLUE)
+        middle = min(int(x * 10), 9) / 10 + 0.05
+        ax.text(middle, 1.06, str(point["images"]), ha="center", fontsize="x-small")
     ax.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.03, 1.03))
     ax.set_title(f"calibration: slope {show(c['slope'], 2)}, intercept {show(c['intercept'], 2)}", pad=20)
 
 
 def decision_panel(ax, r: dict) -> None:
-    curve = r["decision_curve"]
-    thresholds = [row["threshold"] for row in curve]
-    ax.plot(thresholds, [row["all"] for row in curve], "--", color=ORANGE, label="treat all")
+    thresholds, model, everyone = zip(*map(dict.values, r["decision_curve"]))
+    ax.plot(thresholds, everyone, "--", color=ORANGE, label="treat all")
     ax.axhline(0, color=GREY, lw=1, label="treat none")
-    ax.plot(thresholds, [row["model"] for row in curve], color=BLUE, label="as the model says")
+    ax.plot(thresholds, model, color=BLUE, label="as the model says")
     top = max(r["data"]["prevalence"], 0.05) * 1.1
     ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
-    ax.legend(loc="upper right", fontsize="small")
+    ax.legend()
 
 
-def score_panel(ax, z: np.ndarray, positive: np.ndarray, names: list[str], threshold: float | None) -> None:
+def score_panel(ax, s: Scored, r: dict) -> None:
+    z = s.z / s.temperature
     edges = np.linspace(z.min(), z.max() + 1e-6, 41)
-    ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(names[0], 20))
-    ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(names[1], 20))
+    positive = s.labels == s.positive
+    negative_name, positive_name = confusion_cells(r)[0]
+    ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(negative_name, 20))
+    ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(positive_name, 20))
+    threshold = r["threshold"]["value"]
     if threshold is not None and 0 < threshold < 1:
         ax.axvline(logit(threshold), color="k", ls="--", lw=1, label="threshold")
     ax.set(title="scores", xlabel="calibrated logit", ylabel="images")
-    ax.legend(fontsize="small")
+    ax.legend()
 
 
-def confusion_panel(ax, names: list[str], cells: np.ndarray) -> None:
+def confusion_panel(ax, r: dict) -> None:
     """Counts, and their share of the true class."""
+    names, cells = confusion_cells(r)
     display = ConfusionMatrixDisplay(cells, display_labels=[shorten(name, 16) for name in names])
     display.plot(ax=ax, cmap="Greys", colorbar=False)
     for (i, j), text in np.ndenumerate(display.text_):
         text.set_text(f"{cells[i, j]}\n{100 * cells[i, j] / max(cells[i].sum(), 1):.1f} %")
-    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=90, va="center")
+    slope = 0 if len(names) == 2 else 30  # more names have no room side by side
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=slope, ha="right" if slope else "center")
+    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=0 if slope else 90, va="center")
     ax.set(title="confusion matrix", xlabel="predicted", ylabel="true class")
 
 
 def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
     if not history:
         ax.set_axis_off()
-        ax.text(0.5, 0.5, "no metrics.json beside the checkpoint", ha="center")
+        ax.text(0.5, 0.5, "no training history", ha="center")
         return
     right = ax.twinx()
     ax.plot(history["epoch"], history["train_loss"], color=BLUE, label="training loss")
@@ -1384,7 +1437,7 @@ def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
     ax.set(title="training", xlabel="epoch", ylabel="loss")
     right.set_ylabel("validation AUROC")
     handles = ax.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, fontsize="small")
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, list]):
@@ -1395,29 +1448,26 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, lis
         roc, matrix, training = figure.subplots(1, 3)
         for c, name in enumerate(s.classes):
             label = f"{shorten(name, 16)} {show_interval(r['auroc_one_vs_rest'][name])}"
-            style = {"color": COLOURS[c % len(COLOURS)], "ls": STYLES[c % len(STYLES)]}
-            draw_roc(roc, s.labels == c, s.probabilities[:, c], label, **style)
+            draw_roc(roc, s.labels == c, s.probabilities[:, c], label=label, **style(c))
     else:
         figure = new_figure(17, 8)
         (roc, precision, reliability, decision), (matrix, scores, training, spare) = figure.subplots(2, 4)
         spare.set_axis_off()
         positive, score, _ = s.binary
-        drawn = Bootstrap(min(bootstrap.draws, 300), bootstrap.seed).values(
-            functools.partial(curve_draws, positive, score), s.patients
-        )
+        fewer = Bootstrap(min(bootstrap.draws, 300), bootstrap.seed)
+        drawn = fewer.values(functools.partial(curves, positive, score), s.patients)
         sensitivity, specificity, ppv = (m[k]["value"] for k in ("sensitivity", "specificity", "ppv"))
-        fill_band(roc, drawn.get("roc"))
-        fill_band(precision, drawn.get("pr"))
+        fill_band(roc, drawn["roc"])
+        fill_band(precision, drawn["precision_recall"])
         operating_point(roc, None if specificity is None else 1 - specificity, sensitivity)
         operating_point(precision, sensitivity, ppv)
-        draw_roc(roc, positive, score, f"AUROC {show_interval(m['auroc'])}", color=BLUE)
+        draw_roc(roc, positive, score, label=f"AUROC {show_interval(m['auroc'])}", color=BLUE)
         precision_panel(precision, positive, score, f"AUPRC {show_interval(m['auprc'])}")
         calibration_panel(reliability, r["calibration"])
         decision_panel(decision, r)
-        z = binary_logit(s.logits, s.positive) / s.temperature
-        score_panel(scores, z, positive, confusion_matrix(r)[0], r["threshold"]["value"])
+        score_panel(scores, s, r)
     finish_roc(roc)
-    confusion_panel(matrix, *confusion_matrix(r))
+    confusion_panel(matrix, r)
     training_panel(training, history, s.run and s.run["epoch"])
     demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
     figure.suptitle(f"{r['model']}, {r['split']} split, {r['data']['images']} images{demo} {r['unfinished']}")
@@ -1426,7 +1476,7 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, lis
 
 def plot_mistakes(s: Scored, device: torch.device):
     """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
-    figure = new_figure(11, 10)
+    figure = new_figure(11, 10.5)
     axes = figure.subplots(3, 4).ravel()
     ckpt = s.run
     model = models.from_checkpoint(ckpt, device)
@@ -1437,12 +1487,18 @@ def plot_mistakes(s: Scored, device: torch.device):
         x = data.normalise(torch.from_numpy(pixels)[None].to(device), ckpt["mean"], ckpt["std"])
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         with contextlib.suppress(data.UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
-            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
-        name = shorten(Path(f["path"]).name, 34)
+            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))
+            heat = heat[0].cpu().numpy()
+            opacity = np.where(heat > 0.3, heat / 2, 0)
+            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=opacity)
         of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
-        called = f"{shorten(f['label'], 15)}, predicted {shorten(f['prediction'], 15)}"
-        ax.set_title(f"{name}\n{called}\nP({shorten(of, 15)}) {f['probability']:.3f}", fontsize="small")
+        lines = [
+            shorten(Path(f["path"]).name, 34),
+            f"true: {shorten(f['label'], 25)}",
+            f"predicted: {shorten(f['prediction'], 25)}",
+            f"P({shorten(of, 25)}) {f['probability']:.3f}",
+        ]
+        ax.set_title("\n".join(lines), fontsize="small")
     figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (HiResCAM)")
     return figure
 
@@ -1455,18 +1511,18 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     names = [f"{e['number']}  {shorten(e['model'], 24)}" for e in entries]
     for i, (runs, e) in enumerate(zip(groups, entries)):
         positive, score, _ = runs[0].binary
-        style = {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
-        draw_roc(roc, positive, score, f"{names[i]}  {show_interval(e['metrics']['auroc'])}", **style)
-        for shift, metric in ((-0.1, "auroc"), (0.1, "accuracy")):
+        label = f"{names[i]}  {show_interval(e['metrics']['auroc'])}"
+        draw_roc(roc, positive, score, label=label, **style(i))
+        for metric, shift, colour in (("auroc", -0.1, BLUE), ("accuracy", 0.1, ORANGE)):
             gap = e["difference"].get(metric)
             if gap and gap["value"] is not None:
-                colour = BLUE if metric == "auroc" else ORANGE
+                low, high = gap["ci95"] or [gap["value"]] * 2
                 gaps.plot(gap["value"], i + shift, "o", color=colour, label=title(metric) if i == 1 else None)
-                gaps.hlines(i + shift, *(gap["ci95"] or [gap["value"]] * 2), color=colour)
+                gaps.hlines(i + shift, low, high, color=colour)
     finish_roc(roc)
     gaps.axvline(0, color="k", ls=":", lw=1)
     gaps.set_yticks(range(1, len(names)), names[1:])
-    gaps.invert_yaxis()
+    gaps.set_ylim(len(names) - 0.5, 0.5)  # the first on top
     gaps.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
     if len(names) > 1:
         gaps.legend(fontsize="small")
@@ -1503,26 +1559,28 @@ def find_inputs(patterns: list[str]) -> list[str]:
     """The inputs, those of glob patterns that the shell has left alone too; the newest run where there are none."""
     inputs = []
     for pattern in patterns:
-        found = sorted(glob.glob(pattern)) if not os.path.exists(pattern) else []
+        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         inputs += found or [pattern]
     return inputs or [str(models.newest_checkpoint())]
 
 
-def check_arguments(args: argparse.Namespace, inputs: list[str], checkpoints: dict[str, dict]) -> None:
+def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> None:
     """Raise UserError where an option does not fit the inputs."""
+    several_plots = args.plots and len(args.inputs) > 1
     if args.plots and not importlib.util.find_spec("matplotlib"):
         raise data.UserError("--plots needs matplotlib: pip install matplotlib")
-    if args.plots and len(inputs) > 1 and not args.output:
+    if several_plots and not args.output:
         raise data.UserError("--plots of several inputs needs --output DIR")
-    given = {
+    for_two_classes = {
         "--threshold": args.threshold is not None,
         "--stress": args.stress,
-        "--plots of a comparison": args.plots and len(inputs) > 1,
+        "--plots of a comparison": several_plots,
     }
-    if any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values()):
-        for name in [name for name, is_given in given.items() if is_given]:
+    more_classes = any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values())
+    for name, is_given in for_two_classes.items():
+        if is_given and more_classes:
             raise data.UserError(f"{name} is for two classes; leave it out here")
-    if args.positive is not None and len(checkpoints) == len(inputs):
+    if args.positive is not None and len(checkpoints) == len(args.inputs):
         raise data.UserError("--positive is for CSV files: a checkpoint knows its positive class")
 
 
@@ -1540,6 +1598,30 @@ def is_csv(path: str) -> bool:
     return path.lower().endswith(".csv")
 
 
+def load_checkpoint(path: str) -> dict:
+    """A checkpoint with what is used of its arguments, of which models.load asks nothing.
+
+    Raises:
+        UserError: as models.load, or arguments that train.py does not write.
+    """
+    ckpt = models.load(path)
+    arguments = {"folds": 10, "fold": 0, **ckpt["arguments"]}  # older versions had no folds
+    fields = {
+        "epochs": models.Field(int, 1),
+        "folds": models.Field(int, 2, 1000),
+        "fold": models.Field(int, 0, 999),
+    }
+    for fault in models.faults(arguments, fields, "arguments."):
+        raise data.UserError(f"{path} is damaged: {fault}")
+    if arguments["fold"] >= arguments["folds"]:
+        raise data.UserError(f"{path} is damaged: fold {arguments['fold']} is none of {arguments['folds']} folds")
+    try:
+        json.dumps([ckpt["arguments"], ckpt["environment"]], allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError):
+        raise data.UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
+    return ckpt
+
+
 def read_history(folder: Path) -> dict[str, list]:
     """The curves of a run; pictures do without where there is no metrics.json."""
     try:
@@ -1549,77 +1631,92 @@ def read_history(folder: Path) -> dict[str, list]:
         return {}
 
 
-def write_report(s: Scored, r: dict, blocks: list, source: Path, args: argparse.Namespace) -> list[Path]:
-    """The files of one model; returns their paths. A report of several runs has no folder but --output."""
-    beside = source if source.is_dir() else source.parent  # a run's folder stands for its checkpoint
-    pooled = len(args.inputs) > 1
-    if pooled and not args.output:
-        return []
-    folder = Path(args.output or beside)
-    stem = args.split if s.run else f"{source.stem}.scored"  # the test.csv of a run must not replace its test.json
-    if args.data:
-        stem += f"-{data.find_root(args.data).resolve().name}"
-    card = folder / ("report.md" if args.output or stem == "test" else f"{stem}.md")
-    written = write_both(folder / f"{stem}.json", r, card, f"Model card: {s.model}", [*card_lines(r), *blocks])
+def run_folder(path: str) -> Path:
+    """Where the files of an input lie: a run's folder stands for its checkpoint."""
+    path = Path(path)
+    return path if path.is_dir() else path.parent
+
+
+def file_stem(s: Scored, args: argparse.Namespace) -> str:
+    """What the files of a report are named after: the split, and another folder than the run's own."""
+    # The test.csv of a run must not replace its test.json.
+    stem = args.split if s.run else f"{Path(s.source).stem}.scored"
+    return f"{stem}-{data.find_root(args.data).resolve().name}" if args.data else stem
+
+
+def write_report(folder: Path, s: Scored, r: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
+    """The files of one model; returns their paths."""
+    stem = file_stem(s, args)
+    card = "report.md" if args.output or stem == "test" else f"{stem}.md"
+    written = [folder / f"{stem}.json", folder / card]
+    data.write_json(written[0], r)
+    data.write_text(written[1], as_markdown(f"Model card: {s.model}", [*card_lines(r), *blocks]))
     if s.run:
         written.append(folder / f"{stem}.csv")
         data.write_csv(written[-1], to_rows(s))
     if args.plots:
-        history = {} if pooled or not s.run else read_history(beside)
+        alone = s.run is not None and len(args.inputs) == 1  # neither another program's predictions nor pooled runs
+        history = read_history(run_folder(s.source)) if alone else {}
         written += save_figure(plot_report(s, r, Bootstrap(args.bootstrap, args.seed), history), folder / stem)
-    if args.plots and s.run and not pooled and r["failures"]:
-        try:
-            written += save_figure(plot_mistakes(s, models.pick_device(args.device)), folder / f"{stem}-mistakes")
-        except data.UserError as e:
-            data.warn(f"no picture of the mistakes: {e}")
+        if alone and r["failures"]:
+            written += draw_mistakes(s, folder / f"{stem}-mistakes", args.device)
     return written
 
 
-def write_comparison(groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
-    """The files of a comparison, which has no folder but --output; returns their paths."""
-    if not args.output:
+def draw_mistakes(s: Scored, stem: Path, device: str) -> list[Path]:
+    """The picture of the mistakes, where their files can still be read."""
+    try:
+        return save_figure(plot_mistakes(s, models.pick_device(device)), stem)
+    except data.UserError as e:
+        data.warn(f"no picture of the mistakes: {e}")
         return []
-    folder = Path(args.output)
-    written = write_both(folder / "compare.json", c, folder / "report.md", "Comparison of models", blocks)
+
+
+def write_comparison(
+    folder: Path, groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace
+) -> list[Path]:
+    """The files of a comparison; returns their paths."""
+    written = [folder / "compare.json", folder / "report.md"]
+    data.write_json(written[0], c)
+    data.write_text(written[1], as_markdown("Comparison of models", blocks))
     if args.plots:
         written += save_figure(plot_comparison(groups, c), folder / "compare")
     return written
 
 
-def write_both(json_path: Path, result: dict, card: Path, heading: str, blocks: list) -> list[Path]:
-    """A report as JSON and as Markdown."""
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    data.write_json(json_path, result)
-    data.write_text(card, as_markdown(heading, blocks))
-    return [json_path, card]
-
-
 def run(args: argparse.Namespace) -> None:
-    args.inputs = inputs = find_inputs(args.inputs)
-    checkpoints = {path: models.load(path) for path in inputs if not is_csv(path)}
-    check_arguments(args, inputs, checkpoints)
-    for root in sorted({data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}):
+    args.inputs = find_inputs(args.inputs)
+    read_split.cache_clear()  # a folder may have changed since another call in this process
+    checkpoints = {path: load_checkpoint(path) for path in args.inputs if not is_csv(path)}
+    check_arguments(args, checkpoints)
+    roots = {data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}
+    for root in sorted(roots):
         data.prepare_demo(root)
     scored = []
-    for path in inputs:
-        scored.append(score_csv(path, args) if is_csv(path) else score_checkpoint(path, checkpoints[path], args))
+    for path in args.inputs:
+        if path in checkpoints:
+            scored.append(score_checkpoint(path, checkpoints[path], args))
+        else:
+            scored.append(score_csv(path, args))
     warn_leaks(scored)
-    may_differ = ["seed", "fold"]  # of one model, whose runs are all tested on the same images
     if args.split != "test":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
-        may_differ = ["seed"]
+    groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     bootstrap = Bootstrap(args.bootstrap, args.seed)
     if len(scored) == 1:
-        result = report(scored[0], bootstrap)
-        result.update(provenance(args))
+        result = {**report(scored[0], bootstrap), **provenance(args)}
         blocks = report_blocks(result)
-        written = write_report(scored[0], result, blocks, Path(inputs[0]), args)
     else:
-        groups = group_runs(scored, *may_differ)
-        result = compare(groups, bootstrap)
-        result.update(provenance(args))
+        result = {**compare(groups, bootstrap), **provenance(args)}
         blocks = comparison_blocks(result)
-        written = write_comparison(groups, result, blocks, args)
+    written = []
+    if args.output or len(args.inputs) == 1:  # several inputs have no folder but --output
+        folder = Path(args.output or run_folder(args.inputs[0]))
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(scored) == 1:
+            written = write_report(folder, scored[0], result, blocks, args)
+        else:
+            written = write_comparison(folder, groups, result, blocks, args)
     print(json.dumps(result, indent=1) if args.json else as_text(blocks))
     files = ", ".join(map(str, written)) or "nothing; --output DIR keeps the report"
     print(f"\nwritten: {data.printable(files)}", file=sys.stderr if args.json else sys.stdout)

@@ -202,7 +202,7 @@ def test_memory_does_not_grow_with_images_times_draws():
     drawn = bootstrap.values(functools.partial(evaluate.rates, y, p > 0.5), np.arange(2000))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert len(drawn["accuracy"]) == 4000
+    assert len(drawn["accuracy"]) == 1 + 4000  # the images as they are, and each draw
     assert peak < 20e6  # all weights at once would take 64 MB
 
 
@@ -1056,6 +1056,49 @@ def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, kind):
 def test_what_does_not_fit_the_checkpoint_is_told_before_anything_is_done(three, tmp_path, words, expected):
     _, err = evaluate_files(tmp_path, three.ckpt, *words, "--output", "out", code=2)
     assert len(err.splitlines()) == 1 and expected in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"folds": "x"}, "arguments.folds is no int"),
+        ({"folds": 0}, "arguments.folds is 0, not in [2, 1000]"),
+        ({"fold": -3}, "arguments.fold is -3, not in [0, 999]"),
+        ({"fold": None}, "arguments.fold is no int"),
+        ({"fold": 10}, "fold 10 is none of 10 folds"),
+        ({"epochs": None}, "arguments.epochs is no int"),
+        ({"seed": [torch.zeros(2)]}, "are no JSON"),
+        ({"lr": math.nan}, "are no JSON"),
+        ({0: 1}, "are no JSON"),
+    ],
+)
+def test_arguments_that_no_training_wrote_are_an_error(run, tmp_path, arguments, expected):
+    ckpt = models.load(run)
+    ckpt.update(arguments={**ckpt["arguments"], **arguments}, finished=False)
+    torch.save(ckpt, tmp_path / "ckpt.pt")
+    _, err = evaluate_files(tmp_path, "ckpt.pt", "--split", "val", "--bootstrap", 0, "--device", "cpu", code=2)
+    assert len(err.splitlines()) == 1 and "ckpt.pt is damaged: " in err and expected in err
+
+
+def test_arguments_of_an_older_version_may_lack_the_folds_but_not_the_epochs(run, tmp_path):
+    ckpt = models.load(run)
+    del ckpt["arguments"]["folds"], ckpt["arguments"]["fold"]
+    models.save(ckpt, tmp_path / "ckpt.pt")
+    words = ("ckpt.pt", "--split", "val", "--bootstrap", 0, "--device", "cpu")
+    assert evaluate_files(tmp_path, *words)[0]["data"]["images"] == len(ckpt["data"]["val"])
+    del ckpt["arguments"]["epochs"]
+    models.save(ckpt, tmp_path / "ckpt.pt")
+    assert "ckpt.pt is damaged: it holds no arguments.epochs" in evaluate_files(tmp_path, *words, code=2)[1]
+
+
+def test_a_second_call_sees_a_folder_that_has_changed(run, demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "demo")
+    words = (run, "--data", "demo", "--output", "out", "--bootstrap", 0, "--device", "cpu")
+    before, _ = evaluate_files(tmp_path, *words)
+    removed = min((tmp_path / "demo" / "test" / "PNEUMONIA").iterdir())
+    removed.unlink()
+    after, _ = evaluate_files(tmp_path, *words)
+    assert after["data"]["images"] == before["data"]["images"] - 1
 
 
 def test_a_folder_with_other_classes_is_an_error(run, three, tmp_path):
