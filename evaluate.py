@@ -373,7 +373,7 @@ class Scored:
     left_out: list[dict]  # path and reason
     border: np.ndarray  # float64 [images]: logit of the classifier that sees the border alone; NaN where there is none
     stressed: dict[str, np.ndarray]  # logits of changed copies, like logits
-    leaks: dict | None = None  # how many images and patients it was trained on
+    leaks: dict | None = None  # see find_leaks
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
     images_per_second: float | None = None
@@ -495,15 +495,11 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     Raises:
         UserError: no such split, other classes, changed training images, or logits that are not finite.
     """
-    trained_on, arguments = ckpt["data"], ckpt["arguments"]
-    root = data.find_root(args.data or trained_on["root"])
+    seen, arguments = ckpt["data"], ckpt["arguments"]
+    root = data.find_root(args.data or seen["root"])
     parts = arguments.get("folds", 10), arguments.get("fold", 0)
     records, images, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
-    if (
-        args.split != "test"
-        and not args.data
-        and data.fingerprint(records, images.digests) != trained_on["fingerprint"]
-    ):
+    if args.split != "test" and not args.data and data.fingerprint(records, images.digests) != seen["fingerprint"]:
         raise data.UserError(
             f"the images in {root} are not those that {path} was trained on, or it is of an older version"
         )
@@ -525,20 +521,32 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         positive=ckpt["classes"].index(ckpt["positive"]),
         split=args.split,
         root=str(root),
-        demo=data.is_demo(root) or trained_on["demo"],
+        demo=data.is_demo(root) or seen["demo"],
         records=records,
         temperature=np.full(len(records), ckpt["temperature"]),
         threshold=np.full(len(records), threshold),
         rule=rule,
         left_out=left_out,
-        leaks={
-            "images": int(torch.isin(digests, trained_on["pixels"]).sum()),
-            "patients": len(data.named_patients(records) & set(trained_on["patients"])),
-        },
+        leaks=find_leaks(records, digests, seen),
         fingerprint=data.fingerprint(records, digests),
         run=ckpt,
         **outputs,
     )
+
+
+def find_leaks(records: list[data.Record], digests: torch.Tensor, seen: dict) -> dict[str, int]:
+    """How many images and patients the model was trained on, and on how many it was chosen; seen: of a checkpoint."""
+    patients = data.named_patients(records)
+    leaks = {
+        "images": int(torch.isin(digests, seen["pixels"]).sum()),
+        "patients": len(patients & set(seen["patients"])),
+        "val_images": 0,
+        "val_patients": 0,
+    }
+    if records[0].split != "val":  # which is what the choice was made on
+        leaks["val_images"] = int(torch.isin(digests, seen["val_pixels"]).sum())
+        leaks["val_patients"] = len(patients & set(seen["val_patients"]))
+    return leaks
 
 
 def run_model(
@@ -1585,13 +1593,15 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
 
 
 def warn_leaks(scored: list[Scored]) -> None:
-    """Say once which of the images were trained on."""
+    """Say once which of the images were trained on, or served to choose epoch, temperature and threshold."""
     sources = defaultdict(list)
     for s in scored:
-        if s.leaks and any(s.leaks.values()):
-            sources[s.leaks["images"], s.leaks["patients"]].append(s.source)
-    for (images, patients), names in sources.items():
-        data.warn(f"LEAK: trained on {images} of these images and {patients} of these patients: {', '.join(names)}")
+        if s.leaks:
+            sources["trained", s.leaks["images"], s.leaks["patients"]].append(s.source)
+            sources["chosen", s.leaks["val_images"], s.leaks["val_patients"]].append(s.source)
+    for (how, images, patients), names in sources.items():
+        if images or patients:
+            data.warn(f"LEAK: {how} on {images} of these images and {patients} of these patients: {', '.join(names)}")
 
 
 def is_csv(path: str) -> bool:
