@@ -113,11 +113,11 @@ def macro_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, weig
     }
 
 
-def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive: int) -> float:
+def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: int) -> float:
     """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
     once = np.ones((1, len(labels)))
     if probabilities.shape[1] == 2:
-        metrics = ranking(labels == positive, probabilities[:, positive], once)
+        metrics = ranking(labels == positive_index, probabilities[:, positive_index], once)
     else:
         metrics = macro_metrics(labels, probabilities, labels, once)
     return float(metrics["auroc"][0])
@@ -361,7 +361,7 @@ class Scored:
     sha256: str  # of the file
     model: str  # timm's name, or that of the file
     classes: list[str]
-    positive: int  # position in classes
+    positive_index: int  # position in classes
     split: str
     root: str
     demo: bool
@@ -396,24 +396,24 @@ class Scored:
     @property
     def z(self) -> np.ndarray:
         """Logit of the positive one of two classes, before temperature."""
-        return binary_logit(self.logits, self.positive)
+        return binary_logit(self.logits, self.positive_index)
 
     @property
     def score(self) -> np.ndarray:
         """Probability of the positive class."""
-        return self.probabilities[:, self.positive]
+        return self.probabilities[:, self.positive_index]
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """int64 [images]: positions in classes."""
         if len(self.classes) > 2:
             return self.probabilities.argmax(1)
-        return np.where(self.score >= self.threshold, self.positive, 1 - self.positive)
+        return np.where(self.score >= self.threshold, self.positive_index, 1 - self.positive_index)
 
     @property
     def binary(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of two classes: whether each image is positive, its probability, and whether it is predicted positive."""
-        return self.labels == self.positive, self.score, self.predicted == self.positive
+        return self.labels == self.positive_index, self.score, self.predicted == self.positive_index
 
     @property
     def arguments(self) -> dict:
@@ -467,9 +467,9 @@ def infer_stressed(
     return {name: np.concatenate(batches) for name, batches in logits.items()}
 
 
-def binary_logit(logits: np.ndarray, positive: int) -> np.ndarray:
+def binary_logit(logits: np.ndarray, positive_index: int) -> np.ndarray:
     """The logit of the positive one of two classes."""
-    return logits[:, positive] - logits[:, 1 - positive]
+    return logits[:, positive_index] - logits[:, 1 - positive_index]
 
 
 @functools.lru_cache(maxsize=4)
@@ -518,7 +518,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         sha256=data.sha256(models.in_run_folder(path)),
         model=ckpt["model"],
         classes=ckpt["classes"],
-        positive=ckpt["classes"].index(ckpt["positive"]),
+        positive_index=ckpt["classes"].index(ckpt["positive"]),
         split=args.split,
         root=str(root),
         demo=data.is_demo(root) or seen["demo"],
@@ -625,16 +625,16 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     exact = [r.path for r, value in zip(records, p) if value in (0, 1)]
     if exact:
         data.warn(f"{len(exact)} probabilities of {path} are exactly 0 or 1, such as that of {exact[0]}")
-    positive = data.positive_index(classes, asked)
+    positive_index = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
-    logits[:, positive] = logit(p.clip(EXACT, 1 - EXACT))
+    logits[:, positive_index] = logit(p.clip(EXACT, 1 - EXACT))
     rule = threshold_rule(args, {"value": 0.5, "rule": "0.5", "from": "default"})
     return Scored(
         source=path,
         sha256=data.sha256(Path(path)),
         model=Path(path).stem,
         classes=classes,
-        positive=positive,
+        positive_index=positive_index,
         split="predictions",
         root=path,
         demo=False,
@@ -693,7 +693,7 @@ def align(s: Scored, first: Scored) -> Scored:
         UserError: the two did not score the same task.
     """
     both = f"{s.source} and {first.source}"
-    if (s.classes, s.positive) != (first.classes, first.positive):
+    if (s.classes, s.positive_index) != (first.classes, first.positive_index):
         names = " and ".join(", ".join(c.classes) for c in (s, first))
         raise data.UserError(f"{both} tell other classes apart ({names}): they can't be compared")
     place = {r.path: i for i, r in enumerate(s.records)}
@@ -759,7 +759,7 @@ def describe(s: Scored) -> dict:
             "fingerprint": s.fingerprint,
             "images": len(s.records),
             "patients": len(np.unique(s.patients)),
-            "prevalence": float((s.labels == s.positive).mean()) if len(s.classes) == 2 else None,
+            "prevalence": float((s.labels == s.positive_index).mean()) if len(s.classes) == 2 else None,
             "left_out": s.left_out,
             "leaks": s.leaks,
         },
@@ -780,7 +780,7 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     temperatures = np.unique(s.temperature)  # several runs have each its own
     (tn, fp), (fn, tp) = confusion_matrix(positive, predicted, labels=[False, True]).tolist()
     result = {
-        "positive": s.classes[s.positive],
+        "positive": s.classes[s.positive_index],
         "metrics": binary_estimates(positive, score, predicted, s.patients, bootstrap),
         "at_half": binary_estimates(positive, None, score >= 0.5, s.patients, bootstrap),
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
@@ -853,10 +853,10 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
 
 def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images tells without any lung, and how the model does where that misleads."""
-    positive = s.labels == s.positive
+    positive = s.labels == s.positive_index
     border = s.border > 0
     groups, values = {}, []
-    for c, metric in ((1 - s.positive, "specificity"), (s.positive, "sensitivity")):
+    for c, metric in ((1 - s.positive_index, "specificity"), (s.positive_index, "sensitivity")):
         mask = (s.labels == c) & (border != positive)
         if mask.any():
             groups[s.classes[c]] = group_estimates(s, mask, bootstrap)
@@ -887,7 +887,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
     wrong = np.flatnonzero(s.predicted != s.labels)
     rows = []
     for i in wrong[np.argsort(of_truth[wrong], kind="stable")][:count]:
-        of = s.positive if len(s.classes) == 2 else s.predicted[i]
+        of = s.positive_index if len(s.classes) == 2 else s.predicted[i]
         rows.append(
             {
                 "path": s.records[i].path,
@@ -1407,7 +1407,7 @@ def decision_panel(ax, r: dict) -> None:
 def score_panel(ax, s: Scored, r: dict) -> None:
     z = s.z / s.temperature
     edges = np.linspace(z.min(), z.max() + 1e-6, 41)
-    positive = s.labels == s.positive
+    positive = s.labels == s.positive_index
     negative_name, positive_name = confusion_cells(r)[0]
     ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(negative_name, 20))
     ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(positive_name, 20))
@@ -1499,7 +1499,7 @@ def plot_mistakes(s: Scored, device: torch.device):
             heat = heat[0].cpu().numpy()
             opacity = np.where(heat > 0.3, heat / 2, 0)
             ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=opacity)
-        of = s.classes[s.positive] if len(s.classes) == 2 else f["prediction"]
+        of = s.classes[s.positive_index] if len(s.classes) == 2 else f["prediction"]
         lines = [
             shorten(Path(f["path"]).name, 34),
             f"true: {shorten(f['label'], 25)}",

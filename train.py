@@ -146,7 +146,7 @@ class TrainingSet:
     train: torch.Tensor  # int64, positions of the training images in records
     val: torch.Tensor  # int64, and of the validation images
     classes: list[str]
-    positive: int  # position of the positive class in classes
+    positive_index: int  # position of the positive class in classes
     left_out: list[dict]  # path and reason
     fingerprint: str  # see data.fingerprint
 
@@ -157,7 +157,7 @@ class TrainingSet:
             "demo": data.is_demo(self.root),
             "fingerprint": self.fingerprint,
             "classes": self.classes,
-            "positive": self.classes[self.positive],
+            "positive": self.classes[self.positive_index],
             "images": {"train": len(self.train), "val": len(self.val)},
             "patients": {"train": self.patients(self.train), "val": self.patients(self.val)},
             "left_out": self.left_out,
@@ -173,7 +173,7 @@ class TrainingSet:
 
     def sides(self) -> tuple[int, int]:
         """How many validation images are positive, and how many negative."""
-        positives = int((self.labels[self.val] == self.positive).sum())
+        positives = int((self.labels[self.val] == self.positive_index).sum())
         return positives, len(self.val) - positives
 
     def digests_of(self, index: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
         train=index["train"],
         val=index["val"],
         classes=classes,
-        positive=data.positive_index(classes, positive),
+        positive_index=data.positive_index(classes, positive),
         left_out=data.report_left_out(records, loaded.failed),
         fingerprint=fingerprint,
     )
@@ -420,7 +420,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.de
     metrics = {
         # Unweighted, on whole images: not to be compared with train_loss.
         "val_loss": float(F.cross_entropy(z, labels)),
-        "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive),
+        "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive_index),
         "val_accuracy": float((z.argmax(1) == labels).double().mean()),
     }
     return metrics, logits
@@ -438,8 +438,8 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
     if len(d.classes) > 2:
         return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
     everything = np.concatenate([logits, *stressed.values()])
-    positive = np.tile(labels == d.positive, 1 + len(stressed))
-    z = evaluate.binary_logit(everything, d.positive) / temperature
+    positive = np.tile(labels == d.positive_index, 1 + len(stressed))
+    z = evaluate.binary_logit(everything, d.positive_index) / temperature
     rule = "youden" if rule == "stressed" else rule
     threshold = {
         "value": evaluate.choose_threshold(rule, positive, z),
@@ -589,7 +589,7 @@ def make_checkpoint(
         "model": metrics["arguments"]["model"],
         "state_dict": model.state_dict(),
         "classes": d.classes,
-        "positive": d.classes[d.positive],
+        "positive": d.classes[d.positive_index],
         **pre,
         **chosen,
         **checks,
@@ -610,7 +610,7 @@ def fit_checks(d: TrainingSet) -> dict:
     border = None
     if len(d.classes) == 2:
         features = torch.cat([data.border_features(batch) for batch in evaluate.in_batches(d.images, d.train)])
-        border = models.fit_border(features, (d.labels[d.train] == d.positive).cpu().numpy())
+        border = models.fit_border(features, (d.labels[d.train] == d.positive_index).cpu().numpy())
     return {"input_check": input_check, "border": border}
 
 
@@ -760,7 +760,7 @@ def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, c
     print0(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {weights['note']}")
     print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
-        print0(f"positive class: {d.classes[d.positive]}, negative: {d.classes[1 - d.positive]}")
+        print0(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
     print0(f"trained at {crop} px, validated at {pre['input_size']} px, on {device}, {dtype}")
     print0("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
     print0(
