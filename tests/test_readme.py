@@ -14,6 +14,7 @@ import textwrap
 import threading
 import urllib.request
 
+import bench
 import numpy as np
 import pytest
 import torch.distributed.run
@@ -32,7 +33,7 @@ NOT_RUN = {  # what a command begins with, and why
     "curl": "test_the_service_answers_as_predict_does asks in its place",
     "0..2 |": "PowerShell: its arguments are parsed",
     "python -m pytest": "this is a part of it",
-    "python tests/bench.py": "takes minutes, by hand",
+    "python tests/bench.py": "takes minutes, by hand: its arguments are parsed",
     "python tests/coverage_simulation.py": "takes minutes, by hand",
     "torchrun --nnodes": "two machines: its arguments are parsed",
 }
@@ -52,7 +53,7 @@ curl() { say curl "$@"; }
 def find_commands(text):
     """The lines of indented and fenced blocks, and the words set as code, that start a program; Python apart."""
     text = re.sub(r"```(.*)\n([^`]*)```", lambda m: "" if m[1] == "python" else textwrap.indent(m[2], "    "), text)
-    code = ["".join(m) for m in re.findall(r"^ {4}(\S.*)$|`([^`]+)`", text, re.MULTILINE)]
+    code = [" ".join("".join(m).split()) for m in re.findall(r"^ {4}(\S.*)$|`([^`]+)`", text, re.MULTILINE)]
     return [line for line in code if re.search(r"(^|[;&|{(] *|\bdo )(python|torchrun|pip|curl) ", line)]
 
 
@@ -132,6 +133,8 @@ def test_the_commands_that_are_not_run_are_taken():
     launched = torch.distributed.run.parse_args(machines.split()[1:])
     assert launched.training_script == "train.py" and launched.nproc_per_node == "4"
     train.make_parser().parse_args(launched.training_script_args)
+    (benchmark,) = [line for line in COMMANDS if line.startswith("python tests/bench.py")]
+    bench.make_parser().parse_args(benchmark.split()[2:])
     assert all(any(begin in line for line in COMMANDS) for begin in NOT_RUN)
 
 
