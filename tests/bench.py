@@ -194,18 +194,21 @@ def repeated(folder: Path, count: int) -> Path:
     return folder
 
 
-def watched(command: list, cwd: Path) -> tuple[float, float, str]:
+def watched(command: list, cwd: Path, codes: tuple = (0,)) -> tuple[float, float, str]:
     """Run a command to its end: seconds, most MB of memory that is no page cache, and what it printed."""
     start, most = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=subprocess.PIPE, cwd=cwd)
-        threading.Thread(target=process.stderr.read, daemon=True).start()
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out, cwd=cwd)
         while process.poll() is None:
             anonymous = Path(f"/proc/{process.pid}/status").read_text().partition("RssAnon:")[2]
             most = max(most, int((anonymous.split() or [0])[0]))  # a process that has just ended has none
             time.sleep(0.02)
+        taken = time.perf_counter() - start
         out.seek(0)
-        return time.perf_counter() - start, most / 1024, out.read()
+        printed = out.read()
+    if process.returncode not in codes:
+        raise RuntimeError(printed[-2000:])
+    return taken, most / 1024, printed
 
 
 def fresh(call: str, cwd: Path) -> tuple[dict, float]:
@@ -270,7 +273,7 @@ def scale(work: Path, counts: list[int]) -> dict:
         table.mkdir()
         rows = (f"train/{i}.png,{i // 2},{i % 2},F,{i % 90}\n" for i in range(2 * count))
         (table / "metadata.csv").write_text("file_name,patient,label,sex,age\n" + "".join(rows))
-        check, check_memory, _ = watched([suite / "data.py", "check", root], work)
+        check, check_memory, _ = watched([suite / "data.py", "check", root], work, (0, 1))  # 1: it finds the copies
         first, first_memory = fresh(f"one_start({str(root)!r})", work)
         second, second_memory = fresh(f"one_start({str(root)!r}, {str(run)!r})", work)
         predict, predict_memory, _ = watched([suite / "predict.py", "--ckpt", run, "--csv", root], work)
