@@ -282,17 +282,17 @@ def scale(work: Path, counts: list[int]) -> dict:
             {
                 "scale: images": count,
                 "data.py check (s)": check,
-                "  memory (MB)": check_memory,
+                "  memory of data.py check (MB)": check_memory,
                 "start of a first run, with decoding (s)": first["start"],
-                "  memory (MB)  ": first_memory,
+                "  memory of a first run (MB)": first_memory,
                 "start of a second run (s)": second["start"],
                 "training (images/s)": second["speed"],
                 "end of an epoch: validation, input check, files (s)": second["rest"],
-                "  memory (MB)    ": second_memory,
+                "  memory of a second run (MB)": second_memory,
                 "predict.py --csv (s)": predict,
-                "  memory (MB)      ": predict_memory,
+                "  memory of predict.py (MB)": predict_memory,
                 "metadata.csv with two rows an image (s)": metadata["seconds"],
-                "  memory (MB)        ": metadata_memory,
+                "  memory of the table (MB)": metadata_memory,
             }
         )
     return {name: [column[name] for column in columns] for name in columns[0]}
