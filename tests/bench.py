@@ -2,12 +2,14 @@
 
     python tests/bench.py                               # a set of noise images, drawn into a temporary folder
     python tests/bench.py --fullres DIR                 # first decode and prediction of the full-size JPEG files in DIR
+    python tests/bench.py --only scale                  # 25,000 to 100,000 images: linear time, flat memory?
 
 Every figure but the reported times is a ratio of two things measured in turn in the same process, since absolute times
 mean little on shared machines. Prints one table and one line of JSON.
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -178,57 +180,122 @@ def prediction(folder: Path) -> dict:
 
 
 def repeated(folder: Path, count: int) -> Path:
-    """A data folder of count small images: hard links to a few files."""
-    rng = np.random.default_rng(0)
-    for name in ("NORMAL", "PNEUMONIA"):
-        target = folder / "train" / name
+    """A data folder of count small phantoms, two of a patient: hard links to the first few, whose number systems limit."""
+    for label, subtype, pattern in (("NORMAL", "", "IM-{}-{}.jpeg"), ("PNEUMONIA", "viral", "person{}_virus_{}.jpeg")):
+        target = folder / "train" / label
         target.mkdir(parents=True)
         for i in range(count // 2):
-            path = target / f"person{i}_bacteria_{i}.jpeg"
-            if i < 20:
-                Image.fromarray(rng.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).save(path)
+            path = target / pattern.format(i // 2, i)
+            if i < 40:
+                rng = np.random.default_rng([i, len(label)])
+                data._draw_phantom(rng, rng, subtype)[0].resize((SIZE, SIZE)).save(path)
             else:
-                os.link(target / f"person{i % 20}_bacteria_{i % 20}.jpeg", path)
+                os.link(target / pattern.format(i % 40 // 2, i % 40), path)
     return folder
 
 
+def watched(command: list, cwd: Path, codes: tuple = (0,)) -> tuple[float, float, str]:
+    """Run a command to its end: seconds, most MB of memory that is no page cache, and what it printed."""
+    start, most = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out, cwd=cwd)
+        while process.poll() is None:
+            anonymous = Path(f"/proc/{process.pid}/status").read_text().partition("RssAnon:")[2]
+            most = max(most, int((anonymous.split() or [0])[0]))  # a process that has just ended has none
+            time.sleep(0.02)
+        taken = time.perf_counter() - start
+        out.seek(0)
+        printed = out.read()
+    if process.returncode not in codes:
+        raise RuntimeError(printed[-2000:])
+    return taken, most / 1024, printed
+
+
+def fresh(call: str, cwd: Path) -> tuple[dict, float]:
+    """What a function of this module prints as JSON in a process of its own, and that one's memory."""
+    code = f"import sys; sys.path.insert(0, {str(Path(__file__).resolve().parent)!r}); import bench; bench.{call}"
+    _, memory, printed = watched(["-c", code], cwd)
+    return json.loads(printed.splitlines()[-1]), memory
+
+
 class Started(Exception):
-    """Raised in the place of the first step."""
+    """Raised in the place of all that follows the first steps."""
+
+
+def one_start(root: str, output: str | None = None) -> None:
+    """Run train.py with few steps in the place of an epoch, to its end where there is an output.
+
+    Prints seconds from the first statement to the first step, imports apart, images per second of the steps, and
+    seconds from the last step to the end.
+    """
+    original, start, result = train.train_epoch, time.perf_counter(), {}
+
+    def few_steps(learner, criterion, loader, rates, *rest) -> dict:
+        result["start"] = time.perf_counter() - start
+        loader = iter(loader)
+        original(learner, criterion, loader, rates[:4], *rest)
+        taken = seconds(lambda: original(learner, criterion, loader, rates[:STEPS], *rest))
+        result["speed"] = STEPS * BATCH / taken
+        if output is None:
+            raise Started
+        result["rest"] = time.perf_counter()
+        return {"train_loss": 0.0, "lr": 0.0}
+
+    train.train_epoch = few_steps
+    arguments = ["--data", root, "--no-pretrained", "--img-size", str(SIZE), "--epochs", "1", "--threshold", "youden"]
+    with contextlib.suppress(Started), tempfile.TemporaryDirectory() as folder:
+        train.run(train.make_parser().parse_args([*arguments, "--output", output or f"{folder}/run"]))
+        result["rest"] = time.perf_counter() - result["rest"]
+    print(json.dumps(result))
 
 
 def start_and_memory(work: Path) -> dict:
-    """Seconds from the first statement to the first step, imports apart; resident growth from 5,000 to 50,000 images."""
+    """Seconds from the first statement to the first step, imports apart; memory at 50,000 over 5,000 images."""
     result, grown = {}, []
     for count in (5_000, 50_000):
-        root = repeated(work / str(count), count)
-        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import bench; bench.one_start({str(root)!r})"
+        root = repeated(work / f"start{count}", count)
         for _ in range(2):  # the first one decodes
-            out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=work)
-        found = json.loads(out.stdout.splitlines()[-1])
-        grown.append(found["anonymous_mb"])
-        result[f"start of a second run, {count} images (s)"] = found["seconds"]
+            found, memory = fresh(f"one_start({str(root)!r})", work)
+        grown.append(memory)
+        result[f"start of a second run, {count} images (s)"] = found["start"]
     return result | {"memory at 50,000 / at 5,000 images, page cache apart": grown[1] / grown[0]}
 
 
-def one_start(root: str) -> None:
-    """Run train.py up to its first step and a little further; print seconds and the memory that is no page cache."""
-    original, start = train.train_epoch, time.perf_counter()
-    result = {}
+def read_table(folder: str) -> None:
+    print(json.dumps({"seconds": seconds(lambda: data.read_metadata(Path(folder)))}))
 
-    def few_steps(learner, criterion, loader, rates, *rest) -> None:
-        result["seconds"] = time.perf_counter() - start
-        original(learner, criterion, loader, rates[:4], *rest)
-        raise Started
 
-    train.train_epoch = few_steps
-    arguments = ["--data", root, "--no-pretrained", "--img-size", str(SIZE), "--epochs", "1", "--output"]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            train.run(train.make_parser().parse_args([*arguments, f"{folder}/run"]))
-    except Started:
-        status = Path("/proc/self/status").read_text()
-        result["anonymous_mb"] = int(status.split("RssAnon:")[1].split()[0]) / 1024
-    print(json.dumps(result))
+def scale(work: Path, counts: list[int]) -> dict:
+    """Seconds and MB (page cache apart) of whole commands, and of the parts of a run, at each number of images."""
+    suite, columns = Path(data.__file__).parent, []
+    for count in counts:
+        root, run, table = repeated(work / str(count), count), work / f"run{count}", work / f"table{count}"
+        table.mkdir()
+        rows = (f"train/{i}.png,{i // 2},{i % 2},F,{i % 90}\n" for i in range(2 * count))
+        (table / "metadata.csv").write_text("file_name,patient,label,sex,age\n" + "".join(rows))
+        check, check_memory, _ = watched([suite / "data.py", "check", root], work, (0, 1))  # 1: it finds the copies
+        first, first_memory = fresh(f"one_start({str(root)!r})", work)
+        second, second_memory = fresh(f"one_start({str(root)!r}, {str(run)!r})", work)
+        predict, predict_memory, _ = watched([suite / "predict.py", "--ckpt", run, "--csv", root], work)
+        metadata, metadata_memory = fresh(f"read_table({str(table)!r})", work)
+        columns.append(
+            {
+                "scale: images": count,
+                "data.py check (s)": check,
+                "  memory of data.py check (MB)": check_memory,
+                "start of a first run, with decoding (s)": first["start"],
+                "  memory of a first run (MB)": first_memory,
+                "start of a second run (s)": second["start"],
+                "training (images/s)": second["speed"],
+                "end of an epoch: validation, input check, files (s)": second["rest"],
+                "  memory of a second run (MB)": second_memory,
+                "predict.py --csv (s)": predict,
+                "  memory of predict.py (MB)": predict_memory,
+                "metadata.csv with two rows an image (s)": metadata["seconds"],
+                "  memory of the table (MB)": metadata_memory,
+            }
+        )
+    return {name: [column[name] for column in columns] for name in columns[0]}
 
 
 def scaling() -> dict:
@@ -250,25 +317,30 @@ def compilation() -> dict:
     return {"--compile: warm-up (s)": warm_up, "--compile: speed over plain": ratio(plain, compiled)}
 
 
-def main() -> None:
+PARTS = ("training", "evaluation", "start", "scaling", "compilation", "decoding", "prediction", "scale")
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fullres", type=Path, metavar="DIR", help="folder of full-size JPEG files")
-    parser.add_argument(
-        "--only", nargs="+", metavar="PART", help="training evaluation start scaling compilation decoding prediction"
-    )
-    args = parser.parse_args()
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS[:-1], help=" ".join(PARTS))
+    parser.add_argument("--images", nargs="+", type=int, default=[25_000, 50_000, 100_000], help="of the part scale")
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
     with tempfile.TemporaryDirectory() as work:
         parts = {"training": training, "evaluation": evaluation, "start": lambda: start_and_memory(Path(work))}
-        parts |= {"scaling": scaling, "compilation": compilation}
+        parts |= {"scaling": scaling, "compilation": compilation, "scale": lambda: scale(Path(work), args.images)}
         if args.fullres:
             parts |= {"decoding": lambda: decoding(args.fullres), "prediction": lambda: prediction(args.fullres)}
         result = {}
         for name, part in parts.items():
-            if not args.only or name in args.only:
-                found = part()
-                result |= {k: round(v, 3) for k, v in found.items()}
-                for k, v in found.items():
-                    print(f"{k:62} {v:8.3f}", flush=True)
+            if name in args.only:
+                for k, v in part().items():
+                    result[k] = np.round(v, 3).tolist()
+                    print(f"{k:62}", *(f"{x:10.3f}" for x in np.atleast_1d(v)), flush=True)
     print(json.dumps({"cores": data.CORES, "torch": str(torch.__version__), **result}))
 
 
