@@ -418,7 +418,8 @@ def summary(counts: Counter, flagged: int, checkpoint: dict) -> str:
     if len(labels) == 2:
         positives = counts[checkpoint["positive"]]
         labels = [f"{positives} positive", f"{counts.total() - counts[None] - positives} negative"]
-    return f"{counts.total()} images: {', '.join(labels)}, {flagged} flagged, {counts[None]} errors"
+    images = "1 image" if counts.total() == 1 else f"{counts.total()} images"
+    return f"{images}: {', '.join(labels)}, {flagged} flagged, {counts[None]} errors"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -250,7 +250,7 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
     The incomplete last batch is left out: other images each epoch.
     """
     order = d.train[data.shuffle(len(d.train), feed.seed, epoch).to(d.train.device)]
-    draws = [u.to(d.images.device) for u in data.draw(feed.operations, len(d.records), feed.seed, epoch)]
+    draws = [u.to(d.images.device) for u in data.draw(feed.operations, len(d.images), feed.seed, epoch)]
     for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
         index = order[start : start + feed.batch_size][feed.share]
         x = d.images[index].to(feed.device, non_blocking=True)

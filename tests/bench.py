@@ -62,15 +62,13 @@ def set_up(count: int, compiled: bool = False):
     everything = torch.arange(count)
     d = train.TrainingSet(Path(), [], images, everything, labels, everything, everything, ["A", "B"], 1, [], "")
     criterion = train.make_criterion(d, args, CPU)
-    operations = data.preset(args.augment, SIZE)
     pre = {"mean": 0.45, "std": 0.23}
+    feed = train.Feed(data.preset(args.augment, SIZE), pre, 0, BATCH, slice(None), CPU)
 
     def epoch(n: int = count) -> None:
-        steps = n // BATCH
-        order = data.shuffle(n, 0, 1)[: steps * BATCH].view(steps, BATCH)
-        draws = data.draw(operations, n, 0, 1)
-        loader = train.batches(d, order, operations, draws, pre, CPU, slice(None))
-        train.train_epoch(learner, criterion, loader, steps * [args.lr], 0, torch.float32)
+        d.train = everything[:n]
+        rates = n // BATCH * [args.lr]
+        train.train_epoch(learner, criterion, train.batches(d, feed, 1), rates, 0, torch.float32)
 
     return model, images, epoch
 
@@ -164,8 +162,7 @@ def prediction(folder: Path) -> dict:
         "input_check": models.fit_input_check(*batches),
         "data": {"demo": False},
     }
-    folded = models.fold_batch_norms(model, 160)
-    classifier = predict.Classifier(checkpoint, folded, CPU, "", threading.Semaphore(data.CORES))
+    classifier = predict.Classifier(checkpoint, model, CPU, "", threading.Semaphore(data.CORES))
     work = functools.partial(predict.classify, classifier=classifier)
 
     def limit() -> None:

@@ -1087,7 +1087,7 @@ def test_arguments_of_an_older_version_may_lack_the_folds_but_not_the_epochs(run
     del ckpt["arguments"]["folds"], ckpt["arguments"]["fold"]
     models.save(ckpt, tmp_path / "ckpt.pt")
     words = ("ckpt.pt", "--split", "val", "--bootstrap", 0, "--device", "cpu")
-    assert evaluate_files(tmp_path, *words)[0]["data"]["images"] == len(ckpt["data"]["val"])
+    assert evaluate_files(tmp_path, *words)[0]["data"]["images"] == len(ckpt["data"]["val_pixels"])
     del ckpt["arguments"]["epochs"]
     models.save(ckpt, tmp_path / "ckpt.pt")
     assert "ckpt.pt is damaged: it holds no arguments.epochs" in evaluate_files(tmp_path, *words, code=2)[1]

@@ -203,7 +203,7 @@ def test_three_classes(demo, run_folder, tmp_path):
     assert result["threshold"] is None
     table = run_script("predict.py", "--ckpt", tmp_path / "three.pt", "--cam", "maps", image, cwd=tmp_path)
     assert "P(label)" in table.stdout and len(list((tmp_path / "maps").iterdir())) == 1
-    assert table.stderr.splitlines()[-1].startswith("1 images: ")
+    assert table.stderr.splitlines()[-1].startswith("1 image: ")
 
 
 @pytest.mark.parametrize("size", [(224, 224), (2500, 2000), (100, 50)])
