@@ -599,7 +599,7 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
                 label = sys.intern(label)  # a million rows share two
                 records.append(data.Record(path_of_image, label, "predictions", patient, subtype, series, 0, 0))
                 p.append(float(probability))
-    except (UnicodeDecodeError, csv.Error) as e:
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise data.UserError(f"{path} can't be read: {e}") from None
     except ValueError:
         raise data.UserError(f"{path}: column probability holds something that is no number") from None
