@@ -34,6 +34,7 @@ import operator
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -45,6 +46,7 @@ import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -205,13 +207,29 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
 
-def count_cores() -> int:
-    """The cores that this process may use: its affinity, and in a container the quota of its control group."""
+def read_quota(group: Path) -> float:
+    """The cores that a control group (cgroup), of either version, may use; infinity where it has no quota."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+    return math.inf
+
+
+def count_cores(system: Path = Path("/")) -> int:
+    """The cores that this process may use: its affinity, and the smallest quota of its control group and its parents.
+
+    A container may show the path of its group on the host: what is not there has no quota.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file: no control groups; "max": no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(cores, 1)
+    with contextlib.suppress(OSError, ValueError):  # no control groups here
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not {"", "cpu"}.isdisjoint(controllers.split(",")):  # version 2 names no controllers
+                group = system / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.lstrip("/")
+                cores = min(cores, *map(read_quota, [group, *group.parents]))
+    return max(math.ceil(cores), 1)
 
 
 CORES = count_cores()
@@ -293,14 +311,18 @@ def refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others: tuple = ()):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders.
+    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is
+    followed to one of the others (real paths), into it or above it.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = os.path.realpath(top)
+        if os.path.islink(top) and any(p.is_relative_to(real) or Path(real).is_relative_to(p) for p in others):
+            warn(f"the link {top} leads to images of another class or split: not followed")
+            seen.add(real)
         if real in seen:
             subfolders.clear()
             continue
@@ -321,9 +343,9 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
-    if not (root / "train").is_dir() and not (root / "test").is_dir() and (root / "chest_xray").is_dir():
-        return root / "chest_xray"
-    return root
+    inner = root / "chest_xray"
+    here = split_folder(root, "train").is_dir() or split_folder(root, "test").is_dir()
+    return inner if inner.is_dir() and not here else root
 
 
 def is_demo(root: Path) -> bool:
@@ -338,18 +360,22 @@ def prepare_demo(root: Path) -> None:
         warn(f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result says anything about patients.")
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """ROOT/split, or what it is called instead."""
-    for name in OTHER_VAL if split == "val" else ():
-        if (root / name).is_dir() and not (root / split).is_dir():
-            return root / name
-    return root / split
-
-
 def split_of(folder: str) -> str | None:
-    """The split that a folder or a word in metadata.csv names."""
+    """The split that a folder or a word in metadata.csv names, in any case."""
     name = folder.lower()
     return "val" if name in OTHER_VAL else name if name in SPLITS else None
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder whose name means the split; ROOT/split where there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    folders = sorted(folder for folder in root.glob("*/") if split_of(folder.name) == split)
+    if len(folders) > 1:
+        raise UserError(f"{root} has several folders for {split}: {', '.join(f.name for f in folders)}; merge them")
+    return folders[0] if folders else root / split
 
 
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
@@ -452,8 +478,14 @@ def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> li
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
     records, unknown, passed_over = [], [], Counter()
-    for name in sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name)):
-        files = sorted(walk(folder / name, passed_over))
+    entries = [name for name in sorted(os.listdir(folder)) if not is_hidden(name)]
+    classes = [name for name in entries if (folder / name).is_dir()]
+    if loose := sum(is_image(folder / name) for name in set(entries) - set(classes)):
+        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
+    everywhere = [d for d in root.glob("*/*/") if split_of(d.parent.name)]
+    for name in classes:
+        others = [d.resolve() for d in everywhere if d != folder / name]
+        files = sorted(walk(folder / name, passed_over, others=others))
         if not files:
             warn(f"{folder / name} holds no image")
         for file in files:
@@ -632,7 +664,7 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
 
 # --- read ---
 
-READER_VERSION = 2  # part of the cache's name: raise it when read_image gives other pixels
+READER_VERSION = 3  # part of the cache's name: raise it when read_image gives other pixels, or decode_all other notes
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
@@ -677,8 +709,9 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         uint8 array [size, size] (or [height, width]), and what else the file tells.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: of DICOM files the first window or else the
-    full range of the stored bits, of others from black to white as the file states them or find_range guesses.
-    Transparent pixels are black, EXIF rotation is applied.
+    full range of the stored bits, of others, and of DICOM files without a window that state 16 bits (as many do
+    whatever the depth), from black to white as the file states them or find_range guesses. Transparent pixels are
+    black, EXIF rotation is applied.
 
     Raises:
         ImageError: missing, empty, damaged, no image, too large, not finite, or a DICOM file without pydicom.
@@ -722,7 +755,7 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
         thumbnail = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
@@ -824,9 +857,13 @@ def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
     slope = dataset.get("RescaleSlope") or 1
     intercept = dataset.get("RescaleIntercept") or 0
     lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-    black, white = sorted((slope * lowest + intercept, slope * (lowest + 2**bits - 1) + intercept))
+    highest = lowest + 2**bits - 1
     center = np.ravel(dataset.get("WindowCenter") or 0)[0]  # of several windows the first
     width = np.ravel(dataset.get("WindowWidth") or 0)[0]
+    if width <= 1 and bits == 16:  # many writers say 16 whatever the depth
+        lowest, highest = find_range(Image.fromarray(values))
+        info.depth = int(highest - lowest).bit_length()
+    black, white = sorted((slope * lowest + intercept, slope * highest + intercept))
     if width > 1:
         black, white = center - width / 2, center + width / 2 - 1
     if info.mode == "MONOCHROME1":
@@ -877,24 +914,26 @@ def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, 
 
 
 def decode_all(f, root: Path, records: list[Record], size: int) -> None:
-    """Write the pixels of all records to a binary file, and after them their digests and what failed, as JSON."""
-    digests, failed = [], []
-    for pixels, _, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
+    """Write the pixels of all records to a binary file, and after them digests, depths and what failed, as JSON."""
+    digests, depths, failed = [], [], []
+    for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
         if reason:
             failed.append([len(digests), reason])
+        else:
+            depths.append(info.depth)
         digests.append(digest(pixels))
         f.write(pixels)
-    f.write(json.dumps([digests, failed]).encode())
+    f.write(json.dumps([digests, depths, failed]).encode())
 
 
 def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
-    """What decode_all wrote, checked.
+    """What decode_all wrote, checked; images of several depths are said.
 
     Raises:
         ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
     """
     pixels, notes = np.split(stored, [len(records) * size**2])
-    digests, failed = json.loads(notes.tobytes())
+    digests, depths, failed = json.loads(notes.tobytes())
     pixels = pixels.reshape(-1, size, size)
     with ThreadPoolExecutor(CORES) as pool:
         if list(pool.map(digest, pixels)) != digests:
@@ -902,6 +941,10 @@ def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int
     for i, _ in failed:
         if not decode(root / records[i].path, size)[2]:
             raise ValueError("readable now")
+    counts = sorted(Counter(depths).items())
+    if len(counts) > 1:
+        mixed = " and ".join(f"of {depth} bits ({count})" for depth, count in counts)
+        warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
     return Images(torch.from_numpy(pixels), torch.tensor(digests), dict(failed))
 
 
@@ -1548,7 +1591,7 @@ URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 
 
-def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 6) -> Path:
+def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float = 6) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
@@ -1562,7 +1605,13 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            if _fetch(url, archive, hours) != sha256:
+            with ThreadPool(1) as pool:  # left behind at the limit: a server can drip its answer, headers too, for ever
+                fetched = pool.apply_async(_fetch, (url, archive))
+                fetched.wait(3600 * hours)
+                if not fetched.ready():
+                    raise TimeoutError(f"not complete after {hours:g} hours")
+                fetched.get()  # raises what went wrong
+            if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
             _unpack(archive, unpacked)
             os.replace(unpacked / "chest_xray", target)
@@ -1574,19 +1623,11 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 
     return target
 
 
-def _fetch(url: str, path: Path, hours: float) -> str:
-    """Write what url holds to path; returns its SHA-256."""
-    end = time.monotonic() + 3600 * hours
-    found = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as f:
-        # read1 returns what has come; read would wait for a whole block, however slowly it drips in.
-        blocks = iter(functools.partial(response.read1, 2**16), b"")
-        for block in tqdm(blocks, "downloading", unit=" x 64 kB", leave=False, disable=None):
-            f.write(block)
-            found.update(block)
-            if time.monotonic() > end:
-                raise TimeoutError(f"not complete after {hours:g} hours")
-    return found.hexdigest()
+def _fetch(url: str, path: Path) -> None:
+    """Write what url holds to path."""
+    bar = {"desc": "downloading", "unit": "B", "unit_scale": True, "leave": False, "disable": None}
+    with urllib.request.urlopen(url, timeout=60) as response, tqdm.wrapattr(open(path, "wb"), "write", **bar) as f:
+        shutil.copyfileobj(response, f)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
