@@ -408,27 +408,30 @@ def read_metadata(root: Path) -> dict[str, dict[str, str]]:
             meant = re.sub(r"[ _-]?id$", "", column.strip().lower())
             if meant in TABLE_COLUMNS and column != meant:
                 raise UserError(f"{table}: call the column {meant} instead of {column}, or otherwise if it is none")
+        if "split" in columns and "label" not in columns:
+            warn(f"{table} has a column split but no column label: the folders tell the split")
         try:
             lines = list(reader)
         except csv.Error as e:
             raise UserError(f"{table} can't be read ({e}); is a quotation mark missing?") from None
         for row in lines:
+            if any(row.pop(None, [])):
+                raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
             name = (row.pop("file_name") or "").replace("\\", "/").removeprefix("./")
             path = name if folder == "." else f"{folder}/{name}"
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
-            rows[path] = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+            rows[path] = {key: (value or "").strip() for key, value in row.items()}
     return rows
 
 
 def make_record(root: Path, path: str, label: str, split: str, row: dict[str, str]) -> Record:
     """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
-    file = root / path
-    name = file.name
-    patient, subtype, series = identify(name)
-    if not row.get("patient") and patient is None and is_dicom(file):
+    file = os.path.join(root, path)  # a Path would take longer than the look at the file
+    patient, subtype, series = identify(os.path.basename(path))
+    if not row.get("patient") and patient is None and is_dicom(Path(file)):
         patient = dicom_patient(file)
-    info = file.stat() if file.exists() else file.lstat()  # a broken link is named when it is read
+    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is named when it is read
     return Record(
         path=path,
         label=label,
@@ -442,16 +445,18 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     )
 
 
-def some(names: list[str]) -> str:
-    """How many, and the first few."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+def warn_rows(message: str, paths: list[str]) -> None:
+    """One line where there are such paths: how many, and the first few."""
+    if paths:
+        more = ", ..." if len(paths) > 3 else ""
+        warn(f"metadata.csv {message}: {len(paths)} ({', '.join(paths[:3])}{more})")
 
 
 def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
     """The images of a split as metadata.csv lists them, where it has the labels: the folders may be any."""
     records, missing, unlabelled = [], [], []
     for path, row in table.items():
-        its_split = split_of(row["split"] if row.get("split") else path.split("/")[0])
+        its_split = split_of(row.get("split") or path.split("/")[0])
         if its_split is None:
             raise UserError(
                 f"metadata.csv: the split of {path} is {row.get('split') or 'not told'}: train, val or test?"
@@ -460,16 +465,13 @@ def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list
             continue
         if not row.get("label"):
             unlabelled.append(path)
-        elif not (root / path).is_file():
+        elif not os.path.isfile(os.path.join(root, path)):
             missing.append(path)
         else:
             records.append(make_record(root, path, row["label"], split, row))
-    if unlabelled:
-        warn(f"metadata.csv: rows of {split} without a label, left out: {some(unlabelled)}")
-    if missing:
-        warn(f"metadata.csv: rows of {split} whose file is not there: {some(missing)}")
-    records.sort(key=lambda r: (r.label, r.path))
-    return records
+    warn_rows(f"has rows of {split} without a label, left out", unlabelled)
+    warn_rows(f"has rows of {split} whose file is not there", missing)
+    return sorted(records, key=operator.attrgetter("label", "path"))
 
 
 def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
@@ -477,7 +479,7 @@ def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> li
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    records, unknown, passed_over = [], [], Counter()
+    records, passed_over = [], Counter()
     entries = [name for name in sorted(os.listdir(folder)) if not is_hidden(name)]
     classes = [name for name in entries if (folder / name).is_dir()]
     if loose := sum(is_image(folder / name) for name in set(entries) - set(classes)):
@@ -491,17 +493,14 @@ def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> li
         for file in files:
             path = file.relative_to(root).as_posix()
             records.append(make_record(root, path, name, split, table.get(path, {})))
-            if path not in table:
-                unknown.append(path)
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
-    if table and unknown:
-        warn(f"metadata.csv does not know these images of {split}: {some(unknown)}")
-    listed = {path for path in table if path.startswith(f"{folder.name}/")}
-    missing = sorted(listed - {r.path for r in records})
-    if missing:
-        warn(f"metadata.csv: rows of {split} whose file is not there: {some(missing)}")
+    if table:
+        found = {r.path: r for r in records}
+        warn_rows(f"does not know these images of {split}", [path for path in found if path not in table])
+        listed = sorted(path for path in table if path.startswith(f"{folder.name}/"))
+        warn_rows(f"has rows of {split} whose file is not there", [path for path in listed if path not in found])
     return records
 
 

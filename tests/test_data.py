@@ -805,7 +805,7 @@ def test_a_table_in_the_splits_folder(tmp_path, capsys):
     table(tmp_path, "file_name,label\n1.png,Überweisung\n2.png,\n", "train")
     records = data.scan(table(tmp_path, "file_name,label\n3.png,B\n", "valid"), "train")
     assert [(r.path, r.label) for r in records] == [("train/1.png", "Überweisung")]
-    assert "without a label, left out: 1 (train/2.png)" in capsys.readouterr().err
+    assert "has rows of train without a label, left out: 1 (train/2.png)" in capsys.readouterr().err
     assert [r.path for r in data.scan(tmp_path, "val")] == ["valid/3.png"]
 
 
@@ -818,8 +818,17 @@ BAD_TABLES = {
     "has no column file_name": "",
     "call the column patient instead of Patient_ID": "file_name,Patient_ID\nx/1.png,A\n",
     "differ in case alone: NORMAL, normal": "file_name,label,split\nx/1.png,normal,train\nx/2.png,NORMAL,train\n",
+    "the row of x/1.png has more cells": "file_name,label,split\nx/1.png,A, upper lobe,train\n",
     "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
 }
+
+
+def test_a_split_that_does_not_count_is_said(tmp_path, capsys):
+    touch(tmp_path, "train/A/1.png", "train/B/2.png")
+    rows = "file_name,patient,split,\ntrain/A/1.png,p,train,\ntrain/B/2.png,q,test,\n"
+    assert [r.patient for r in data.scan(table(tmp_path, rows), "train")] == ["p", "q"]  # an empty cell more is none
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a column split but no column label" in line
 
 
 @pytest.mark.parametrize("message", BAD_TABLES)
