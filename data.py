@@ -53,11 +53,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
-OTHER_VAL = ("valid", "validation")  # what some call val
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
 
 # --- command line and files, for all four scripts ---
@@ -274,12 +275,13 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
     The patient is None for names of no known scheme.
     """
+    subtypes = {"bacteria": "bacterial", "virus": "viral"}
     if m := re.match(r"person(\d+)_(bacteria|virus)_\d", name):
-        return f"{m[2]}-{int(m[1])}", {"bacteria": "bacterial", "virus": "viral"}[m[2]], m[2]
+        return f"{m[2]}-{int(m[1])}", subtypes[m[2]], m[2]
     if m := re.match(r"((?:NORMAL2-)?IM)-(\d+)-\d", name):
         return f"{m[1]}-{int(m[2])}", "", m[1]
     if m := re.match(r"(NORMAL|BACTERIA|VIRUS)-(\d+)-\d", name):
-        return m[2], {"BACTERIA": "bacterial", "VIRUS": "viral"}.get(m[1], ""), m[1]
+        return m[2], subtypes.get(m[1].lower(), ""), m[1]
     return None, "", ""
 
 
@@ -289,16 +291,14 @@ def is_hidden(name: str) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """By its ending, or, since such files often have none or a number, by its first bytes."""
+    """By its first bytes, where the ending allows it: such files often have none, or a number."""
     suffix = path.suffix.lower()
     if suffix not in ("", ".dcm") and not suffix[1:].isdigit():
         return False
-    if not path.is_file():  # a named pipe would wait for ever
-        return False
-    if suffix == ".dcm":
-        return True
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        return f.read(132)[128:] == b"DICM"
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a named pipe would wait for ever
+            with open(path, "rb") as f:
+                return f.read(132)[128:] == b"DICM"
     return False
 
 
@@ -343,9 +343,9 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
-    inner = root / "chest_xray"
-    here = split_folder(root, "train").is_dir() or split_folder(root, "test").is_dir()
-    return inner if inner.is_dir() and not here else root
+    if split_folder(root, "train").is_dir() or split_folder(root, "test").is_dir():
+        return root
+    return root / "chest_xray" if (root / "chest_xray").is_dir() else root
 
 
 def is_demo(root: Path) -> bool:
@@ -362,8 +362,7 @@ def prepare_demo(root: Path) -> None:
 
 def split_of(folder: str) -> str | None:
     """The split that a folder or a word in metadata.csv names, in any case."""
-    name = folder.lower()
-    return "val" if name in OTHER_VAL else name if name in SPLITS else None
+    return SPLIT_NAMES.get(folder.lower())
 
 
 def split_folder(root: Path, split: str) -> Path:
@@ -378,10 +377,11 @@ def split_folder(root: Path, split: str) -> Path:
     return folders[0] if folders else root / split
 
 
+Table = dict[str, dict[str, str]]  # rows of metadata.csv by path
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
 
 
-def read_metadata(root: Path) -> dict[str, dict[str, str]]:
+def read_metadata(root: Path) -> Table:
     """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without one.
 
     The convention of Hugging Face's image folders: file_name is relative to the table's folder. Separated by commas,
@@ -391,17 +391,17 @@ def read_metadata(root: Path) -> dict[str, dict[str, str]]:
         UserError: not readable as such a table, or a file stands there twice.
     """
     rows = {}
-    for table in [root / "metadata.csv", *sorted(root.glob("*/metadata.csv"))]:
-        if not table.is_file():
-            continue
+    for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
         folder = table.parent.relative_to(root).as_posix()
         try:
             text = table.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{table} can't be read as UTF-8 text ({e}); save it as CSV in UTF-8") from None
-        header = text.split("\n", 1)[0]
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-        columns = reader.fieldnames or []
+            header = text.split("\n", 1)[0]
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+            columns, lines = reader.fieldnames or [], list(reader)
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise UserError(
+                f"{table} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?"
+            ) from None
         if "file_name" not in columns:
             raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
         for column in columns:
@@ -410,10 +410,6 @@ def read_metadata(root: Path) -> dict[str, dict[str, str]]:
                 raise UserError(f"{table}: call the column {meant} instead of {column}, or otherwise if it is none")
         if "split" in columns and "label" not in columns:
             warn(f"{table} has a column split but no column label: the folders tell the split")
-        try:
-            lines = list(reader)
-        except csv.Error as e:
-            raise UserError(f"{table} can't be read ({e}); is a quotation mark missing?") from None
         for row in lines:
             if any(row.pop(None, [])):
                 raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
@@ -452,7 +448,7 @@ def warn_rows(message: str, paths: list[str]) -> None:
         warn(f"metadata.csv {message}: {len(paths)} ({', '.join(paths[:3])}{more})")
 
 
-def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
+def scan_table(root: Path, split: str, table: Table) -> list[Record]:
     """The images of a split as metadata.csv lists them, where it has the labels: the folders may be any."""
     records, missing, unlabelled = [], [], []
     for path, row in table.items():
@@ -474,25 +470,24 @@ def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list
     return sorted(records, key=operator.attrgetter("label", "path"))
 
 
-def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
+def scan_folders(root: Path, split: str, table: Table) -> list[Record]:
     """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them."""
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
     records, passed_over = [], Counter()
-    entries = [name for name in sorted(os.listdir(folder)) if not is_hidden(name)]
-    classes = [name for name in entries if (folder / name).is_dir()]
-    if loose := sum(is_image(folder / name) for name in set(entries) - set(classes)):
+    entries = {path for path in folder.iterdir() if not is_hidden(path.name)}
+    classes = {path: path.resolve() for path in root.glob("*/*/") if split_of(path.parent.name)}
+    if loose := sum(map(is_image, entries - classes.keys())):
         warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
-    everywhere = [d for d in root.glob("*/*/") if split_of(d.parent.name)]
-    for name in classes:
-        others = [d.resolve() for d in everywhere if d != folder / name]
-        files = sorted(walk(folder / name, passed_over, others=others))
+    for place in sorted(entries & classes.keys()):
+        others = [real for other, real in classes.items() if other != place]
+        files = sorted(walk(place, passed_over, others=others))
         if not files:
-            warn(f"{folder / name} holds no image")
+            warn(f"{place} holds no image")
         for file in files:
             path = file.relative_to(root).as_posix()
-            records.append(make_record(root, path, name, split, table.get(path, {})))
+            records.append(make_record(root, path, place.name, split, table.get(path, {})))
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
@@ -504,7 +499,7 @@ def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> li
     return records
 
 
-def scan(root: Path, split: str, fewest: int = 1, table: dict | None = None) -> list[Record]:
+def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) -> list[Record]:
     """The images of a split: those of ROOT/split/CLASS/, or those that metadata.csv gives labels.
 
     No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
@@ -547,12 +542,12 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
     records = []
     table = read_metadata(root)  # once: it may have hundreds of thousands of rows
     for split in SPLITS:
-        if split == "train" and fewest:
-            records = scan(root, split, fewest, table)
-            continue
+        needed = split == "train" and fewest > 0
         try:
-            more = scan(root, split, table=table)
+            more = scan(root, split, fewest if needed else 1, table)
         except UserError as e:
+            if needed:
+                raise
             if split_folder(root, split).is_dir():
                 warn(str(e))
             continue
@@ -574,9 +569,9 @@ def positive_index(classes: list[str], asked: str | None) -> int:
         if asked not in classes:
             raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
         return classes.index(asked)
-    for i, name in enumerate(classes):
-        if name.upper() == "PNEUMONIA":
-            return i
+    names = [name.upper() for name in classes]
+    if "PNEUMONIA" in names:
+        return names.index("PNEUMONIA")
     if len(classes) == 2:
         warn(f"the positive class is a guess: {classes[-1]}, not {classes[0]}; name it with --positive CLASS")
     return len(classes) - 1
@@ -755,12 +750,12 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
         image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
-        thumbnail = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+        thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
         image = image.convert("L")
     if size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
 
 
@@ -810,7 +805,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
     had). A darker picture can't be told from a brighter one of fewer bits: it comes out brighter, by a power of two.
     Black is 0, or the power of two below it that the negative samples keep to likewise. Floats may end at 1, 3, 7 ...
     """
-    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.Resampling.NEAREST)
+    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
     samples = np.sort(grid, axis=None).astype(float)
     odd = max(1, len(samples) // 1000)
     lowest, highest = samples[odd], samples[-1 - odd]
@@ -893,8 +888,8 @@ def dicom_patient(path: Path) -> str | None:
 class Images:
     """Decoded images, in the order of their records."""
 
-    pixels: torch.Tensor  # uint8 [n, size, size]; zeros where the file can't be read
-    digests: torch.Tensor  # int64 [n], equal where the pixels are
+    pixels: Tensor  # uint8 [n, size, size]; zeros where the file can't be read
+    digests: Tensor  # int64 [n], equal where the pixels are
     failed: dict[int, str]  # position and reason of each file that can't be read
 
 
@@ -1003,7 +998,7 @@ def hash_lines(lines) -> str:
     return total.hexdigest()
 
 
-def fingerprint(records: list[Record], digests: torch.Tensor) -> str:
+def fingerprint(records: list[Record], digests: Tensor) -> str:
     """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the data."""
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
@@ -1027,12 +1022,12 @@ def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]
 NUMBERS = 4  # random numbers that an operation has for each image
 
 
-def column(values: torch.Tensor) -> torch.Tensor:
+def column(values: Tensor) -> Tensor:
     """[batch] as [batch, 1, 1, 1], to go with images."""
     return values.view(-1, 1, 1, 1)
 
 
-def signed(u: torch.Tensor) -> torch.Tensor:
+def signed(u: Tensor) -> Tensor:
     """[0, 1) as [-1, 1)."""
     return 2 * u - 1
 
@@ -1046,7 +1041,7 @@ class Crop:
     ratio: float = 4 / 3  # largest aspect distortion
 
 
-def random_resized_crop(x: torch.Tensor, u: torch.Tensor, crop: Crop) -> torch.Tensor:
+def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
     """A window of random area, aspect and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
     distortion = torch.exp(signed(u[:, 1]) * math.log(crop.ratio) / 2)
@@ -1058,12 +1053,11 @@ def random_resized_crop(x: torch.Tensor, u: torch.Tensor, crop: Crop) -> torch.T
     columns = width[:, None] * centres + left[:, None]
     rows = height[:, None] * centres + top[:, None]
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
-    shape = len(x), crop.size, crop.size
-    grid = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], 3)
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def rotate(x: torch.Tensor, u: torch.Tensor, degrees: float) -> torch.Tensor:
+def rotate(x: Tensor, u: Tensor, degrees: float) -> Tensor:
     """By up to so many degrees either way; what lies outside of the image is 0."""
     angle = signed(u[:, 0]) * math.radians(degrees)
     zero = torch.zeros_like(angle)
@@ -1072,36 +1066,36 @@ def rotate(x: torch.Tensor, u: torch.Tensor, degrees: float) -> torch.Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def flip(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+def flip(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """Left and right exchanged."""
     chosen = u[:, 0] < probability
     x[chosen] = x[chosen].flip(3)
     return x
 
 
-def brightness(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def brightness(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Grey levels times a factor in [1 - strength, 1 + strength]."""
     return x.mul_(column(1 + signed(u[:, 0]) * strength)).clamp_(max=1)
 
 
-def contrast(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def contrast(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Distances from the image's mean times a factor in [1 - strength, 1 + strength]."""
     factor = column(1 + signed(u[:, 0]) * strength)
     mean = x.mean((1, 2, 3), keepdim=True)
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
-def gamma(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def gamma(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Grey levels to a power in [exp(-strength), exp(strength)]."""
     return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
 
 
-def half(u: torch.Tensor) -> torch.Tensor:
+def half(u: Tensor) -> Tensor:
     """[batch, 1, 1, 1] from uniform numbers [batch]: zero for half of the images, uniform in [0, 1) for the others."""
     return column(signed(u).clamp(min=0))
 
 
-def exchange_border(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+def exchange_border(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """A ring of 4 to 18 % of the sides comes from the image before in the batch.
 
     The border shows the device and the technique, not the lungs; exchanged, it tells nothing of the label (a cut-and-
@@ -1115,12 +1109,12 @@ def exchange_border(x: torch.Tensor, u: torch.Tensor, probability: float) -> tor
 
 
 @functools.cache
-def standard_normals(count: int, device: torch.device) -> torch.Tensor:
+def standard_normals(count: int, device: torch.device) -> Tensor:
     """float32 [count], always the same: drawing them anew in each step takes longer than all else in noise."""
     return torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def noise(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Gaussian noise on half of the images, its standard deviation uniform up to strength (1 is the whole range)."""
     pixels = x[0].numel()
     normals = standard_normals(2**20 + pixels, x.device)
@@ -1131,39 +1125,29 @@ def noise(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
 
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
-    return {
-        "none": [],
-        "light": [
-            (rotate, 5.0),
-            (random_resized_crop, Crop(size, 0.7, 1.1)),
-            (flip, 0.5),
-            (brightness, 0.1),
-            (contrast, 0.1),
-            (gamma, 0.1),
-        ],
-        "medium": [
-            (random_resized_crop, Crop(size, 0.08)),
-            (flip, 0.5),
-            (brightness, 0.3),
-            (contrast, 0.3),
-            (gamma, 0.4),
-        ],
-        "robust": [
-            (exchange_border, 0.7),
-            (random_resized_crop, Crop(size, 0.08)),
-            (flip, 0.5),
-            (brightness, 0.3),
-            (contrast, 0.3),
-            (gamma, 0.4),
-            (noise, 0.05),
-        ],
-    }[name]
+    light = [
+        (rotate, 5.0),
+        (random_resized_crop, Crop(size, 0.7, 1.1)),
+        (flip, 0.5),
+        (brightness, 0.1),
+        (contrast, 0.1),
+        (gamma, 0.1),
+    ]
+    medium = [
+        (random_resized_crop, Crop(size, 0.08)),
+        (flip, 0.5),
+        (brightness, 0.3),
+        (contrast, 0.3),
+        (gamma, 0.4),
+    ]
+    robust = [(exchange_border, 0.7), *medium, (noise, 0.05)]
+    return {"none": [], "light": light, "medium": medium, "robust": robust}[name]
 
 
 PRESETS = ("none", "light", "medium", "robust")
 
 
-def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[torch.Tensor]:
+def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Tensor]:
     """One epoch's random numbers of each operation: float32 [count, NUMBERS] in [0, 1), row i for image i, on the CPU.
 
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
@@ -1176,12 +1160,12 @@ def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[tor
     return draws
 
 
-def shuffle(count: int, seed: int, epoch: int) -> torch.Tensor:
+def shuffle(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
 
 
-def augment(images: torch.Tensor, operations: list[tuple], numbers: list[torch.Tensor]) -> torch.Tensor:
+def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
     """Apply a preset.
 
     Args:
@@ -1197,7 +1181,7 @@ def augment(images: torch.Tensor, operations: list[tuple], numbers: list[torch.T
     return x
 
 
-def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """What the model sees: float32 [batch, 1, height, width] from uint8 [batch, height, width] or augment's output."""
     x = images.unsqueeze(1).float().div_(255) if images.dtype == torch.uint8 else images
     return x.sub_(mean).div_(std)
@@ -1206,7 +1190,7 @@ def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 # --- stress and shortcuts ---
 
 
-def draw_partners(records: list[Record]) -> torch.Tensor | None:
+def draw_partners(records: list[Record]) -> Tensor | None:
     """For each record the position of one with another label, drawn from its path: int64 [n]; None with one label."""
     if len({r.label for r in records}) < 2:
         return None
@@ -1216,25 +1200,25 @@ def draw_partners(records: list[Record]) -> torch.Tensor | None:
     return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
 
 
-def border_ring(size: int, width: int) -> torch.Tensor:
+def border_ring(size: int, width: int) -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
     ring = torch.ones(size, size, dtype=torch.bool)
     ring[width : size - width, width : size - width] = False
     return ring
 
 
-def border_features(images: torch.Tensor) -> torch.Tensor:
+def border_features(images: Tensor) -> Tensor:
     """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
     thumbnails = F.adaptive_avg_pool2d(images.cpu().unsqueeze(1).float() / 255, 32)[:, 0]
     return thumbnails[:, border_ring(32, 3)]
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
+def to_uint8(x: Tensor) -> Tensor:
     """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
     return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def stress(images: torch.Tensor, partners: torch.Tensor | None, paths: list[str]):
+def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     """Yield (name, copy) of uint8 images [batch, side, side] under changes that leave the diagnosis as it is.
 
     Exposure (brightness and contrast x 0.65 and x 1.4, gamma 0.7 and 1.4), JPEG at quality 30, a Gaussian blur of
@@ -1354,7 +1338,7 @@ def _draw_phantom(anatomy: np.random.Generator, today: np.random.Generator, subt
     image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
     width = today.integers(180, 450)
     height = int(width * today.uniform(0.75, 1))
-    return _to_image(image).resize((width, height), Image.Resampling.BICUBIC), ellipses
+    return _to_image(image).resize((width, height), Image.BICUBIC), ellipses
 
 
 def _to_image(levels: np.ndarray) -> Image.Image:
@@ -1373,13 +1357,12 @@ def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: 
 def _smooth(rng: np.random.Generator, bumps: int) -> np.ndarray:
     """Noise in [-1, 1] with so many bumps a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
-    return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.Resampling.BICUBIC))
+    return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.BICUBIC))
 
 
 # --- check ---
 
-FILE_MEASURES = ("width", "height", "aspect", "bytes_per_pixel", "depth")
-MEASURES = (*FILE_MEASURES[:4], "brightness", "contrast")
+FILE_MEASURES = ("width", "height", "aspect", "bytes per pixel")  # those of Inspected that no pixel has a part in
 
 
 @dataclass(slots=True)
@@ -1387,14 +1370,8 @@ class Inspected:
     """What check() keeps of an image."""
 
     record: Record
-    width: int
-    height: int
-    aspect: float
-    bytes_per_pixel: float
-    mode: str  # as Pillow names it
-    depth: int  # bits a sample
-    brightness: float  # mean grey level, 0 to 255
-    contrast: float  # standard deviation of the grey levels
+    info: ImageInfo
+    measures: dict[str, float]  # FILE_MEASURES, and mean and standard deviation of the grey levels
     digest: str  # of shape and pixels
     thumbnail: np.ndarray  # uint8 [32, 32]
 
@@ -1434,7 +1411,7 @@ def check(root: Path) -> dict:
         if groups:
             problems.append(f"{len(groups)} images have copies {kind}, such as {', '.join(groups[0])}")
     for folder, inspected in folders.items():
-        depths = sorted({i.depth for i in inspected})
+        depths = sorted({i.info.depth for i in inspected})
         if not depths:
             problems.append(f"{folder} holds no readable image")
         if len(depths) > 1:
@@ -1466,19 +1443,16 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     pixels, info, reason = decode(root / record.path, None)
     if reason:
         return reason
-    return Inspected(
-        record=record,
-        width=info.width,
-        height=info.height,
-        aspect=info.width / info.height,
-        bytes_per_pixel=record.bytes / pixels.size,
-        mode=info.mode,
-        depth=info.depth,
-        brightness=float(pixels.mean()),
-        contrast=float(pixels.std()),
-        digest=f"{pixels.shape} {digest(pixels)}",
-        thumbnail=np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX)),
-    )
+    measures = {
+        "width": info.width,
+        "height": info.height,
+        "aspect": info.width / info.height,
+        "bytes per pixel": record.bytes / pixels.size,
+        "brightness": float(pixels.mean()),
+        "contrast": float(pixels.std()),
+    }
+    thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
+    return Inspected(record, info, measures, f"{pixels.shape} {digest(pixels)}", thumbnail)
 
 
 def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
@@ -1496,15 +1470,14 @@ def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
 
 
 def _summarise(images: list[Inspected]) -> dict:
-    """Counts, and [5th percentile, median, 95th] of MEASURES, of one folder."""
+    """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
     summary = {"images": len(images), "patients": len({r.patient for r in records})}
     summary["unknown patients"] = sum(not r.known_patient for r in records)
-    for name in MEASURES:
-        percentiles = np.percentile([getattr(i, name) for i in images], (5, 50, 95))
-        summary[name.replace("_", " ")] = percentiles.round(3).tolist()
+    for name in images[0].measures:
+        summary[name] = np.percentile([i.measures[name] for i in images], (5, 50, 95)).round(3).tolist()
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {i.mode}, {i.depth} bits" for i in images)
+    modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {**summary, **Counter(subtypes + modes)}
 
 
@@ -1528,8 +1501,9 @@ def _audit(images: list[Inspected]) -> list[dict]:
         pair = [i for i in images if i.record.label in (a, b)]
         is_b = np.array([i.record.label == b for i in pair])
         border = border_features(torch.from_numpy(np.stack([i.thumbnail for i in pair]))).numpy()
-        modes = np.unique([i.mode for i in pair], return_inverse=True)[1]
-        file = np.column_stack([list(map(operator.attrgetter(*FILE_MEASURES), pair)), modes])
+        measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in pair]
+        modes = np.unique([i.info.mode for i in pair], return_inverse=True)[1]
+        file = np.column_stack([measures, [i.info.depth for i in pair], modes])
         for source, features in (
             ("the border alone, without any lung,", border),
             ("the file alone (size, bytes per pixel, mode, depth)", file),
@@ -1633,11 +1607,10 @@ def _unpack(archive: Path, folder: Path) -> None:
     """The images of chest_xray/SPLIT/CLASS/."""
     with zipfile.ZipFile(archive) as z:
         for member in z.infolist():
-            path = Path(member.filename)
-            if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                raise ValueError(f"it would write outside of the folder: {path}")
-            if len(path.parts) == 4 and path.parts[0] == "chest_xray" and path.parts[1] in SPLITS and is_image(path):
-                z.extract(member, folder)
+            if re.fullmatch(r"chest_xray/(train|val|test)/[^/]+/[^/]+", member.filename) and is_image(
+                Path(member.filename)
+            ):
+                z.extract(member, folder)  # never outside of it
     if not (folder / "chest_xray" / "train").is_dir():
         raise ValueError("it does not hold chest_xray/train")
 

