@@ -230,7 +230,7 @@ def count_cores(system: Path = Path("/")) -> int:
             if not {"", "cpu"}.isdisjoint(controllers.split(",")):  # version 2 names no controllers
                 group = system / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.lstrip("/")
                 cores = min(cores, *map(read_quota, [group, *group.parents]))
-    return max(math.ceil(cores), 1)
+    return math.ceil(cores)
 
 
 CORES = count_cores()
@@ -377,7 +377,7 @@ def split_folder(root: Path, split: str) -> Path:
     return folders[0] if folders else root / split
 
 
-Table = dict[str, dict[str, str]]  # rows of metadata.csv by path
+Table = dict[str, dict[str, str]]  # rows of metadata.csv by path; each has its split, as SPLITS calls it, or None
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
 
 
@@ -388,7 +388,7 @@ def read_metadata(root: Path) -> Table:
     semicolons or tabs; UTF-8 with or without a byte order mark.
 
     Raises:
-        UserError: not readable as such a table, or a file stands there twice.
+        UserError: not readable as such a table, a file stands there twice, or one with a label has no split.
     """
     rows = {}
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
@@ -417,7 +417,12 @@ def read_metadata(root: Path) -> Table:
             path = name if folder == "." else f"{folder}/{name}"
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
-            rows[path] = {key: (value or "").strip() for key, value in row.items()}
+            row = {key: (value or "").strip() for key, value in row.items()}
+            told = row.get("split") if "label" in columns else None
+            row["split"] = split_of(told or path.split("/")[0])
+            if "label" in columns and row["split"] is None:
+                raise UserError(f"{table}: the split of {path} is {told or 'not told'}: train, val or test?")
+            rows[path] = row
     return rows
 
 
@@ -448,59 +453,32 @@ def warn_rows(message: str, paths: list[str]) -> None:
         warn(f"metadata.csv {message}: {len(paths)} ({', '.join(paths[:3])}{more})")
 
 
-def scan_table(root: Path, split: str, table: Table) -> list[Record]:
-    """The images of a split as metadata.csv lists them, where it has the labels: the folders may be any."""
-    records, missing, unlabelled = [], [], []
-    for path, row in table.items():
-        its_split = split_of(row.get("split") or path.split("/")[0])
-        if its_split is None:
-            raise UserError(
-                f"metadata.csv: the split of {path} is {row.get('split') or 'not told'}: train, val or test?"
-            )
-        if its_split != split:
-            continue
-        if not row.get("label"):
-            unlabelled.append(path)
-        elif not os.path.isfile(os.path.join(root, path)):
-            missing.append(path)
-        else:
-            records.append(make_record(root, path, row["label"], split, row))
-    warn_rows(f"has rows of {split} without a label, left out", unlabelled)
-    warn_rows(f"has rows of {split} whose file is not there", missing)
-    return sorted(records, key=operator.attrgetter("label", "path"))
-
-
-def scan_folders(root: Path, split: str, table: Table) -> list[Record]:
-    """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them."""
+def label_by_folder(root: Path, split: str) -> dict[str, str]:
+    """The class of each image, by path, of ROOT/split/CLASS/, as ImageFolder finds them."""
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    records, passed_over = [], Counter()
+    labels, passed_over = {}, Counter()
     entries = {path for path in folder.iterdir() if not is_hidden(path.name)}
     classes = {path: path.resolve() for path in root.glob("*/*/") if split_of(path.parent.name)}
     if loose := sum(map(is_image, entries - classes.keys())):
         warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
     for place in sorted(entries & classes.keys()):
         others = [real for other, real in classes.items() if other != place]
-        files = sorted(walk(place, passed_over, others=others))
+        files = list(walk(place, passed_over, others=others))
         if not files:
             warn(f"{place} holds no image")
         for file in files:
-            path = file.relative_to(root).as_posix()
-            records.append(make_record(root, path, place.name, split, table.get(path, {})))
+            labels[file.relative_to(root).as_posix()] = place.name
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
-    if table:
-        found = {r.path: r for r in records}
-        warn_rows(f"does not know these images of {split}", [path for path in found if path not in table])
-        listed = sorted(path for path in table if path.startswith(f"{folder.name}/"))
-        warn_rows(f"has rows of {split} whose file is not there", [path for path in listed if path not in found])
-    return records
+    return labels
 
 
 def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) -> list[Record]:
-    """The images of a split: those of ROOT/split/CLASS/, or those that metadata.csv gives labels.
+    """The images of a split, sorted by class and path: those of ROOT/split/CLASS/, or, in whatever folders, those that
+    metadata.csv gives labels.
 
     No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
 
@@ -508,8 +486,17 @@ def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) ->
         UserError: no such folder, or fewer than fewest classes with images.
     """
     table = read_metadata(root) if table is None else table
-    labelled = any("label" in row for row in table.values())
-    records = scan_table(root, split, table) if labelled else scan_folders(root, split, table)
+    rows = {path: row for path, row in table.items() if row["split"] == split}
+    if any("label" in row for row in table.values()):
+        labels = {path: row.get("label") for path, row in rows.items() if os.path.isfile(os.path.join(root, path))}
+    else:
+        labels = label_by_folder(root, split)
+    if table:
+        warn_rows(f"does not know these images of {split}", [path for path in labels if path not in table])
+    warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
+    warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
+    pairs = sorted((label, path) for path, label in labels.items() if label)
+    records = [make_record(root, path, label, split, table.get(path, {})) for label, path in pairs]
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():
@@ -533,7 +520,7 @@ def check_classes(records: list[Record], classes: list[str], where: str) -> None
         raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
 
 
-def scan_all(root: Path, fewest: int = 0) -> list[Record]:
+def scan_all(root: Path, fewest: int = 1) -> list[Record]:
     """scan of train/, val/ and test/, where there are such with images; the split of a small val/ is train.
 
     Raises:
@@ -541,15 +528,17 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
     """
     records = []
     table = read_metadata(root)  # once: it may have hundreds of thousands of rows
+    listed = {row["split"] for row in table.values()}
     for split in SPLITS:
-        needed = split == "train" and fewest > 0
+        needed = split == "train" and fewest > 1
+        if not needed and split not in listed and not split_folder(root, split).is_dir():
+            continue
         try:
             more = scan(root, split, fewest if needed else 1, table)
         except UserError as e:
             if needed:
                 raise
-            if split_folder(root, split).is_dir():
-                warn(str(e))
+            warn(str(e))
             continue
         if records:
             check_classes(more, sorted({r.label for r in records}), f"{root}/{split}")
@@ -587,16 +576,15 @@ def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     named = {s: named_patients([r for r in records if r.split == s]) for s in SPLITS}
     shared = {}
     for a, b in itertools.combinations(SPLITS, 2):
-        if named[a] & named[b]:
-            shared[f"{a} and {b}"] = sorted(named[a] & named[b])
+        if both := named[a] & named[b]:
+            shared[f"{a} and {b}"] = sorted(both)
     return shared
 
 
 def seed_from(*numbers) -> int:
     """A seed from several numbers or names, so that neighbours share nothing."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(numbers).encode(errors="surrogateescape"), digest_size=7).digest(), "big"
-    )
+    text = repr(numbers).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
 def draw_folds(records: list[Record], folds: int) -> list[int]:
@@ -895,7 +883,7 @@ class Images:
 
 def digest(pixels: np.ndarray) -> int:
     """64-bit BLAKE2b of an image's pixels, signed."""
-    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), signed=True)
 
 
 def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, str]:
@@ -908,16 +896,12 @@ def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, 
 
 
 def decode_all(f, root: Path, records: list[Record], size: int) -> None:
-    """Write the pixels of all records to a binary file, and after them digests, depths and what failed, as JSON."""
-    digests, depths, failed = [], [], []
+    """Write to a binary file the pixels of all records and, as JSON, the digest, depth and reason of failure of each."""
+    notes = []
     for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
-        if reason:
-            failed.append([len(digests), reason])
-        else:
-            depths.append(info.depth)
-        digests.append(digest(pixels))
+        notes.append([digest(pixels), info and info.depth, reason])
         f.write(pixels)
-    f.write(json.dumps([digests, depths, failed]).encode())
+    f.write(json.dumps(notes).encode())
 
 
 def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
@@ -927,19 +911,20 @@ def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int
         ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
     """
     pixels, notes = np.split(stored, [len(records) * size**2])
-    digests, depths, failed = json.loads(notes.tobytes())
+    digests, depths, reasons = zip(*json.loads(notes.tobytes()))
     pixels = pixels.reshape(-1, size, size)
     with ThreadPoolExecutor(CORES) as pool:
-        if list(pool.map(digest, pixels)) != digests:
+        if tuple(pool.map(digest, pixels)) != digests:
             raise ValueError("damaged")
-    for i, _ in failed:
+    failed = {i: reason for i, reason in enumerate(reasons) if reason}
+    for i in failed:
         if not decode(root / records[i].path, size)[2]:
             raise ValueError("readable now")
-    counts = sorted(Counter(depths).items())
+    counts = Counter(depth for depth in depths if depth)
     if len(counts) > 1:
-        mixed = " and ".join(f"of {depth} bits ({count})" for depth, count in counts)
+        mixed = " and ".join(f"of {depth} bits ({counts[depth]})" for depth in sorted(counts))
         warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
-    return Images(torch.from_numpy(pixels), torch.tensor(digests), dict(failed))
+    return Images(torch.from_numpy(pixels), torch.tensor(digests), failed)
 
 
 def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
@@ -1305,8 +1290,8 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
                 raise
 
 
-def _draw_phantom(anatomy: np.random.Generator, today: np.random.Generator, subtype: str):
-    """One phantom as a grey Pillow image, and its opacities as in demo.json."""
+def _draw_phantom(anatomy, today, subtype: str):
+    """One phantom, drawn with two random generators, as a grey Pillow image, and its opacities as in demo.json."""
     x = np.linspace(0, 1, PHANTOM_SIDE, dtype=np.float32)
     y = x[:, None]
     middle = anatomy.uniform(0.46, 0.54)
@@ -1350,7 +1335,8 @@ def _inside(distance: np.ndarray, edge: float = 0.02) -> np.ndarray:
     return (0.5 - distance / (2 * edge)).clip(0, 1)
 
 
-def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
+def _ellipse(x, y, cx, cy, rx, ry) -> np.ndarray:
+    """1 inside, 0 outside, over a soft edge."""
     return _inside(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1, edge=0.2)
 
 
@@ -1390,8 +1376,6 @@ def check(root: Path) -> dict:
     """
     records = scan_all(root)
     if not records:
-        if read_metadata(root):
-            scan(root, "train")  # raises: scan_all passes over what is wrong with a table
         raise UserError(f"{root} has none of the folders train/, val/, test/")
     folders = {f"{r.split}/{r.label}": [] for r in records}
     unreadable, problems, warnings = [], [], []
@@ -1544,9 +1528,10 @@ def print_check(report: dict) -> None:
             print(f"{row:19}", *(f"{_cell(folders[name].get(row, 0)):>{width}}" for name in names))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
     print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
-    lines = [f"PROBLEM: {line}" for line in report["problems"]] + [f"WARNING: {line}" for line in report["warnings"]]
-    for line in lines:
-        print(textwrap.fill(printable(line), 100, subsequent_indent="  ", break_on_hyphens=False))
+    for kind in ("problem", "warning"):
+        for line in report[f"{kind}s"]:
+            text = printable(f"{kind.upper()}: {line}")
+            print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
     print("a result on this folder would not be valid" if report["problems"] else "no problem found")
 
 
@@ -1604,13 +1589,10 @@ def _fetch(url: str, path: Path) -> None:
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The images of chest_xray/SPLIT/CLASS/."""
+    """The images of chest_xray/SPLIT/CLASS/; extractall writes nothing outside of folder."""
     with zipfile.ZipFile(archive) as z:
-        for member in z.infolist():
-            if re.fullmatch(r"chest_xray/(train|val|test)/[^/]+/[^/]+", member.filename) and is_image(
-                Path(member.filename)
-            ):
-                z.extract(member, folder)  # never outside of it
+        wanted = re.compile(r"chest_xray/(train|val|test)/\w+/[^/]+\.jpeg")
+        z.extractall(folder, filter(wanted.fullmatch, z.namelist()))
     if not (folder / "chest_xray" / "train").is_dir():
         raise ValueError("it does not hold chest_xray/train")
 

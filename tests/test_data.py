@@ -837,6 +837,14 @@ def test_a_table_that_can_not_be_used_is_an_error(tmp_path, message):
         data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_TABLES[message]), "train")
 
 
+def test_what_is_wrong_with_a_split_of_the_table_is_said(tmp_path, capsys):
+    touch(tmp_path, *(f"x/{i}.png" for i in range(4)))
+    rows = "file_name,label,split\nx/0.png,A,train\nx/1.png,B,train\nx/2.png,A,test\nx/3.png,a,test\n"
+    assert len(data.scan_all(table(tmp_path, rows))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "test differ in case alone: A, a" in line
+
+
 def test_a_patient_of_the_table_in_train_and_test_is_an_error(tmp_path):
     touch(tmp_path, "train/A/1.png", "train/B/2.png", "test/A/3.png", "test/B/4.png")
     names = ["train/A/1.png,p", "train/B/2.png,q", "test/A/3.png,p", "test/B/4.png,r"]
