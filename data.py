@@ -30,6 +30,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import re
@@ -319,8 +320,8 @@ def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others: tupl
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = os.path.realpath(top)
-        if os.path.islink(top) and any(p.is_relative_to(real) or Path(real).is_relative_to(p) for p in others):
+        real = Path(top).resolve()
+        if os.path.islink(top) and any(p.is_relative_to(real) or real.is_relative_to(p) for p in others):
             warn(f"the link {top} leads to images of another class or split: not followed")
             seen.add(real)
         if real in seen:
@@ -343,9 +344,10 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
-    if split_folder(root, "train").is_dir() or split_folder(root, "test").is_dir():
-        return root
-    return root / "chest_xray" if (root / "chest_xray").is_dir() else root
+    inner = root / "chest_xray"
+    if inner.is_dir() and not any(split_folder(root, split).is_dir() for split in ("train", "test")):
+        return inner
+    return root
 
 
 def is_demo(root: Path) -> bool:
@@ -716,7 +718,7 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         raise ImageError(known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")) from None
 
 
-def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
+def _read(source, size):
     image, info = _open(source)
     _refuse_large(info)
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
@@ -747,7 +749,8 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
     return np.array(image), info
 
 
-def _open(source) -> tuple[Image.Image, ImageInfo]:
+def _open(source):
+    """A Pillow image, not yet decoded, and its ImageInfo."""
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if not isinstance(source, Image.Image):
@@ -815,7 +818,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
     return black, white
 
 
-def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
+def _open_dicom(file):
     """The first frame of a DICOM file, 8 bits grey or RGB, as PS3.3 C.7.6.3 and C.11.2 say; no lookup tables."""
     try:
         from pydicom import dcmread
@@ -1182,7 +1185,11 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     others = {}
     for label in {r.label for r in records}:
         others[label] = [i for i, r in enumerate(records) if r.label != label]
-    return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
+    partners = []
+    for r in records:
+        choice = others[r.label]
+        partners.append(choice[seed_from(r.path) % len(choice)])
+    return torch.tensor(partners)
 
 
 def border_ring(size: int, width: int) -> Tensor:
@@ -1326,21 +1333,21 @@ def _draw_phantom(anatomy, today, subtype: str):
     return _to_image(image).resize((width, height), Image.BICUBIC), ellipses
 
 
-def _to_image(levels: np.ndarray) -> Image.Image:
+def _to_image(levels):
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def _inside(distance: np.ndarray, edge: float = 0.02) -> np.ndarray:
+def _inside(distance, edge=0.02):
     """1 where distance is negative, 0 where it is positive, over a soft edge."""
     return (0.5 - distance / (2 * edge)).clip(0, 1)
 
 
-def _ellipse(x, y, cx, cy, rx, ry) -> np.ndarray:
+def _ellipse(x, y, cx, cy, rx, ry):
     """1 inside, 0 outside, over a soft edge."""
     return _inside(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1, edge=0.2)
 
 
-def _smooth(rng: np.random.Generator, bumps: int) -> np.ndarray:
+def _smooth(rng, bumps):
     """Noise in [-1, 1] with so many bumps a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
     return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.BICUBIC))
@@ -1459,7 +1466,8 @@ def _summarise(images: list[Inspected]) -> dict:
     summary = {"images": len(images), "patients": len({r.patient for r in records})}
     summary["unknown patients"] = sum(not r.known_patient for r in records)
     for name in images[0].measures:
-        summary[name] = np.percentile([i.measures[name] for i in images], (5, 50, 95)).round(3).tolist()
+        percentiles = np.percentile([i.measures[name] for i in images], (5, 50, 95))
+        summary[name] = percentiles.round(3).tolist()
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {**summary, **Counter(subtypes + modes)}
@@ -1481,7 +1489,8 @@ def _audit(images: list[Inspected]) -> list[dict]:
     for i in images:
         patients[i.record.label].add(i.record.patient)
     rows = []
-    for a, b in itertools.combinations([label for label in patients if len(patients[label]) >= 10], 2):
+    enough = [label for label in patients if len(patients[label]) >= 10]
+    for a, b in itertools.combinations(enough, 2):
         pair = [i for i in images if i.record.label in (a, b)]
         is_b = np.array([i.record.label == b for i in pair])
         border = border_features(torch.from_numpy(np.stack([i.thumbnail for i in pair]))).numpy()
@@ -1564,18 +1573,14 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
             with ThreadPool(1) as pool:  # left behind at the limit: a server can drip its answer, headers too, for ever
-                fetched = pool.apply_async(_fetch, (url, archive))
-                fetched.wait(3600 * hours)
-                if not fetched.ready():
-                    raise TimeoutError(f"not complete after {hours:g} hours")
-                fetched.get()  # raises what went wrong
+                pool.apply_async(_fetch, (url, archive)).get(3600 * hours)
             if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
             _unpack(archive, unpacked)
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, multiprocessing.TimeoutError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
-                f"the download failed or is damaged ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"the download failed, is damaged or not complete after {hours:g} hours ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
     return target
@@ -1583,9 +1588,12 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
 
 def _fetch(url: str, path: Path) -> None:
     """Write what url holds to path."""
-    bar = {"desc": "downloading", "unit": "B", "unit_scale": True, "leave": False, "disable": None}
-    with urllib.request.urlopen(url, timeout=60) as response, tqdm.wrapattr(open(path, "wb"), "write", **bar) as f:
-        shutil.copyfileobj(response, f)
+    with (
+        urllib.request.urlopen(url, timeout=60) as response,
+        open(path, "wb") as f,
+        tqdm.wrapattr(f, "write", desc="downloading", unit="B", unit_scale=True, leave=False, disable=None) as counted,
+    ):
+        shutil.copyfileobj(response, counted)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
