@@ -312,11 +312,11 @@ def refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others: tuple = ()):
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is
-    followed to one of the others (real paths), into it or above it.
+    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is followed to one of
+    the others (real paths), into it or above it.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
@@ -390,7 +390,7 @@ def read_metadata(root: Path) -> Table:
     semicolons or tabs; UTF-8 with or without a byte order mark.
 
     Raises:
-        UserError: not readable as such a table, a file stands there twice, or one with a label has no split.
+        UserError: not readable as such a table, a file stands there twice, or one in a table of labels has no split.
     """
     rows = {}
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
@@ -434,7 +434,10 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     patient, subtype, series = identify(os.path.basename(path))
     if not row.get("patient") and patient is None and is_dicom(Path(file)):
         patient = dicom_patient(file)
-    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is named when it is read
+    try:
+        info = os.stat(file)
+    except OSError:  # a broken link is named when it is read
+        info = os.lstat(file)
     return Record(
         path=path,
         label=label,
@@ -456,7 +459,7 @@ def warn_rows(message: str, paths: list[str]) -> None:
 
 
 def label_by_folder(root: Path, split: str) -> dict[str, str]:
-    """The class of each image, by path, of ROOT/split/CLASS/, as ImageFolder finds them."""
+    """The class of each image, by path, of ROOT/split/CLASS/, sorted, as ImageFolder finds them."""
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
@@ -467,7 +470,7 @@ def label_by_folder(root: Path, split: str) -> dict[str, str]:
         warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
     for place in sorted(entries & classes.keys()):
         others = [real for other, real in classes.items() if other != place]
-        files = list(walk(place, passed_over, others=others))
+        files = sorted(walk(place, passed_over, others=others))
         if not files:
             warn(f"{place} holds no image")
         for file in files:
@@ -490,15 +493,16 @@ def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) ->
     table = read_metadata(root) if table is None else table
     rows = {path: row for path, row in table.items() if row["split"] == split}
     if any("label" in row for row in table.values()):
-        labels = {path: row.get("label") for path, row in rows.items() if os.path.isfile(os.path.join(root, path))}
+        there = [path for path in rows if os.path.isfile(os.path.join(root, path))]
+        labels = {path: rows[path].get("label", "") for path in there}
+        labels = dict(sorted(labels.items(), key=lambda pair: (pair[1], pair[0])))
     else:
         labels = label_by_folder(root, split)
     if table:
         warn_rows(f"does not know these images of {split}", [path for path in labels if path not in table])
     warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
     warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
-    pairs = sorted((label, path) for path, label in labels.items() if label)
-    records = [make_record(root, path, label, split, table.get(path, {})) for label, path in pairs]
+    records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():

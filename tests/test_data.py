@@ -149,6 +149,15 @@ def test_scan_takes_images_and_counts_what_it_passes_over(tmp_path, capsys):
     assert "4 files" in line and "(2 .txt, 1 no ending, 1 .db)" in line
 
 
+def test_images_come_sorted_by_folder(tmp_path):
+    """The order goes into a run's fingerprint of its data."""
+    paths = ["train/A/a/1.png", "train/A/a-b/1.png", "train/A/b.png", "train/B/a/2.png", "train/B/a-b/1.png"]
+    assert [r.path for r in data.scan(touch(tmp_path, *paths), "train")] == paths
+    table(tmp_path, "file_name,label\n" + "".join(f"{p},{'YX'[i % 2]}\n" for i, p in enumerate(paths)))
+    by_label = [paths[3], paths[1], *sorted(paths[::2])]
+    assert [r.path for r in data.scan(tmp_path, "train")] == sorted(by_label[:2]) + by_label[2:]
+
+
 def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
     touch(tmp_path, *file_names("train", 0, 6), "train/a.png", "train/b.jpeg", "train/._c.png", "train/README.txt")
     assert len(data.scan(tmp_path, "train")) == 6
