@@ -30,10 +30,12 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -45,17 +47,19 @@ import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor
 from tqdm import tqdm
 
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
-OTHER_VAL = ("valid", "validation")  # what some call val
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
 
 # --- command line and files, for all four scripts ---
@@ -205,13 +209,29 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
 
-def count_cores() -> int:
-    """The cores that this process may use: its affinity, and in a container the quota of its control group."""
+def read_quota(group: Path) -> float:
+    """The cores that a control group (cgroup), of either version, may use; infinity where it has no quota."""
+    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return int(quota) / int(period)
+    return math.inf
+
+
+def count_cores(system: Path = Path("/")) -> int:
+    """The cores that this process may use: its affinity, and the smallest quota of its control group and its parents.
+
+    A container may show the path of its group on the host: what is not there has no quota.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no such file: no control groups; "max": no quota
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        cores = min(cores, math.ceil(int(quota) / int(period)))
-    return max(cores, 1)
+    with contextlib.suppress(OSError, ValueError):  # no control groups here
+        for line in (system / "proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not {"", "cpu"}.isdisjoint(controllers.split(",")):  # version 2 names no controllers
+                group = system / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.lstrip("/")
+                cores = min(cores, *map(read_quota, [group, *group.parents]))
+    return math.ceil(cores)
 
 
 CORES = count_cores()
@@ -256,12 +276,13 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
     The patient is None for names of no known scheme.
     """
+    subtypes = {"bacteria": "bacterial", "virus": "viral"}
     if m := re.match(r"person(\d+)_(bacteria|virus)_\d", name):
-        return f"{m[2]}-{int(m[1])}", {"bacteria": "bacterial", "virus": "viral"}[m[2]], m[2]
+        return f"{m[2]}-{int(m[1])}", subtypes[m[2]], m[2]
     if m := re.match(r"((?:NORMAL2-)?IM)-(\d+)-\d", name):
         return f"{m[1]}-{int(m[2])}", "", m[1]
     if m := re.match(r"(NORMAL|BACTERIA|VIRUS)-(\d+)-\d", name):
-        return m[2], {"BACTERIA": "bacterial", "VIRUS": "viral"}.get(m[1], ""), m[1]
+        return m[2], subtypes.get(m[1].lower(), ""), m[1]
     return None, "", ""
 
 
@@ -271,16 +292,14 @@ def is_hidden(name: str) -> bool:
 
 
 def is_dicom(path: Path) -> bool:
-    """By its ending, or, since such files often have none or a number, by its first bytes."""
+    """By its first bytes, where the ending allows it: such files often have none, or a number."""
     suffix = path.suffix.lower()
     if suffix not in ("", ".dcm") and not suffix[1:].isdigit():
         return False
-    if not path.is_file():  # a named pipe would wait for ever
-        return False
-    if suffix == ".dcm":
-        return True
-    with contextlib.suppress(OSError), open(path, "rb") as f:
-        return f.read(132)[128:] == b"DICM"
+    with contextlib.suppress(OSError):
+        if path.is_file():  # a named pipe would wait for ever
+            with open(path, "rb") as f:
+                return f.read(132)[128:] == b"DICM"
     return False
 
 
@@ -293,14 +312,18 @@ def refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders.
+    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is followed to one of
+    the others (real paths), into it or above it.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = os.path.realpath(top)
+        real = Path(top).resolve()
+        if os.path.islink(top) and any(p.is_relative_to(real) or real.is_relative_to(p) for p in others):
+            warn(f"the link {top} leads to images of another class or split: not followed")
+            seen.add(real)
         if real in seen:
             subfolders.clear()
             continue
@@ -321,8 +344,9 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         raise UserError(f"data folder {root} does not exist; name one with --data, or run python data.py download")
-    if not (root / "train").is_dir() and not (root / "test").is_dir() and (root / "chest_xray").is_dir():
-        return root / "chest_xray"
+    inner = root / "chest_xray"
+    if inner.is_dir() and not any(split_folder(root, split).is_dir() for split in ("train", "test")):
+        return inner
     return root
 
 
@@ -338,71 +362,82 @@ def prepare_demo(root: Path) -> None:
         warn(f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result says anything about patients.")
 
 
-def split_folder(root: Path, split: str) -> Path:
-    """ROOT/split, or what it is called instead."""
-    for name in OTHER_VAL if split == "val" else ():
-        if (root / name).is_dir() and not (root / split).is_dir():
-            return root / name
-    return root / split
-
-
 def split_of(folder: str) -> str | None:
-    """The split that a folder or a word in metadata.csv names."""
-    name = folder.lower()
-    return "val" if name in OTHER_VAL else name if name in SPLITS else None
+    """The split that a folder or a word in metadata.csv names, in any case."""
+    return SPLIT_NAMES.get(folder.lower())
 
 
+def split_folder(root: Path, split: str) -> Path:
+    """The folder whose name means the split; ROOT/split where there is none.
+
+    Raises:
+        UserError: there are several.
+    """
+    folders = sorted(folder for folder in root.glob("*/") if split_of(folder.name) == split)
+    if len(folders) > 1:
+        raise UserError(f"{root} has several folders for {split}: {', '.join(f.name for f in folders)}; merge them")
+    return folders[0] if folders else root / split
+
+
+Table = dict[str, dict[str, str]]  # rows of metadata.csv by path; each has its split, as SPLITS calls it, or None
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
 
 
-def read_metadata(root: Path) -> dict[str, dict[str, str]]:
+def read_metadata(root: Path) -> Table:
     """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without one.
 
     The convention of Hugging Face's image folders: file_name is relative to the table's folder. Separated by commas,
     semicolons or tabs; UTF-8 with or without a byte order mark.
 
     Raises:
-        UserError: not readable as such a table, or a file stands there twice.
+        UserError: not readable as such a table, a file stands there twice, or one in a table of labels has no split.
     """
     rows = {}
-    for table in [root / "metadata.csv", *sorted(root.glob("*/metadata.csv"))]:
-        if not table.is_file():
-            continue
+    for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
         folder = table.parent.relative_to(root).as_posix()
         try:
             text = table.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"{table} can't be read as UTF-8 text ({e}); save it as CSV in UTF-8") from None
-        header = text.split("\n", 1)[0]
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
-        columns = reader.fieldnames or []
+            header = text.split("\n", 1)[0]
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+            columns, lines = reader.fieldnames or [], list(reader)
+        except (OSError, UnicodeDecodeError, csv.Error) as e:
+            raise UserError(
+                f"{table} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?"
+            ) from None
         if "file_name" not in columns:
             raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
         for column in columns:
             meant = re.sub(r"[ _-]?id$", "", column.strip().lower())
             if meant in TABLE_COLUMNS and column != meant:
                 raise UserError(f"{table}: call the column {meant} instead of {column}, or otherwise if it is none")
-        try:
-            lines = list(reader)
-        except csv.Error as e:
-            raise UserError(f"{table} can't be read ({e}); is a quotation mark missing?") from None
+        if "split" in columns and "label" not in columns:
+            warn(f"{table} has a column split but no column label: the folders tell the split")
         for row in lines:
+            if any(row.pop(None, [])):
+                raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
             name = (row.pop("file_name") or "").replace("\\", "/").removeprefix("./")
             path = name if folder == "." else f"{folder}/{name}"
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
-            rows[path] = {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)}
+            row = {key: (value or "").strip() for key, value in row.items()}
+            told = row.get("split") if "label" in columns else None
+            row["split"] = split_of(told or path.split("/")[0])
+            if "label" in columns and row["split"] is None:
+                raise UserError(f"{table}: the split of {path} is {told or 'not told'}: train, val or test?")
+            rows[path] = row
     return rows
 
 
 def make_record(root: Path, path: str, label: str, split: str, row: dict[str, str]) -> Record:
     """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
-    file = root / path
-    name = file.name
-    patient, subtype, series = identify(name)
-    if not row.get("patient") and patient is None and is_dicom(file):
+    file = os.path.join(root, path)  # a Path would take longer than the look at the file
+    patient, subtype, series = identify(os.path.basename(path))
+    if not row.get("patient") and patient is None and is_dicom(Path(file)):
         patient = dicom_patient(file)
-    info = file.stat() if file.exists() else file.lstat()  # a broken link is named when it is read
+    try:
+        info = os.stat(file)
+    except OSError:  # a broken link is named when it is read
+        info = os.lstat(file)
     return Record(
         path=path,
         label=label,
@@ -416,65 +451,39 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     )
 
 
-def some(names: list[str]) -> str:
-    """How many, and the first few."""
-    return f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+def warn_rows(message: str, paths: list[str]) -> None:
+    """One line where there are such paths: how many, and the first few."""
+    if paths:
+        more = ", ..." if len(paths) > 3 else ""
+        warn(f"metadata.csv {message}: {len(paths)} ({', '.join(paths[:3])}{more})")
 
 
-def scan_table(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
-    """The images of a split as metadata.csv lists them, where it has the labels: the folders may be any."""
-    records, missing, unlabelled = [], [], []
-    for path, row in table.items():
-        its_split = split_of(row["split"] if row.get("split") else path.split("/")[0])
-        if its_split is None:
-            raise UserError(
-                f"metadata.csv: the split of {path} is {row.get('split') or 'not told'}: train, val or test?"
-            )
-        if its_split != split:
-            continue
-        if not row.get("label"):
-            unlabelled.append(path)
-        elif not (root / path).is_file():
-            missing.append(path)
-        else:
-            records.append(make_record(root, path, row["label"], split, row))
-    if unlabelled:
-        warn(f"metadata.csv: rows of {split} without a label, left out: {some(unlabelled)}")
-    if missing:
-        warn(f"metadata.csv: rows of {split} whose file is not there: {some(missing)}")
-    records.sort(key=lambda r: (r.label, r.path))
-    return records
-
-
-def scan_folders(root: Path, split: str, table: dict[str, dict[str, str]]) -> list[Record]:
-    """The images of ROOT/split/CLASS/, sorted by class and path, as ImageFolder finds them."""
+def label_by_folder(root: Path, split: str) -> dict[str, str]:
+    """The class of each image, by path, of ROOT/split/CLASS/, sorted, as ImageFolder finds them."""
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    records, unknown, passed_over = [], [], Counter()
-    for name in sorted(d.name for d in folder.iterdir() if d.is_dir() and not is_hidden(d.name)):
-        files = sorted(walk(folder / name, passed_over))
+    labels, passed_over = {}, Counter()
+    entries = {path for path in folder.iterdir() if not is_hidden(path.name)}
+    classes = {path: path.resolve() for path in root.glob("*/*/") if split_of(path.parent.name)}
+    if loose := sum(map(is_image, entries - classes.keys())):
+        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
+    for place in sorted(entries & classes.keys()):
+        others = [real for other, real in classes.items() if other != place]
+        files = sorted(walk(place, passed_over, others=others))
         if not files:
-            warn(f"{folder / name} holds no image")
+            warn(f"{place} holds no image")
         for file in files:
-            path = file.relative_to(root).as_posix()
-            records.append(make_record(root, path, name, split, table.get(path, {})))
-            if path not in table:
-                unknown.append(path)
+            labels[file.relative_to(root).as_posix()] = place.name
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
-    if table and unknown:
-        warn(f"metadata.csv does not know these images of {split}: {some(unknown)}")
-    listed = {path for path in table if path.startswith(f"{folder.name}/")}
-    missing = sorted(listed - {r.path for r in records})
-    if missing:
-        warn(f"metadata.csv: rows of {split} whose file is not there: {some(missing)}")
-    return records
+    return labels
 
 
-def scan(root: Path, split: str, fewest: int = 1, table: dict | None = None) -> list[Record]:
-    """The images of a split: those of ROOT/split/CLASS/, or those that metadata.csv gives labels.
+def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) -> list[Record]:
+    """The images of a split, sorted by class and path: those of ROOT/split/CLASS/, or, in whatever folders, those that
+    metadata.csv gives labels.
 
     No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
 
@@ -482,8 +491,18 @@ def scan(root: Path, split: str, fewest: int = 1, table: dict | None = None) -> 
         UserError: no such folder, or fewer than fewest classes with images.
     """
     table = read_metadata(root) if table is None else table
-    labelled = any("label" in row for row in table.values())
-    records = scan_table(root, split, table) if labelled else scan_folders(root, split, table)
+    rows = {path: row for path, row in table.items() if row["split"] == split}
+    if any("label" in row for row in table.values()):
+        there = [path for path in rows if os.path.isfile(os.path.join(root, path))]
+        labels = {path: rows[path].get("label", "") for path in there}
+        labels = dict(sorted(labels.items(), key=lambda pair: (pair[1], pair[0])))
+    else:
+        labels = label_by_folder(root, split)
+    if table:
+        warn_rows(f"does not know these images of {split}", [path for path in labels if path not in table])
+    warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
+    warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
+    records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():
@@ -507,7 +526,7 @@ def check_classes(records: list[Record], classes: list[str], where: str) -> None
         raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
 
 
-def scan_all(root: Path, fewest: int = 0) -> list[Record]:
+def scan_all(root: Path, fewest: int = 1) -> list[Record]:
     """scan of train/, val/ and test/, where there are such with images; the split of a small val/ is train.
 
     Raises:
@@ -515,15 +534,17 @@ def scan_all(root: Path, fewest: int = 0) -> list[Record]:
     """
     records = []
     table = read_metadata(root)  # once: it may have hundreds of thousands of rows
+    listed = {row["split"] for row in table.values()}
     for split in SPLITS:
-        if split == "train" and fewest:
-            records = scan(root, split, fewest, table)
+        needed = split == "train" and fewest > 1
+        if not needed and split not in listed and not split_folder(root, split).is_dir():
             continue
         try:
-            more = scan(root, split, table=table)
+            more = scan(root, split, fewest if needed else 1, table)
         except UserError as e:
-            if split_folder(root, split).is_dir():
-                warn(str(e))
+            if needed:
+                raise
+            warn(str(e))
             continue
         if records:
             check_classes(more, sorted({r.label for r in records}), f"{root}/{split}")
@@ -543,9 +564,9 @@ def positive_index(classes: list[str], asked: str | None) -> int:
         if asked not in classes:
             raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
         return classes.index(asked)
-    for i, name in enumerate(classes):
-        if name.upper() == "PNEUMONIA":
-            return i
+    names = [name.upper() for name in classes]
+    if "PNEUMONIA" in names:
+        return names.index("PNEUMONIA")
     if len(classes) == 2:
         warn(f"the positive class is a guess: {classes[-1]}, not {classes[0]}; name it with --positive CLASS")
     return len(classes) - 1
@@ -561,16 +582,15 @@ def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     named = {s: named_patients([r for r in records if r.split == s]) for s in SPLITS}
     shared = {}
     for a, b in itertools.combinations(SPLITS, 2):
-        if named[a] & named[b]:
-            shared[f"{a} and {b}"] = sorted(named[a] & named[b])
+        if both := named[a] & named[b]:
+            shared[f"{a} and {b}"] = sorted(both)
     return shared
 
 
 def seed_from(*numbers) -> int:
     """A seed from several numbers or names, so that neighbours share nothing."""
-    return int.from_bytes(
-        hashlib.blake2b(repr(numbers).encode(errors="surrogateescape"), digest_size=7).digest(), "big"
-    )
+    text = repr(numbers).encode(errors="surrogateescape")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
 def draw_folds(records: list[Record], folds: int) -> list[int]:
@@ -632,7 +652,7 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
 
 # --- read ---
 
-READER_VERSION = 2  # part of the cache's name: raise it when read_image gives other pixels
+READER_VERSION = 3  # part of the cache's name: raise it when read_image gives other pixels, or decode_all other notes
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
@@ -677,8 +697,9 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         uint8 array [size, size] (or [height, width]), and what else the file tells.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: of DICOM files the first window or else the
-    full range of the stored bits, of others from black to white as the file states them or find_range guesses.
-    Transparent pixels are black, EXIF rotation is applied.
+    full range of the stored bits, of others, and of DICOM files without a window that state 16 bits (as many do
+    whatever the depth), from black to white as the file states them or find_range guesses. Transparent pixels are
+    black, EXIF rotation is applied.
 
     Raises:
         ImageError: missing, empty, damaged, no image, too large, not finite, or a DICOM file without pydicom.
@@ -701,7 +722,7 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         raise ImageError(known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")) from None
 
 
-def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
+def _read(source, size):
     image, info = _open(source)
     _refuse_large(info)
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
@@ -722,17 +743,18 @@ def _read(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image.convert("RGB")
-        thumbnail = np.asarray(image.resize((64, 64), Image.Resampling.BOX))
+        image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
+        thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
         image = image.convert("L")
     if size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
 
 
-def _open(source) -> tuple[Image.Image, ImageInfo]:
+def _open(source):
+    """A Pillow image, not yet decoded, and its ImageInfo."""
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     if not isinstance(source, Image.Image):
@@ -778,7 +800,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
     had). A darker picture can't be told from a brighter one of fewer bits: it comes out brighter, by a power of two.
     Black is 0, or the power of two below it that the negative samples keep to likewise. Floats may end at 1, 3, 7 ...
     """
-    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.Resampling.NEAREST)
+    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
     samples = np.sort(grid, axis=None).astype(float)
     odd = max(1, len(samples) // 1000)
     lowest, highest = samples[odd], samples[-1 - odd]
@@ -800,7 +822,7 @@ def find_range(image: Image.Image) -> tuple[float, float]:
     return black, white
 
 
-def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
+def _open_dicom(file):
     """The first frame of a DICOM file, 8 bits grey or RGB, as PS3.3 C.7.6.3 and C.11.2 say; no lookup tables."""
     try:
         from pydicom import dcmread
@@ -824,9 +846,13 @@ def _open_dicom(file) -> tuple[Image.Image, ImageInfo]:
     slope = dataset.get("RescaleSlope") or 1
     intercept = dataset.get("RescaleIntercept") or 0
     lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-    black, white = sorted((slope * lowest + intercept, slope * (lowest + 2**bits - 1) + intercept))
+    highest = lowest + 2**bits - 1
     center = np.ravel(dataset.get("WindowCenter") or 0)[0]  # of several windows the first
     width = np.ravel(dataset.get("WindowWidth") or 0)[0]
+    if width <= 1 and bits == 16:  # many writers say 16 whatever the depth
+        lowest, highest = find_range(Image.fromarray(values))
+        info.depth = int(highest - lowest).bit_length()
+    black, white = sorted((slope * lowest + intercept, slope * highest + intercept))
     if width > 1:
         black, white = center - width / 2, center + width / 2 - 1
     if info.mode == "MONOCHROME1":
@@ -857,14 +883,14 @@ def dicom_patient(path: Path) -> str | None:
 class Images:
     """Decoded images, in the order of their records."""
 
-    pixels: torch.Tensor  # uint8 [n, size, size]; zeros where the file can't be read
-    digests: torch.Tensor  # int64 [n], equal where the pixels are
+    pixels: Tensor  # uint8 [n, size, size]; zeros where the file can't be read
+    digests: Tensor  # int64 [n], equal where the pixels are
     failed: dict[int, str]  # position and reason of each file that can't be read
 
 
 def digest(pixels: np.ndarray) -> int:
     """64-bit BLAKE2b of an image's pixels, signed."""
-    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), signed=True)
 
 
 def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, str]:
@@ -877,32 +903,35 @@ def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, 
 
 
 def decode_all(f, root: Path, records: list[Record], size: int) -> None:
-    """Write the pixels of all records to a binary file, and after them their digests and what failed, as JSON."""
-    digests, failed = [], []
-    for pixels, _, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
-        if reason:
-            failed.append([len(digests), reason])
-        digests.append(digest(pixels))
+    """Write to a binary file the pixels of all records and, as JSON, the digest, depth and reason of failure of each."""
+    notes = []
+    for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
+        notes.append([digest(pixels), info and info.depth, reason])
         f.write(pixels)
-    f.write(json.dumps([digests, failed]).encode())
+    f.write(json.dumps(notes).encode())
 
 
 def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
-    """What decode_all wrote, checked.
+    """What decode_all wrote, checked; images of several depths are said.
 
     Raises:
         ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
     """
     pixels, notes = np.split(stored, [len(records) * size**2])
-    digests, failed = json.loads(notes.tobytes())
+    digests, depths, reasons = zip(*json.loads(notes.tobytes()))
     pixels = pixels.reshape(-1, size, size)
     with ThreadPoolExecutor(CORES) as pool:
-        if list(pool.map(digest, pixels)) != digests:
+        if tuple(pool.map(digest, pixels)) != digests:
             raise ValueError("damaged")
-    for i, _ in failed:
+    failed = {i: reason for i, reason in enumerate(reasons) if reason}
+    for i in failed:
         if not decode(root / records[i].path, size)[2]:
             raise ValueError("readable now")
-    return Images(torch.from_numpy(pixels), torch.tensor(digests), dict(failed))
+    counts = Counter(depth for depth in depths if depth)
+    if len(counts) > 1:
+        mixed = " and ".join(f"of {depth} bits ({counts[depth]})" for depth in sorted(counts))
+        warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
+    return Images(torch.from_numpy(pixels), torch.tensor(digests), failed)
 
 
 def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
@@ -961,7 +990,7 @@ def hash_lines(lines) -> str:
     return total.hexdigest()
 
 
-def fingerprint(records: list[Record], digests: torch.Tensor) -> str:
+def fingerprint(records: list[Record], digests: Tensor) -> str:
     """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the data."""
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
@@ -985,12 +1014,12 @@ def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]
 NUMBERS = 4  # random numbers that an operation has for each image
 
 
-def column(values: torch.Tensor) -> torch.Tensor:
+def column(values: Tensor) -> Tensor:
     """[batch] as [batch, 1, 1, 1], to go with images."""
     return values.view(-1, 1, 1, 1)
 
 
-def signed(u: torch.Tensor) -> torch.Tensor:
+def signed(u: Tensor) -> Tensor:
     """[0, 1) as [-1, 1)."""
     return 2 * u - 1
 
@@ -1004,7 +1033,7 @@ class Crop:
     ratio: float = 4 / 3  # largest aspect distortion
 
 
-def random_resized_crop(x: torch.Tensor, u: torch.Tensor, crop: Crop) -> torch.Tensor:
+def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
     """A window of random area, aspect and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
     distortion = torch.exp(signed(u[:, 1]) * math.log(crop.ratio) / 2)
@@ -1016,12 +1045,11 @@ def random_resized_crop(x: torch.Tensor, u: torch.Tensor, crop: Crop) -> torch.T
     columns = width[:, None] * centres + left[:, None]
     rows = height[:, None] * centres + top[:, None]
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
-    shape = len(x), crop.size, crop.size
-    grid = torch.stack([columns[:, None, :].expand(shape), rows[:, :, None].expand(shape)], 3)
+    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def rotate(x: torch.Tensor, u: torch.Tensor, degrees: float) -> torch.Tensor:
+def rotate(x: Tensor, u: Tensor, degrees: float) -> Tensor:
     """By up to so many degrees either way; what lies outside of the image is 0."""
     angle = signed(u[:, 0]) * math.radians(degrees)
     zero = torch.zeros_like(angle)
@@ -1030,36 +1058,36 @@ def rotate(x: torch.Tensor, u: torch.Tensor, degrees: float) -> torch.Tensor:
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def flip(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+def flip(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """Left and right exchanged."""
     chosen = u[:, 0] < probability
     x[chosen] = x[chosen].flip(3)
     return x
 
 
-def brightness(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def brightness(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Grey levels times a factor in [1 - strength, 1 + strength]."""
     return x.mul_(column(1 + signed(u[:, 0]) * strength)).clamp_(max=1)
 
 
-def contrast(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def contrast(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Distances from the image's mean times a factor in [1 - strength, 1 + strength]."""
     factor = column(1 + signed(u[:, 0]) * strength)
     mean = x.mean((1, 2, 3), keepdim=True)
     return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
-def gamma(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def gamma(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Grey levels to a power in [exp(-strength), exp(strength)]."""
     return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
 
 
-def half(u: torch.Tensor) -> torch.Tensor:
+def half(u: Tensor) -> Tensor:
     """[batch, 1, 1, 1] from uniform numbers [batch]: zero for half of the images, uniform in [0, 1) for the others."""
     return column(signed(u).clamp(min=0))
 
 
-def exchange_border(x: torch.Tensor, u: torch.Tensor, probability: float) -> torch.Tensor:
+def exchange_border(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """A ring of 4 to 18 % of the sides comes from the image before in the batch.
 
     The border shows the device and the technique, not the lungs; exchanged, it tells nothing of the label (a cut-and-
@@ -1073,12 +1101,12 @@ def exchange_border(x: torch.Tensor, u: torch.Tensor, probability: float) -> tor
 
 
 @functools.cache
-def standard_normals(count: int, device: torch.device) -> torch.Tensor:
+def standard_normals(count: int, device: torch.device) -> Tensor:
     """float32 [count], always the same: drawing them anew in each step takes longer than all else in noise."""
     return torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def noise(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
+def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
     """Gaussian noise on half of the images, its standard deviation uniform up to strength (1 is the whole range)."""
     pixels = x[0].numel()
     normals = standard_normals(2**20 + pixels, x.device)
@@ -1089,39 +1117,29 @@ def noise(x: torch.Tensor, u: torch.Tensor, strength: float) -> torch.Tensor:
 
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
-    return {
-        "none": [],
-        "light": [
-            (rotate, 5.0),
-            (random_resized_crop, Crop(size, 0.7, 1.1)),
-            (flip, 0.5),
-            (brightness, 0.1),
-            (contrast, 0.1),
-            (gamma, 0.1),
-        ],
-        "medium": [
-            (random_resized_crop, Crop(size, 0.08)),
-            (flip, 0.5),
-            (brightness, 0.3),
-            (contrast, 0.3),
-            (gamma, 0.4),
-        ],
-        "robust": [
-            (exchange_border, 0.7),
-            (random_resized_crop, Crop(size, 0.08)),
-            (flip, 0.5),
-            (brightness, 0.3),
-            (contrast, 0.3),
-            (gamma, 0.4),
-            (noise, 0.05),
-        ],
-    }[name]
+    light = [
+        (rotate, 5.0),
+        (random_resized_crop, Crop(size, 0.7, 1.1)),
+        (flip, 0.5),
+        (brightness, 0.1),
+        (contrast, 0.1),
+        (gamma, 0.1),
+    ]
+    medium = [
+        (random_resized_crop, Crop(size, 0.08)),
+        (flip, 0.5),
+        (brightness, 0.3),
+        (contrast, 0.3),
+        (gamma, 0.4),
+    ]
+    robust = [(exchange_border, 0.7), *medium, (noise, 0.05)]
+    return {"none": [], "light": light, "medium": medium, "robust": robust}[name]
 
 
 PRESETS = ("none", "light", "medium", "robust")
 
 
-def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[torch.Tensor]:
+def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Tensor]:
     """One epoch's random numbers of each operation: float32 [count, NUMBERS] in [0, 1), row i for image i, on the CPU.
 
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
@@ -1134,12 +1152,12 @@ def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[tor
     return draws
 
 
-def shuffle(count: int, seed: int, epoch: int) -> torch.Tensor:
+def shuffle(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
 
 
-def augment(images: torch.Tensor, operations: list[tuple], numbers: list[torch.Tensor]) -> torch.Tensor:
+def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
     """Apply a preset.
 
     Args:
@@ -1155,7 +1173,7 @@ def augment(images: torch.Tensor, operations: list[tuple], numbers: list[torch.T
     return x
 
 
-def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
+def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     """What the model sees: float32 [batch, 1, height, width] from uint8 [batch, height, width] or augment's output."""
     x = images.unsqueeze(1).float().div_(255) if images.dtype == torch.uint8 else images
     return x.sub_(mean).div_(std)
@@ -1164,35 +1182,39 @@ def normalise(images: torch.Tensor, mean: float, std: float) -> torch.Tensor:
 # --- stress and shortcuts ---
 
 
-def draw_partners(records: list[Record]) -> torch.Tensor | None:
+def draw_partners(records: list[Record]) -> Tensor | None:
     """For each record the position of one with another label, drawn from its path: int64 [n]; None with one label."""
     if len({r.label for r in records}) < 2:
         return None
     others = {}
     for label in {r.label for r in records}:
         others[label] = [i for i, r in enumerate(records) if r.label != label]
-    return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
+    partners = []
+    for r in records:
+        choice = others[r.label]
+        partners.append(choice[seed_from(r.path) % len(choice)])
+    return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int) -> torch.Tensor:
+def border_ring(size: int, width: int) -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
     ring = torch.ones(size, size, dtype=torch.bool)
     ring[width : size - width, width : size - width] = False
     return ring
 
 
-def border_features(images: torch.Tensor) -> torch.Tensor:
+def border_features(images: Tensor) -> Tensor:
     """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
     thumbnails = F.adaptive_avg_pool2d(images.cpu().unsqueeze(1).float() / 255, 32)[:, 0]
     return thumbnails[:, border_ring(32, 3)]
 
 
-def to_uint8(x: torch.Tensor) -> torch.Tensor:
+def to_uint8(x: Tensor) -> Tensor:
     """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
     return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
-def stress(images: torch.Tensor, partners: torch.Tensor | None, paths: list[str]):
+def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     """Yield (name, copy) of uint8 images [batch, side, side] under changes that leave the diagnosis as it is.
 
     Exposure (brightness and contrast x 0.65 and x 1.4, gamma 0.7 and 1.4), JPEG at quality 30, a Gaussian blur of
@@ -1279,8 +1301,8 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
                 raise
 
 
-def _draw_phantom(anatomy: np.random.Generator, today: np.random.Generator, subtype: str):
-    """One phantom as a grey Pillow image, and its opacities as in demo.json."""
+def _draw_phantom(anatomy, today, subtype: str):
+    """One phantom, drawn with two random generators, as a grey Pillow image, and its opacities as in demo.json."""
     x = np.linspace(0, 1, PHANTOM_SIDE, dtype=np.float32)
     y = x[:, None]
     middle = anatomy.uniform(0.46, 0.54)
@@ -1312,32 +1334,32 @@ def _draw_phantom(anatomy: np.random.Generator, today: np.random.Generator, subt
     image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
     width = today.integers(180, 450)
     height = int(width * today.uniform(0.75, 1))
-    return _to_image(image).resize((width, height), Image.Resampling.BICUBIC), ellipses
+    return _to_image(image).resize((width, height), Image.BICUBIC), ellipses
 
 
-def _to_image(levels: np.ndarray) -> Image.Image:
+def _to_image(levels):
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def _inside(distance: np.ndarray, edge: float = 0.02) -> np.ndarray:
+def _inside(distance, edge=0.02):
     """1 where distance is negative, 0 where it is positive, over a soft edge."""
     return (0.5 - distance / (2 * edge)).clip(0, 1)
 
 
-def _ellipse(x: np.ndarray, y: np.ndarray, cx: float, cy: float, rx: float, ry: float) -> np.ndarray:
+def _ellipse(x, y, cx, cy, rx, ry):
+    """1 inside, 0 outside, over a soft edge."""
     return _inside(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1, edge=0.2)
 
 
-def _smooth(rng: np.random.Generator, bumps: int) -> np.ndarray:
+def _smooth(rng, bumps):
     """Noise in [-1, 1] with so many bumps a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
-    return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.Resampling.BICUBIC))
+    return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.BICUBIC))
 
 
 # --- check ---
 
-FILE_MEASURES = ("width", "height", "aspect", "bytes_per_pixel", "depth")
-MEASURES = (*FILE_MEASURES[:4], "brightness", "contrast")
+FILE_MEASURES = ("width", "height", "aspect", "bytes per pixel")  # those of Inspected that no pixel has a part in
 
 
 @dataclass(slots=True)
@@ -1345,14 +1367,8 @@ class Inspected:
     """What check() keeps of an image."""
 
     record: Record
-    width: int
-    height: int
-    aspect: float
-    bytes_per_pixel: float
-    mode: str  # as Pillow names it
-    depth: int  # bits a sample
-    brightness: float  # mean grey level, 0 to 255
-    contrast: float  # standard deviation of the grey levels
+    info: ImageInfo
+    measures: dict[str, float]  # FILE_MEASURES, and mean and standard deviation of the grey levels
     digest: str  # of shape and pixels
     thumbnail: np.ndarray  # uint8 [32, 32]
 
@@ -1371,8 +1387,6 @@ def check(root: Path) -> dict:
     """
     records = scan_all(root)
     if not records:
-        if read_metadata(root):
-            scan(root, "train")  # raises: scan_all passes over what is wrong with a table
         raise UserError(f"{root} has none of the folders train/, val/, test/")
     folders = {f"{r.split}/{r.label}": [] for r in records}
     unreadable, problems, warnings = [], [], []
@@ -1392,7 +1406,7 @@ def check(root: Path) -> dict:
         if groups:
             problems.append(f"{len(groups)} images have copies {kind}, such as {', '.join(groups[0])}")
     for folder, inspected in folders.items():
-        depths = sorted({i.depth for i in inspected})
+        depths = sorted({i.info.depth for i in inspected})
         if not depths:
             problems.append(f"{folder} holds no readable image")
         if len(depths) > 1:
@@ -1424,19 +1438,16 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     pixels, info, reason = decode(root / record.path, None)
     if reason:
         return reason
-    return Inspected(
-        record=record,
-        width=info.width,
-        height=info.height,
-        aspect=info.width / info.height,
-        bytes_per_pixel=record.bytes / pixels.size,
-        mode=info.mode,
-        depth=info.depth,
-        brightness=float(pixels.mean()),
-        contrast=float(pixels.std()),
-        digest=f"{pixels.shape} {digest(pixels)}",
-        thumbnail=np.asarray(Image.fromarray(pixels).resize((32, 32), Image.Resampling.BOX)),
-    )
+    measures = {
+        "width": info.width,
+        "height": info.height,
+        "aspect": info.width / info.height,
+        "bytes per pixel": record.bytes / pixels.size,
+        "brightness": float(pixels.mean()),
+        "contrast": float(pixels.std()),
+    }
+    thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
+    return Inspected(record, info, measures, f"{pixels.shape} {digest(pixels)}", thumbnail)
 
 
 def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
@@ -1454,15 +1465,15 @@ def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
 
 
 def _summarise(images: list[Inspected]) -> dict:
-    """Counts, and [5th percentile, median, 95th] of MEASURES, of one folder."""
+    """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
     summary = {"images": len(images), "patients": len({r.patient for r in records})}
     summary["unknown patients"] = sum(not r.known_patient for r in records)
-    for name in MEASURES:
-        percentiles = np.percentile([getattr(i, name) for i in images], (5, 50, 95))
-        summary[name.replace("_", " ")] = percentiles.round(3).tolist()
+    for name in images[0].measures:
+        percentiles = np.percentile([i.measures[name] for i in images], (5, 50, 95))
+        summary[name] = percentiles.round(3).tolist()
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {i.mode}, {i.depth} bits" for i in images)
+    modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {**summary, **Counter(subtypes + modes)}
 
 
@@ -1482,12 +1493,14 @@ def _audit(images: list[Inspected]) -> list[dict]:
     for i in images:
         patients[i.record.label].add(i.record.patient)
     rows = []
-    for a, b in itertools.combinations([label for label in patients if len(patients[label]) >= 10], 2):
+    enough = [label for label in patients if len(patients[label]) >= 10]
+    for a, b in itertools.combinations(enough, 2):
         pair = [i for i in images if i.record.label in (a, b)]
         is_b = np.array([i.record.label == b for i in pair])
         border = border_features(torch.from_numpy(np.stack([i.thumbnail for i in pair]))).numpy()
-        modes = np.unique([i.mode for i in pair], return_inverse=True)[1]
-        file = np.column_stack([list(map(operator.attrgetter(*FILE_MEASURES), pair)), modes])
+        measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in pair]
+        modes = np.unique([i.info.mode for i in pair], return_inverse=True)[1]
+        file = np.column_stack([measures, [i.info.depth for i in pair], modes])
         for source, features in (
             ("the border alone, without any lung,", border),
             ("the file alone (size, bytes per pixel, mode, depth)", file),
@@ -1528,9 +1541,10 @@ def print_check(report: dict) -> None:
             print(f"{row:19}", *(f"{_cell(folders[name].get(row, 0)):>{width}}" for name in names))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
     print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
-    lines = [f"PROBLEM: {line}" for line in report["problems"]] + [f"WARNING: {line}" for line in report["warnings"]]
-    for line in lines:
-        print(textwrap.fill(printable(line), 100, subsequent_indent="  ", break_on_hyphens=False))
+    for kind in ("problem", "warning"):
+        for line in report[f"{kind}s"]:
+            text = printable(f"{kind.upper()}: {line}")
+            print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
     print("a result on this folder would not be valid" if report["problems"] else "no problem found")
 
 
@@ -1548,7 +1562,7 @@ URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 
 
-def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 6) -> Path:
+def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float = 6) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
@@ -1562,42 +1576,35 @@ def download(folder: Path, url: str = URL, sha256: str = SHA256, hours: float = 
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            if _fetch(url, archive, hours) != sha256:
+            with ThreadPool(1) as pool:  # left behind at the limit: a server can drip its answer, headers too, for ever
+                pool.apply_async(_fetch, (url, archive)).get(3600 * hours)
+            if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
             _unpack(archive, unpacked)
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, multiprocessing.TimeoutError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
-                f"the download failed or is damaged ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"the download failed, is damaged or not complete after {hours:g} hours ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
     return target
 
 
-def _fetch(url: str, path: Path, hours: float) -> str:
-    """Write what url holds to path; returns its SHA-256."""
-    end = time.monotonic() + 3600 * hours
-    found = hashlib.sha256()
-    with urllib.request.urlopen(url, timeout=60) as response, open(path, "wb") as f:
-        # read1 returns what has come; read would wait for a whole block, however slowly it drips in.
-        blocks = iter(functools.partial(response.read1, 2**16), b"")
-        for block in tqdm(blocks, "downloading", unit=" x 64 kB", leave=False, disable=None):
-            f.write(block)
-            found.update(block)
-            if time.monotonic() > end:
-                raise TimeoutError(f"not complete after {hours:g} hours")
-    return found.hexdigest()
+def _fetch(url: str, path: Path) -> None:
+    """Write what url holds to path."""
+    with (
+        urllib.request.urlopen(url, timeout=60) as response,
+        open(path, "wb") as f,
+        tqdm.wrapattr(f, "write", desc="downloading", unit="B", unit_scale=True, leave=False, disable=None) as counted,
+    ):
+        shutil.copyfileobj(response, counted)
 
 
 def _unpack(archive: Path, folder: Path) -> None:
-    """The images of chest_xray/SPLIT/CLASS/."""
+    """The images of chest_xray/SPLIT/CLASS/; extractall writes nothing outside of folder."""
     with zipfile.ZipFile(archive) as z:
-        for member in z.infolist():
-            path = Path(member.filename)
-            if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-                raise ValueError(f"it would write outside of the folder: {path}")
-            if len(path.parts) == 4 and path.parts[0] == "chest_xray" and path.parts[1] in SPLITS and is_image(path):
-                z.extract(member, folder)
+        wanted = re.compile(r"chest_xray/(train|val|test)/\w+/[^/]+\.jpeg")
+        z.extractall(folder, filter(wanted.fullmatch, z.namelist()))
     if not (folder / "chest_xray" / "train").is_dir():
         raise ValueError("it does not hold chest_xray/train")
 

@@ -24,7 +24,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, run_script
 from PIL import EpsImagePlugin, Image
 from sklearn.ensemble import HistGradientBoostingClassifier
 from sklearn.metrics import roc_auc_score
@@ -73,18 +73,42 @@ def test_messages_are_one_short_line_without_control_characters(capsys):
     assert "\x1b" not in line and len(line) < 320 and line.endswith("the end")
 
 
-@pytest.mark.parametrize(
-    ("quota", "cores"),
-    [("max 100000", None), ("100000 100000", 1), ("50000 100000", 1), ("garbage", None), (None, None)],
-)
-def test_a_containers_quota_counts_as_cores(monkeypatch, quota, cores):
-    def read_text(path):
-        if quota is None:
-            raise FileNotFoundError
-        return quota + "\n"
+ALL = 4  # cores that the process may run on
+NESTED, V1 = "sys/fs/cgroup/a.slice", "sys/fs/cgroup/cpu/docker/x"
+GROUPS = {  # /proc/self/cgroup, the files of the control groups, the cores
+    "none": (None, {}, ALL),
+    "no quota": ("0::/", {"sys/fs/cgroup/cpu.max": "max 100000"}, ALL),
+    "a quota": ("0::/", {"sys/fs/cgroup/cpu.max": "100000 100000"}, 1),
+    "less than a core": ("0::/", {"sys/fs/cgroup/cpu.max": "50000 100000"}, 1),
+    "garbage": ("0::/", {"sys/fs/cgroup/cpu.max": "garbage"}, ALL),
+    "other garbage": ("garbage", {"sys/fs/cgroup/cpu.max": "100000 100000"}, ALL),
+    "nested": ("0::/a.slice/b", {f"{NESTED}/cpu.max": "9900000 100000", f"{NESTED}/b/cpu.max": "50000 100000"}, 1),
+    "of a parent": ("0::/a.slice/b", {f"{NESTED}/cpu.max": "50000 100000", f"{NESTED}/b/cpu.max": "max 100000"}, 1),
+    "version 1": (
+        "4:cpu,cpuacct:/docker/x",
+        {f"{V1}/cpu.cfs_quota_us": "70000", f"{V1}/cpu.cfs_period_us": "100000"},
+        1,
+    ),
+    "version 1, a container": (
+        "5:memory:/y\n4:cpu:/docker/x",
+        {"sys/fs/cgroup/cpu/cpu.cfs_quota_us": "1000", "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"},
+        1,
+    ),
+    "version 1, no quota": ("4:cpu:/docker/x", {f"{V1}/cpu.cfs_quota_us": "-1", f"{V1}/cpu.cfs_period_us": "9"}, ALL),
+    "of another group": ("0::/c", {f"{NESTED}/cpu.max": "50000 100000"}, ALL),
+}
 
-    monkeypatch.setattr(data.Path, "read_text", read_text)
-    assert data.count_cores() == (cores or len(os.sched_getaffinity(0)))
+
+@pytest.mark.parametrize("case", GROUPS)
+def test_a_control_groups_quota_counts_as_cores(tmp_path, monkeypatch, case):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(ALL))
+    groups, files, cores = GROUPS[case]
+    if groups is not None:
+        files = {**files, "proc/self/cgroup": groups}
+    for path, text in files.items():
+        touch(tmp_path, path)
+        (tmp_path / path).write_text(text + "\n")
+    assert data.count_cores(tmp_path) == cores
 
 
 # --- patients and splits ---
@@ -123,6 +147,83 @@ def test_scan_takes_images_and_counts_what_it_passes_over(tmp_path, capsys):
     assert [r.known_patient for r in records] == [True, True, False]
     (line,) = capsys.readouterr().err.splitlines()
     assert "4 files" in line and "(2 .txt, 1 no ending, 1 .db)" in line
+
+
+def test_images_come_sorted_by_folder(tmp_path):
+    """The order goes into a run's fingerprint of its data."""
+    paths = ["train/A/a/1.png", "train/A/a-b/1.png", "train/A/b.png", "train/B/a/2.png", "train/B/a-b/1.png"]
+    assert [r.path for r in data.scan(touch(tmp_path, *paths), "train")] == paths
+    table(tmp_path, "file_name,label\n" + "".join(f"{p},{'YX'[i % 2]}\n" for i, p in enumerate(paths)))
+    by_label = [paths[3], paths[1], *sorted(paths[::2])]
+    assert [r.path for r in data.scan(tmp_path, "train")] == sorted(by_label[:2]) + by_label[2:]
+
+
+def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
+    touch(tmp_path, *file_names("train", 0, 6), "train/a.png", "train/b.jpeg", "train/._c.png", "train/README.txt")
+    assert len(data.scan(tmp_path, "train")) == 6
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"2 images that lie in {tmp_path}/train itself" in line
+
+
+@pytest.mark.parametrize("names", ["TRAIN Val Test", "Train VALID TEST", "train Validation test"])
+def test_folders_of_splits_in_any_case(tmp_path, names):
+    train, val, test = names.split()
+    touch(tmp_path, *file_names(train, 0, 40), *file_names(val, 1000, 100), *file_names(test, 5000, 10))
+    records = data.scan_all(data.find_root(str(tmp_path)))
+    assert Counter(r.split for r in records) == {"train": 40, "val": 100, "test": 10}
+    assert {r.path.split("/")[0] for r in records} == set(names.split())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names differ in case alone")
+@pytest.mark.parametrize("folders", ["Val val", "val valid", "Train train", "TEST test"])
+def test_two_folders_for_a_split_are_an_error(tmp_path, folders):
+    a, b = folders.split()
+    touch(tmp_path, *file_names("train", 0, 40), *file_names(a, 1000, 10), *file_names(b, 2000, 10))
+    done = run_script("data.py", "check", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and f"several folders for {data.split_of(a)}: {a}, {b}" in done.stderr
+    with pytest.raises(data.UserError, match=f"{a}, {b}"):
+        data.find_training(tmp_path, 5, 0)
+
+
+LINKS = {  # where a link in train/NORMAL leads, relative to that folder, and how many images are then found in it
+    "its parent": ("..", 20),
+    "the root": ("../..", 20),
+    "above the root": ("../../..", 20),
+    "another class": ("../PNEUMONIA", 20),
+    "into another class": ("../PNEUMONIA/deep", 20),
+    "another split": ("../../test/NORMAL", 20),
+    "itself": (".", 20),
+    "within the root": ("../../pool/more", 23),
+    "outside": ("../../../outside", 23),
+}
+
+
+@pytest.mark.parametrize("case", LINKS)
+def test_a_link_brings_no_images_of_another_class(tmp_path, capsys, case):
+    target, count = LINKS[case]
+    root = touch(tmp_path / "d", *file_names("train", 0, 40), *file_names("test", 5000, 6))
+    touch(root, "train/PNEUMONIA/deep/person900_virus_1.jpeg")
+    for folder in (root / "pool/more", tmp_path / "outside"):
+        touch(folder, *(f"IM-{i}-0001.jpeg" for i in (901, 902, 903)))
+    (root / "train/NORMAL/link").symlink_to(target, target_is_directory=True)
+    records = data.scan_all(root)
+    assert Counter((r.split, r.label) for r in records) == {
+        ("train", "NORMAL"): count,
+        ("train", "PNEUMONIA"): 21,
+        ("test", "NORMAL"): 3,
+        ("test", "PNEUMONIA"): 3,
+    }
+    err = capsys.readouterr().err
+    assert (f"the link {root}/train/NORMAL/link leads to images of another class" in err) == (
+        count == 20 and target != "."
+    )
+
+
+def test_a_class_folder_that_is_a_link_to_another_is_not_followed(tmp_path, capsys):
+    root = touch(tmp_path / "d", *file_names("train", 0, 6))
+    (root / "train/OTHER").symlink_to("NORMAL", target_is_directory=True)
+    assert {r.label for r in data.scan(root, "train")} == {"NORMAL", "PNEUMONIA"}
+    assert f"the link {root}/train/OTHER leads to" in capsys.readouterr().err
 
 
 LAYOUTS = {
@@ -580,6 +681,22 @@ def test_dicom_reads_as_the_grey_picture(bits, signed, photometric):
         assert (info.width, info.height, info.mode, info.depth) == (90, 60, photometric, bits)
 
 
+@pytest.mark.parametrize("signed", [0, 1])
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_dicom_that_states_16_bits_without_a_window_is_guessed(bits, signed):
+    samples = stored(bits, signed, "MONOCHROME2").astype("i2" if signed else "u2")
+    rescaled = {"RescaleSlope": 2, "RescaleIntercept": -100}
+    for fields in ({}, rescaled):
+        pixels, info = data.read_image(dicom(samples, 16, **fields), None)
+        np.testing.assert_array_equal(pixels, PICTURE)
+        assert info.depth == bits
+    inverse, _ = data.read_image(dicom(samples, 16, "MONOCHROME1"), None)
+    np.testing.assert_array_equal(inverse, 255 - PICTURE)
+    window = {"WindowCenter": 0 if signed else 2**15, "WindowWidth": 2**16}
+    pixels, info = data.read_image(dicom(samples, 16, **window), None)
+    assert np.ptp(pixels) <= 2 ** (bits - 8) and info.depth == 16  # a window is taken at its word
+
+
 def test_dicom_window_and_rescale():
     """Against the definitions in the standard, PS3.3 C.11.1.1.2 and C.11.2.1.2.1."""
     samples = stored(12, 0, "MONOCHROME2")
@@ -697,7 +814,7 @@ def test_a_table_in_the_splits_folder(tmp_path, capsys):
     table(tmp_path, "file_name,label\n1.png,Überweisung\n2.png,\n", "train")
     records = data.scan(table(tmp_path, "file_name,label\n3.png,B\n", "valid"), "train")
     assert [(r.path, r.label) for r in records] == [("train/1.png", "Überweisung")]
-    assert "without a label, left out: 1 (train/2.png)" in capsys.readouterr().err
+    assert "has rows of train without a label, left out: 1 (train/2.png)" in capsys.readouterr().err
     assert [r.path for r in data.scan(tmp_path, "val")] == ["valid/3.png"]
 
 
@@ -710,14 +827,31 @@ BAD_TABLES = {
     "has no column file_name": "",
     "call the column patient instead of Patient_ID": "file_name,Patient_ID\nx/1.png,A\n",
     "differ in case alone: NORMAL, normal": "file_name,label,split\nx/1.png,normal,train\nx/2.png,NORMAL,train\n",
+    "the row of x/1.png has more cells": "file_name,label,split\nx/1.png,A, upper lobe,train\n",
     "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
 }
+
+
+def test_a_split_that_does_not_count_is_said(tmp_path, capsys):
+    touch(tmp_path, "train/A/1.png", "train/B/2.png")
+    rows = "file_name,patient,split,\ntrain/A/1.png,p,train,\ntrain/B/2.png,q,test,\n"
+    assert [r.patient for r in data.scan(table(tmp_path, rows), "train")] == ["p", "q"]  # an empty cell more is none
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a column split but no column label" in line
 
 
 @pytest.mark.parametrize("message", BAD_TABLES)
 def test_a_table_that_can_not_be_used_is_an_error(tmp_path, message):
     with pytest.raises(data.UserError, match=message):
         data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_TABLES[message]), "train")
+
+
+def test_what_is_wrong_with_a_split_of_the_table_is_said(tmp_path, capsys):
+    touch(tmp_path, *(f"x/{i}.png" for i in range(4)))
+    rows = "file_name,label,split\nx/0.png,A,train\nx/1.png,B,train\nx/2.png,A,test\nx/3.png,a,test\n"
+    assert len(data.scan_all(table(tmp_path, rows))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "test differ in case alone: A, a" in line
 
 
 def test_a_patient_of_the_table_in_train_and_test_is_an_error(tmp_path):
@@ -881,6 +1015,19 @@ def test_unreadable_files_are_reported_by_both_calls(tmp_path, capsys):
     assert data.report_left_out(records, first.failed) == [{"path": p, "reason": "the file is empty"} for p in bad]
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 11 and bad[0] in lines[0] and "2 more" in lines[-1]
+
+
+def test_mixed_depths_are_said_at_each_start(tmp_path, capsys):
+    root = tree(tmp_path / "d")
+    save(root, {"train/NORMAL/IM-901-1.png": random_pixels(1)})
+    load(root)
+    assert not capsys.readouterr().err
+    save(root, {f"train/NORMAL/IM-90{i}-1.png": deepened(12, random_pixels(i)) for i in (2, 3)})
+    (root / "train/NORMAL/IM-904-1.png").write_bytes(b"broken")
+    for _ in range(2):
+        load(root)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "images of 8 bits (7) and of 12 bits (2) are mixed" in line
 
 
 def test_a_file_that_was_unreadable_for_a_moment_is_read_again(tmp_path, monkeypatch):
@@ -1288,7 +1435,7 @@ def archive(*names):
 @contextlib.contextmanager
 def serve(*parts, pause=0.0):
     """The URL of a server that answers one request with these bytes, waiting after each part."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
     def answer():
         with contextlib.suppress(OSError):
@@ -1297,11 +1444,13 @@ def serve(*parts, pause=0.0):
                 connection.recv(65536)
                 for part in parts:
                     connection.sendall(part)
-                    time.sleep(pause)
+                    if done.wait(pause):
+                        break
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
     yield f"http://127.0.0.1:{listener.getsockname()[1]}/x.zip"
+    done.set()
     listener.close()
     thread.join()
 
@@ -1331,9 +1480,9 @@ BAD_SERVERS = {  # what is sent, the body that its checksum is of, what the mess
     "chunk broken": ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n"], BODY, "IncompleteRead"),
     "no archive": ([OK % 5, b"hello"], b"hello", "zip"),
     "no train": ([OK % len(NO_TRAIN), NO_TRAIN], NO_TRAIN, "chest_xray/train"),
-    "writes outside": ([OK % len(UP), UP], UP, "outside"),
-    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "outside"),
-    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "outside"),
+    "writes outside": ([OK % len(UP), UP], UP, "chest_xray/train"),
+    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "chest_xray/train"),
+    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "chest_xray/train"),
 }
 
 
@@ -1352,10 +1501,19 @@ def test_bad_url_is_one_line(tmp_path, url):
         data.download(tmp_path / "d", url)
 
 
-def test_a_drip_ends_at_the_limit(tmp_path):
-    parts = [OK % 1000, *[b"x"] * 1000]
-    with serve(*parts, pause=0.01) as url, pytest.raises(data.UserError, match="not complete after 2e-05 hours"):
+DRIPS = {"body": [OK % 1000, *[b"x"] * 1000], "headers": [b"HTTP/1.1 200 OK\r\nX-Drip: ", *[b"x"] * 1000]}
+
+
+@pytest.mark.parametrize("case", DRIPS)
+def test_a_drip_ends_at_the_limit(tmp_path, case):
+    start = time.monotonic()
+    with (
+        serve(*DRIPS[case], pause=0.01) as url,
+        pytest.raises(data.UserError, match="not complete after 2e-05 hours"),
+    ):
         data.download(tmp_path / "d", url, hours=2e-5)  # 72 ms
+    assert time.monotonic() - start < 5  # the whole drip takes 10 s
+    assert [p.name for p in tmp_path.rglob("*")] == ["d"]
 
 
 # --- ends ---
