@@ -177,7 +177,7 @@ def prediction(folder: Path) -> dict:
 
 
 def repeated(folder: Path, count: int) -> Path:
-    """A data folder of count small phantoms, two of a patient: hard links to the first few, whose number systems limit."""
+    """A data folder of count small phantoms, two of a patient: hard links to the first few (systems limit links)."""
     for label, subtype, pattern in (("NORMAL", "", "IM-{}-{}.jpeg"), ("PNEUMONIA", "viral", "person{}_virus_{}.jpeg")):
         target = folder / "train" / label
         target.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a user can do wrong, for all scripts in one table: one line on stderr that says what, exit code 2, no traceback."""
+"""What a user can do wrong, for all scripts in one table: one line on stderr, exit code 2, no traceback."""
 
 import pytest
 from conftest import run_script
