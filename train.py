@@ -610,7 +610,9 @@ def fit_checks(d: TrainingSet) -> dict:
     border = None
     if len(d.classes) == 2:
         index = d.train[:: 1 + len(d.train) // 20_000]  # more would tell no more, but take a kilobyte each
-        features = torch.cat([data.border_features(batch) for batch in evaluate.in_batches(d.images, index)])
+        features = torch.empty(len(index), models.BORDER_FEATURES)  # a list's pieces would leave the heap in pieces
+        for part, batch in zip(features.split(64), evaluate.in_batches(d.images, index, 64)):
+            part.copy_(data.border_features(batch))
         border = models.fit_border(features, (d.labels[index] == d.positive_index).cpu().numpy())
     return {"input_check": input_check, "border": border}
 
