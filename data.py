@@ -1179,6 +1179,25 @@ def normalise(images: Tensor, mean: float, std: float) -> Tensor:
     return x.sub_(mean).div_(std)
 
 
+def hide_margin(images: Tensor, margin: float) -> Tensor:
+    """uint8 [batch, side, side] whose outer part, margin of each side, is filled with the image's mean.
+
+    What stands there tells of the device and the technique rather than of the lungs.
+    """
+    side = images.shape[-1]
+    ring = border_ring(side, round(side * margin)).to(images.device)
+    mean = images.float().mean((1, 2), keepdim=True)
+    return torch.where(ring, mean.round().to(torch.uint8), images)
+
+
+def to_input(images: Tensor, pre: dict) -> Tensor:
+    """What a model sees of whole images: float32 [batch, 1, side, side] from uint8 [batch, side, side].
+
+    pre: mean, std and margin, as a checkpoint has them.
+    """
+    return normalise(hide_margin(images, pre["margin"]), pre["mean"], pre["std"])
+
+
 # --- stress and shortcuts ---
 
 

@@ -437,12 +437,14 @@ class Scored:
 
 
 @torch.inference_mode()
-def infer(model: torch.nn.Module, batches, mean: float, std: float, device: torch.device) -> np.ndarray:
-    """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout."""
+def infer(model: torch.nn.Module, batches, pre: dict, device: torch.device) -> np.ndarray:
+    """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout.
+
+    pre: see data.to_input.
+    """
     logits = []
     for batch in batches:
-        x = data.normalise(batch.to(device, non_blocking=True), mean, std)
-        logits.append(model(x).float())
+        logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
     return torch.cat(logits).cpu().double().numpy()
 
 
@@ -453,7 +455,7 @@ def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 64):
 
 
 def infer_stressed(
-    model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, records: list, mean: float, std: float, device
+    model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, records: list, pre: dict, device: torch.device
 ) -> dict[str, np.ndarray]:
     """{name of the stress: logits [len(index), classes]} of changed copies of the images at index; records: theirs."""
     partners = data.draw_partners(records)
@@ -463,7 +465,7 @@ def infer_stressed(
         part = slice(start, start + 64)
         others = None if partners is None else images[index[partners[part]]].cpu()
         for name, copies in data.stress(images[index[part]].cpu(), others, paths[part]):
-            logits[name].append(infer(model, [copies], mean, std, device))
+            logits[name].append(infer(model, [copies], pre, device))
     return {name: np.concatenate(batches) for name, batches in logits.items()}
 
 
@@ -555,9 +557,8 @@ def run_model(
     """What a checkpoint says of the images at index: the fields of Scored that take the model."""
     device = models.pick_device(args.device)
     model = models.from_checkpoint(ckpt, device)
-    preprocessing = ckpt["mean"], ckpt["std"], device
     start = time.perf_counter()
-    logits = infer(model, in_batches(images, index), *preprocessing)
+    logits = infer(model, in_batches(images, index), ckpt, device)
     seconds = time.perf_counter() - start
     finite = np.isfinite(logits).all(1)
     if not finite.all():
@@ -569,7 +570,7 @@ def run_model(
         border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in in_batches(images, index)])
     return {
         "logits": logits,
-        "stressed": infer_stressed(model, images, index, records, *preprocessing) if args.stress else {},
+        "stressed": infer_stressed(model, images, index, records, ckpt, device) if args.stress else {},
         "border": border,
         "parameters": models.parameters(model),
         "images_per_second": len(index) / seconds,
@@ -1492,7 +1493,7 @@ def plot_mistakes(s: Scored, device: torch.device):
         ax.set_axis_off()
     for ax, f in zip(axes, mistakes(s, len(axes))):
         pixels, _ = data.read_image(Path(s.root, f["path"]), ckpt["input_size"])
-        x = data.normalise(torch.from_numpy(pixels)[None].to(device), ckpt["mean"], ckpt["std"])
+        x = data.to_input(torch.from_numpy(pixels)[None].to(device), ckpt)
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         with contextlib.suppress(data.UserError):  # some architectures have no map to show
             heat = models.heat_map(model, x, s.classes.index(f["prediction"]))

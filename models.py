@@ -336,6 +336,7 @@ FIELDS = {
     "input_size": Field(int, 1, 10_000),
     "mean": Field(float, -10, 10),
     "std": Field(float, 0.001, 10),
+    "margin": Field(float, 0, 0.4),
     "temperature": Field(float, 0.001, 1000),
     "threshold": Field(dict, keys={"value": Field(float, 0, 1, optional=True), "rule": TEXT, "from": TEXT}),
     "validation": Field(dict, keys={"val_loss": Field(float, 0), "val_auroc": SHARE, "val_accuracy": SHARE}),
@@ -461,6 +462,7 @@ def upgrade(checkpoint: dict) -> dict:
         "finished": True,
         "epochs": checkpoint.get("epoch"),
         "border": None,
+        "margin": 0.0,
         "weights": {"source": "unknown", "note": "", "failed": ""},
         **checkpoint,
     }

@@ -234,7 +234,7 @@ def infer(images: torch.Tensor, classifier: Classifier) -> list[list[float]]:
     """Probabilities of each class, of uint8 images [n, size, size]."""
     checkpoint = classifier.checkpoint
     with classifier.turns:
-        x = data.normalise(images.to(classifier.device), checkpoint["mean"], checkpoint["std"])
+        x = data.to_input(images.to(classifier.device), checkpoint)
         logits = classifier.model(x).cpu()
     return models.probabilities(logits, checkpoint["temperature"]).tolist()
 
@@ -288,8 +288,7 @@ def add_heat_map(row: Prediction, pixels: np.ndarray, classifier: Classifier, fo
         row.label, row.probability = None, None
         row.error = f"no map: {e}"
         return
-    x = torch.from_numpy(pixels)[None].to(classifier.device)
-    x = data.normalise(x, checkpoint["mean"], checkpoint["std"])
+    x = data.to_input(torch.from_numpy(pixels)[None].to(classifier.device), checkpoint)
     heat = models.heat_map(classifier.model, x, checkpoint["classes"].index(row.label))[0].cpu().numpy()
     with data.replacing(folder / map_name(Path(row.path))) as f:
         draw_heat_map(picture, heat, caption(row, checkpoint["positive"])).save(f, "PNG")

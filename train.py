@@ -237,7 +237,7 @@ class Feed:
     """How the images of an epoch are drawn and changed."""
 
     operations: list  # of data.preset, with their strengths
-    pre: dict  # mean and std
+    pre: dict  # mean, std and margin
     seed: int
     batch_size: int  # of all processes together
     share: slice  # of each batch, for this process
@@ -253,7 +253,7 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
     draws = [u.to(d.images.device) for u in data.draw(feed.operations, len(d.images), feed.seed, epoch)]
     for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
         index = order[start : start + feed.batch_size][feed.share]
-        x = d.images[index].to(feed.device, non_blocking=True)
+        x = data.hide_margin(d.images[index].to(feed.device, non_blocking=True), feed.pre["margin"])
         numbers = [u[index].to(feed.device, non_blocking=True) for u in draws]
         x = data.augment(x, feed.operations, numbers)
         yield data.normalise(x, feed.pre["mean"], feed.pre["std"]), d.labels[index].to(feed.device, non_blocking=True)
@@ -412,7 +412,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
 
 def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.device) -> tuple[dict, np.ndarray]:
     """Loss, AUROC and accuracy (at 0.5), and the logits [n, classes] of the validation images, each counted once."""
-    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre["mean"], pre["std"], device)
+    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre, device)
     if not np.isfinite(logits).all():
         raise data.UserError("the logits of validation images are not finite; try a lower --lr")
     labels = d.labels[d.val].cpu()
@@ -626,8 +626,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Name
     if args.threshold == "stressed" and len(d.classes) == 2:
         model = models.from_checkpoint(checkpoint, device)
         _, logits = validate(model, d, pre, device)
-        preprocessing = pre["mean"], pre["std"], device
-        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), *preprocessing)
+        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), pre, device)
         checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
         data.warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
@@ -646,7 +645,7 @@ def run(args: argparse.Namespace) -> None:
     print0 = print if master else (lambda *_, **__: None)
 
     # data
-    pre = models.preprocessing(args.model, args.img_size)
+    pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
     root = data.find_root(args.data)
     with master_first(rank):
         data.prepare_demo(root)
@@ -822,6 +821,7 @@ def make_parser() -> data.Parser:
     )
     g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
     g.add_argument("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
+    g.add_argument("--margin", type=number(float, 0, 0.4), default=0.1, help="outer part of each side to hide; 0: none")
     g.add_argument("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
     g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)

@@ -62,7 +62,7 @@ def set_up(count: int, compiled: bool = False):
     everything = torch.arange(count)
     d = train.TrainingSet(Path(), [], images, everything, labels, everything, everything, ["A", "B"], 1, [], "")
     criterion = train.make_criterion(d, args, CPU)
-    pre = {"mean": 0.45, "std": 0.23}
+    pre = {"mean": 0.45, "std": 0.23, "margin": 0.1}
     feed = train.Feed(data.preset(args.augment, SIZE), pre, 0, BATCH, slice(None), CPU)
 
     def epoch(n: int = count) -> None:
@@ -103,8 +103,8 @@ def evaluation() -> dict:
         for _ in range(16):
             model(batch)
 
-    index = torch.arange(len(images))
-    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index, BATCH), 0.45, 0.23, CPU)
+    index, pre = torch.arange(len(images)), {"mean": 0.45, "std": 0.23, "margin": 0.1}
+    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index, BATCH), pre, CPU)
     return {"evaluation / forward": ratio(limit, real)}
 
 
@@ -157,6 +157,7 @@ def prediction(folder: Path) -> dict:
         "input_size": 160,
         "mean": 0.45,
         "std": 0.23,
+        "margin": 0.1,
         "temperature": 1.0,
         "threshold": {"value": 0.5},
         "input_check": models.fit_input_check(*batches),

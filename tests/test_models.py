@@ -51,6 +51,7 @@ def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
         "input_size": size,
         "mean": 0.45,
         "std": 0.23,
+        "margin": 0.1,
         "temperature": 1.0,
         "threshold": {"value": 0.5, "rule": "0.5", "from": "default"},
         "validation": {"val_loss": 0.7, "val_auroc": 0.5, "val_accuracy": 0.5},
@@ -692,7 +693,7 @@ def test_altered_checkpoints(tmp_path, small):
 
 def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
     content = to_checkpoint(SMALL, small) | {"format_version": 1}
-    for key in ("finished", "epochs", "weights", "border"):
+    for key in ("finished", "epochs", "weights", "border", "margin"):
         del content[key]
     for key in ("images", "val_patients", "val_pixels"):
         del content["data"][key]
@@ -700,7 +701,7 @@ def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
     models.save(content, tmp_path / "ckpt.pt")
     found = models.load(tmp_path)
     assert found["finished"] is True and found["epochs"] == 1 and found["border"] is None
-    assert found["data"]["images"] == 2 and len(found["data"]["val_pixels"]) == 3
+    assert found["margin"] == 0 and found["data"]["images"] == 2 and len(found["data"]["val_pixels"]) == 3
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
