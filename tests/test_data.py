@@ -1156,6 +1156,17 @@ def test_another_operation_changes_no_others_numbers():
     torch.testing.assert_close(darker, BATCH[:, None] / 255 * (1 - 0.2 * numbers["a"][:, 0].view(-1, 1, 1, 1)))
 
 
+@pytest.mark.parametrize(("margin", "width"), [(0, 0), (0.1, 3), (0.4, 13)])
+def test_a_margin_is_filled_with_the_mean_of_its_image(margin, width):
+    images = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    hidden = data.hide_margin(images, margin)
+    inside = slice(width, 32 - width)
+    assert torch.equal(hidden[:, inside, inside], images[:, inside, inside]) and hidden.dtype == torch.uint8
+    for image, expected in zip(hidden, images.float().mean((1, 2)).round()):
+        outside = image[data.border_ring(32, width)]
+        assert len(outside) == 32**2 - (32 - 2 * width) ** 2 and (outside == expected).all()
+
+
 def test_random_numbers_are_a_function_of_seed_and_epoch():
     def both(seed, epoch):
         return *data.draw(data.preset("robust", 32), 50, seed, epoch), data.shuffle(50, seed, epoch)

@@ -233,6 +233,18 @@ def test_caption_tells_threshold_and_scale():
     assert "own maximum" in lines[2] and "DEMO" in lines[3] and lines[4] == "colour image"
 
 
+def test_the_margin_is_not_seen(run_folder):
+    """What stands in the outer tenth of each side can change a probability by the image's mean alone."""
+    rng = np.random.default_rng(0)
+    image = rng.integers(0, 256, (64, 64), dtype=np.uint8)
+    ring = data.border_ring(64, 6).numpy()
+    margin, inside = image.copy(), image.copy()
+    margin[ring] = rng.permutation(image[ring])
+    inside[~ring] = rng.permutation(image[~ring])
+    seen, same, other = (row["probability"] for row in predict.predict([image, margin, inside], run_folder))
+    assert same == pytest.approx(seen, abs=1e-7) and abs(other - seen) > 1e-5
+
+
 @pytest.mark.parametrize(
     ("path", "start"),
     [

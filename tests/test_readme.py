@@ -100,7 +100,7 @@ def material(demo, tmp_path_factory):
 def clone(material, tmp_path, monkeypatch):
     """A folder as the commands want it, with what they call FILE, DIR (data and a run in one), other/ and so on."""
     archive = material / "archive.zip"
-    address = {"url": archive.as_uri(), "sha256": data.sha256(archive)}
+    address = {"url": archive.as_uri(), "checksum": data.sha256(archive)}
     monkeypatch.setattr(data, "download", functools.partial(data.download, **address))
     shutil.copytree(material / "run", tmp_path / "DIR")
     (tmp_path / "data").mkdir()
