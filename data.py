@@ -127,7 +127,7 @@ def within(kind: type, low: float, high: float = math.inf):
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or math.isinf(value):
+        if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
@@ -329,7 +329,7 @@ def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
             continue
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
-        for name in sorted(f for f in files if not is_hidden(f)):
+        for name in sorted(f for f in files if not f.startswith(".")):
             path = Path(top, name)
             if is_image(path):
                 yield path
@@ -481,14 +481,14 @@ def label_by_folder(root: Path, split: str) -> dict[str, str]:
     return labels
 
 
-def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) -> list[Record]:
+def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     """The images of a split, sorted by class and path: those of ROOT/split/CLASS/, or, in whatever folders, those that
     metadata.csv gives labels.
 
     No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
 
     Raises:
-        UserError: no such folder, or fewer than fewest classes with images.
+        UserError: no such folder, or names of classes that can't be told apart or printed.
     """
     table = read_metadata(root) if table is None else table
     rows = {path: row for path, row in table.items() if row["split"] == split}
@@ -509,9 +509,6 @@ def scan(root: Path, split: str, fewest: int = 1, table: Table | None = None) ->
             raise UserError(f"the class {name!r} of {root}/{split} has control characters in its name; rename it")
     if len({name.lower() for name in classes}) < len(classes):
         raise UserError(f"classes of {root}/{split} differ in case alone: {', '.join(classes)}; rename one of them")
-    if len(classes) < fewest:
-        found = f"only one class with images, {classes[0]}" if classes else "no class folders with images"
-        raise UserError(f"{root}/{split} has {found}; expected at least {fewest}, such as NORMAL/ and PNEUMONIA/")
     return records
 
 
@@ -526,26 +523,21 @@ def check_classes(records: list[Record], classes: list[str], where: str) -> None
         raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
 
 
-def scan_all(root: Path, fewest: int = 1) -> list[Record]:
+def scan_all(root: Path) -> list[Record]:
     """scan of train/, val/ and test/, where there are such with images; the split of a small val/ is train.
 
     Raises:
-        UserError: train/ has fewer than fewest classes, or the splits have other classes than train.
+        UserError: as scan, or the splits have other classes than train.
     """
     records = []
     table = read_metadata(root)  # once: it may have hundreds of thousands of rows
     listed = {row["split"] for row in table.values()}
     for split in SPLITS:
-        needed = split == "train" and fewest > 1
-        if not needed and split not in listed and not split_folder(root, split).is_dir():
+        if split not in listed and not split_folder(root, split).is_dir():
             continue
-        try:
-            more = scan(root, split, fewest if needed else 1, table)
-        except UserError as e:
-            if needed:
-                raise
-            warn(str(e))
-            continue
+        more = scan(root, split, table)
+        if not more:
+            warn(f"{root}/{split} has no class folders with images")
         if records:
             check_classes(more, sorted({r.label for r in records}), f"{root}/{split}")
         if split == "val" and len(more) < SMALL_VAL:
@@ -625,7 +617,11 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
     Raises:
         UserError: a patient on both sides of a split, or a class with fewer patients than it takes to hold some out.
     """
-    records = scan_all(root, fewest=2)
+    records = scan_all(root)
+    classes = sorted({r.label for r in records if r.split == "train"})
+    if len(classes) < 2:
+        found = f"only one class with images, {classes[0]}" if classes else "no class folders with images"
+        raise UserError(f"{root}/train has {found}; expected two or more, such as NORMAL/ and PNEUMONIA/")
     for sides, shared in shared_patients(records).items():
         raise UserError(
             f"{len(shared)} patients are in both {sides} of {root} ({', '.join(shared[:3])}), so no result would hold; "
@@ -639,7 +635,7 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
         )
     if any(r.split == "val" for r in records):
         return records
-    for label in sorted({r.label for r in records}):
+    for label in classes:
         patients = {r.patient for r in records if r.label == label}
         if len(patients) < 2:
             raise UserError(f"class {label} has too few patients to hold some out for validation")
@@ -1143,7 +1139,7 @@ def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Ten
     """One epoch's random numbers of each operation: float32 [count, NUMBERS] in [0, 1), row i for image i, on the CPU.
 
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
-    another operation changes what an operation does to an image.
+    another operation changes what an operation draws for an image.
     """
     draws = []
     for operation, _ in operations:
@@ -1408,7 +1404,7 @@ def check(root: Path) -> dict:
     if not records:
         raise UserError(f"{root} has none of the folders train/, val/, test/")
     folders = {f"{r.split}/{r.label}": [] for r in records}
-    unreadable, problems, warnings = [], [], []
+    unreadable, problems, remarks = [], [], []
     for record, found in zip(records, parallel(functools.partial(_inspect, root), records, "checking")):
         if isinstance(found, Inspected):
             folders[f"{record.split}/{record.label}"].append(found)
@@ -1430,13 +1426,13 @@ def check(root: Path) -> dict:
         if not depths:
             problems.append(f"{folder} holds no readable image")
         if len(depths) > 1:
-            warnings.append(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
+            remarks.append(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
     if unreadable:
-        warnings.append(f"{len(unreadable)} files can't be read, such as {': '.join(unreadable[0].values())}")
+        remarks.append(f"{len(unreadable)} files can't be read, such as {': '.join(unreadable[0].values())}")
     for row in audit:
         low, high = row["ci95"]
         if low > 0.6:
-            warnings.append(
+            remarks.append(
                 f"{row['from']} tells {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
                 "a model can learn the device instead of the disease"
             )
@@ -1449,7 +1445,7 @@ def check(root: Path) -> dict:
         "shared_patients": shared,
         "audit": audit,
         "problems": problems,
-        "warnings": warnings,
+        "warnings": remarks,
     }
 
 

@@ -38,12 +38,14 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_recall_curve, roc_curve
+from torch import Tensor
 
 import models
 
 MAIN = ("auroc", "sensitivity", "specificity")  # what is said of a part of the images, or of changed ones
 UNDER_STRESS = (*MAIN, "balanced_accuracy")
 COMPARED = ("auroc", "accuracy")
+MISSING = ("", "na", "n/a", "nan", "none", "null")  # in a column of metadata.csv
 BLOCK = 300_000  # weights of a bootstrap that are held at once
 EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
 
@@ -388,6 +390,10 @@ class Scored:
     def patients(self) -> np.ndarray:
         return patient_numbers(r.patient for r in self.records)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        return {"images": len(self.records), "patients": len(np.unique(self.patients))}
+
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """Calibrated, float64 [images, classes]."""
@@ -437,25 +443,26 @@ class Scored:
 
 
 @torch.inference_mode()
-def infer(model: torch.nn.Module, batches, pre: dict, device: torch.device) -> np.ndarray:
+def infer(model: torch.nn.Module, batches, pre: dict) -> np.ndarray:
     """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout.
 
     pre: see data.to_input.
     """
+    device = next(model.parameters()).device
     logits = []
     for batch in batches:
         logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
     return torch.cat(logits).cpu().double().numpy()
 
 
-def in_batches(images: torch.Tensor, index: torch.Tensor, size: int = 64):
+def in_batches(images: Tensor, index: Tensor, size: int = 64):
     """Yield uint8 batches of the images at index."""
     for part in index.split(size):
         yield images[part]
 
 
 def infer_stressed(
-    model: torch.nn.Module, images: torch.Tensor, index: torch.Tensor, records: list, pre: dict, device: torch.device
+    model: torch.nn.Module, images: Tensor, index: Tensor, records: list, pre: dict
 ) -> dict[str, np.ndarray]:
     """{name of the stress: logits [len(index), classes]} of changed copies of the images at index; records: theirs."""
     partners = data.draw_partners(records)
@@ -465,7 +472,7 @@ def infer_stressed(
         part = slice(start, start + 64)
         others = None if partners is None else images[index[partners[part]]].cpu()
         for name, copies in data.stress(images[index[part]].cpu(), others, paths[part]):
-            logits[name].append(infer(model, [copies], pre, device))
+            logits[name].append(infer(model, [copies], pre))
     return {name: np.concatenate(batches) for name, batches in logits.items()}
 
 
@@ -479,6 +486,8 @@ def read_split(root: Path, split: str, folds: int, fold: int, size: int) -> tupl
     """Records and images of test/, or all that training reads, and what of the split can't be read; several runs of one
     comparison read, and warn, once."""
     records = data.scan(root, "test") if split == "test" else data.find_training(root, folds, fold)
+    if not records:
+        raise data.UserError(f"{root}/test has no class folders with images")
     images = data.load_images(root, records, size)
     failed = {i: reason for i, reason in images.failed.items() if records[i].split == split}
     return records, images, data.report_left_out(records, failed)
@@ -512,7 +521,19 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     records = [records[i] for i in index]
     index = torch.tensor(index)
     digests = images.digests[index]
-    outputs = run_model(path, ckpt, images.pixels, index, records, args)
+    model = models.from_checkpoint(ckpt, models.pick_device(args.device))
+    start = time.perf_counter()
+    logits = infer(model, in_batches(images.pixels, index), ckpt)
+    seconds = time.perf_counter() - start
+    finite = np.isfinite(logits).all(1)
+    if not finite.all():
+        raise data.UserError(
+            f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged"
+        )
+    border = np.full(len(index), math.nan)
+    if ckpt["border"] is not None:
+        batches = in_batches(images.pixels, index)
+        border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in batches])
     rule = threshold_rule(args, ckpt["threshold"])
     threshold = math.nan if rule["value"] is None else rule["value"]
     return Scored(
@@ -532,11 +553,15 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         leaks=find_leaks(records, digests, seen),
         fingerprint=data.fingerprint(records, digests),
         run=ckpt,
-        **outputs,
+        logits=logits,
+        stressed=infer_stressed(model, images.pixels, index, records, ckpt) if args.stress else {},
+        border=border,
+        parameters=models.parameters(model),
+        images_per_second=len(index) / seconds,
     )
 
 
-def find_leaks(records: list[data.Record], digests: torch.Tensor, seen: dict) -> dict[str, int]:
+def find_leaks(records: list[data.Record], digests: Tensor, seen: dict) -> dict[str, int]:
     """How many images and patients the model was trained on, and on how many it was chosen; seen: of a checkpoint."""
     patients = data.named_patients(records)
     leaks = {
@@ -549,32 +574,6 @@ def find_leaks(records: list[data.Record], digests: torch.Tensor, seen: dict) ->
         leaks["val_images"] = int(torch.isin(digests, seen["val_pixels"]).sum())
         leaks["val_patients"] = len(patients & set(seen["val_patients"]))
     return leaks
-
-
-def run_model(
-    path: str, ckpt: dict, images: torch.Tensor, index: torch.Tensor, records: list, args: argparse.Namespace
-) -> dict:
-    """What a checkpoint says of the images at index: the fields of Scored that take the model."""
-    device = models.pick_device(args.device)
-    model = models.from_checkpoint(ckpt, device)
-    start = time.perf_counter()
-    logits = infer(model, in_batches(images, index), ckpt, device)
-    seconds = time.perf_counter() - start
-    finite = np.isfinite(logits).all(1)
-    if not finite.all():
-        raise data.UserError(
-            f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged"
-        )
-    border = np.full(len(index), math.nan)
-    if ckpt["border"] is not None:
-        border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in in_batches(images, index)])
-    return {
-        "logits": logits,
-        "stressed": infer_stressed(model, images, index, records, ckpt, device) if args.stress else {},
-        "border": border,
-        "parameters": models.parameters(model),
-        "images_per_second": len(index) / seconds,
-    }
 
 
 def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
@@ -672,12 +671,13 @@ def pool(runs: list[Scored]) -> Scored:
     if len(set(paths)) < len(paths):
         raise data.UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
     arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
+    own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]}
     return replace(
         first,
         source=", ".join(s.source for s in runs),
         sha256=data.hash_lines(s.sha256 for s in runs),
         records=[r for s in runs for r in s.records],
-        rule={"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]},
+        rule=first.rule if all(s.rule == first.rule for s in runs) else own,
         left_out=[item for s in runs for item in s.left_out],
         stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
         **{name: np.concatenate([getattr(s, name) for s in runs]) for name in ARRAYS},
@@ -758,8 +758,7 @@ def describe(s: Scored) -> dict:
             "root": s.root,
             "demo": s.demo,
             "fingerprint": s.fingerprint,
-            "images": len(s.records),
-            "patients": len(np.unique(s.patients)),
+            **s.counts,
             "prevalence": float((s.labels == s.positive_index).mean()) if len(s.classes) == 2 else None,
             "left_out": s.left_out,
             "leaks": s.leaks,
@@ -822,20 +821,25 @@ def group_estimates(s: Scored, mask: np.ndarray, bootstrap: Bootstrap) -> dict:
     part = s.take(np.flatnonzero(mask))
     metrics = binary_estimates(*part.binary, part.patients, bootstrap)
     defined = {name: metrics[name] for name in MAIN if metrics[name]["value"] is not None}
-    return {"images": len(part.records), "patients": len(np.unique(part.patients)), **defined}
+    return {**part.counts, **defined}
 
 
 def thirds(values: list[str]) -> list[str]:
-    """Numbers as the third that they lie in; other values, and numbers of three kinds or less, as they are."""
+    """Numbers as the third that they lie in; other values, and numbers of three kinds or less, as they are.
+
+    What stands for a missing value, such as NA, becomes empty.
+    """
+    values = ["" if value.lower() in MISSING else value for value in values]
+    kinds = set(values) - {""}
     try:
-        numbers = np.array([float(v or "nan") for v in values])
+        numbers = {float(kind) for kind in kinds}
     except ValueError:
         return values
-    if len(set(values)) <= 3:
+    if len(numbers) <= 3:
         return values
-    low, high = np.nanquantile(numbers, (1 / 3, 2 / 3))
+    low, high = np.quantile([float(value) for value in values if value], (1 / 3, 2 / 3))
     names = [f"<= {low:g}", f"<= {high:g}", f"> {high:g}"]
-    places = np.digitize(numbers, (low, high), right=True)
+    places = np.digitize([float(value or 0) for value in values], (low, high), right=True)
     return [names[place] if value else "" for place, value in zip(places, values)]
 
 
@@ -1061,8 +1065,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
         "split": first.split,
-        "images": len(first.records),
-        "patients": len(np.unique(first.patients)),
+        **first.counts,
         "demo": any(entry["data"]["demo"] for entry in entries),
         "compared": entries,
     }
@@ -1652,7 +1655,7 @@ def file_stem(s: Scored, args: argparse.Namespace) -> str:
     """What the files of a report are named after: the split, and another folder than the run's own."""
     # The test.csv of a run must not replace its test.json.
     stem = args.split if s.run else f"{Path(s.source).stem}.scored"
-    return f"{stem}-{data.find_root(args.data).resolve().name}" if args.data else stem
+    return "-".join([stem, *data.find_root(args.data).resolve().parts[-2:]]) if args.data else stem
 
 
 def write_report(folder: Path, s: Scored, r: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
@@ -1710,7 +1713,7 @@ def run(args: argparse.Namespace) -> None:
         else:
             scored.append(score_csv(path, args))
     warn_leaks(scored)
-    if args.split != "test":
+    if args.split == "val":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
     groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     bootstrap = Bootstrap(args.bootstrap, args.seed)

@@ -22,7 +22,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import data
 
@@ -113,6 +113,8 @@ def check_size(model: nn.Module, size: int) -> None:
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """channels_last, the faster one, but where it crashes or does not fit; images of one channel are in both."""
+    if device.type == "mps":  # batch norms go wrong there in the backward pass (PyTorch issue 175189)
+        return torch.contiguous_format
     for parameter in model.parameters():
         if parameter.ndim == 5:
             return torch.contiguous_format
@@ -220,6 +222,11 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
         content = load(path)
         known_classes = content["classes"]
         seen = {"patients": content["data"]["patients"], "pixels": content["data"]["pixels"]}
+        if content["input_size"] != size:
+            data.warn(
+                f"{path} is of images of {content['input_size']} px, not {size}: whether it was trained on those that "
+                "validate it now is told by their patients alone"
+            )
     state = unwrap(content, path)
     config = pretrained_config(name)
     stem, head = first_name(config.first_conv), first_name(config.classifier)
@@ -281,14 +288,14 @@ def read_weights(path: Path) -> dict:
     return content
 
 
-def unwrap(content: dict, path: Path) -> dict[str, torch.Tensor]:
+def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
     """The state dict in what a training program saved: under another key, or with a prefix before every name."""
     state = content
     for _ in range(3):  # deep enough for what is known
         inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
         if inner:
             state = inner[0]
-    if not state or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()):
+    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise data.UserError(f"{path} does not hold a state dict of tensors")
     for prefix in PREFIXES * 2:  # they come in any order, one within another
         if all(key.startswith(prefix) for key in state):
@@ -299,7 +306,7 @@ def unwrap(content: dict, path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def is_plain(value: torch.Tensor) -> bool:
+def is_plain(value: Tensor) -> bool:
     """Neither sparse nor quantized."""
     return value.layout == torch.strided and not value.is_quantized
 
@@ -327,10 +334,10 @@ class Field:
 
 
 TEXT, COUNT, SHARE = Field(str), Field(int, 0), Field(float, 0, 1)
-BORDER = Field(torch.Tensor, shape=(BORDER_FEATURES,), dtype=torch.float64)
+BORDER = Field(Tensor, shape=(BORDER_FEATURES,), dtype=torch.float64)
 FIELDS = {
     "model": TEXT,
-    "state_dict": Field(dict, of=torch.Tensor),
+    "state_dict": Field(dict, of=Tensor),
     "classes": Field(list, of=str),
     "positive": TEXT,
     "input_size": Field(int, 1, 10_000),
@@ -351,9 +358,9 @@ FIELDS = {
             "fingerprint": TEXT,
             "images": COUNT,
             "patients": Field(list, of=str),
-            "pixels": Field(torch.Tensor, dtype=torch.int64),
+            "pixels": Field(Tensor, dtype=torch.int64),
             "val_patients": Field(list, of=str),
-            "val_pixels": Field(torch.Tensor, dtype=torch.int64),
+            "val_pixels": Field(Tensor, dtype=torch.int64),
         },
     ),
     "arguments": Field(dict, of=PLAIN),
@@ -362,8 +369,8 @@ FIELDS = {
     "input_check": Field(
         dict,
         keys={
-            "mean": Field(torch.Tensor, shape=(FEATURES,)),
-            "whiten": Field(torch.Tensor, shape=(FEATURES, FEATURES)),
+            "mean": Field(Tensor, shape=(FEATURES,)),
+            "whiten": Field(Tensor, shape=(FEATURES, FEATURES)),
             "cut": Field(float, 1e-6),
         },
     ),
@@ -387,7 +394,7 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
             yield f"{name} is no {field.kind.__name__}"
         elif field.kind in (int, float) and not field.low <= value <= field.high:
             yield f"{name} is {value:.6g}, not in [{field.low:g}, {field.high:g}]"
-        elif field.kind is torch.Tensor and not fits(value, field):
+        elif field.kind is Tensor and not fits(value, field):
             yield f"{name} is another tensor than was saved"
         elif field.kind in (list, dict) and field.of is not None:
             members = value if field.kind is list else value.values()
@@ -397,7 +404,7 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
             yield from faults(value, field.keys, f"{name}.")
 
 
-def fits(value: torch.Tensor, field: Field) -> bool:
+def fits(value: Tensor, field: Field) -> bool:
     same_shape = field.shape is None or field.shape == value.shape
     return is_plain(value) and same_shape and value.dtype == field.dtype and bool(value.isfinite().all())
 
@@ -525,7 +532,7 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
-def probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+def probabilities(logits: Tensor, temperature: float) -> Tensor:
     """Calibrated probabilities, float64 [n, classes], from logits [n, classes] (temperature: Guo et al. 2017)."""
     return F.softmax(logits.double() / temperature, dim=1)
 
@@ -537,7 +544,7 @@ MOST_PREFIX_TOKENS = 8  # class token, distillation token, registers
 NO_MAP = "this model has no feature map that could be shown as a heat map"
 
 
-def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
+def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
 
     The gradient is that of the logit of class target less the mean of all: what raises all alike changes
@@ -594,15 +601,15 @@ def shown_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
         raise data.UserError(NO_MAP) from None
 
 
-def find_map(output, side: int, count: int) -> torch.Tensor:
+def find_map(output, side: int, count: int) -> Tensor:
     """The tensor of a layer's output, or of several outputs, that is a map of count images."""
     for tensor in output if isinstance(output, list | tuple) else [output]:
-        if isinstance(tensor, torch.Tensor) and len(tensor) == count and to_grid(tensor, side) is not None:
+        if isinstance(tensor, Tensor) and len(tensor) == count and to_grid(tensor, side) is not None:
             return tensor
     raise data.UserError(NO_MAP)
 
 
-def to_grid(t: torch.Tensor, side: int) -> torch.Tensor | None:
+def to_grid(t: Tensor, side: int) -> Tensor | None:
     """Features as [n, channels, height, width], whatever their layout, which their shape tells; else None.
 
     That, or channels last, with about side cells along a side (convolutions without padding lose some); or tokens in
@@ -620,7 +627,7 @@ def to_grid(t: torch.Tensor, side: int) -> torch.Tensor | None:
 # --- know what it has not seen ---
 
 
-def image_features(images: torch.Tensor) -> torch.Tensor:
+def image_features(images: Tensor) -> Tensor:
     """What an image looks like at a glance, float32 [n, FEATURES], from uint8 [n, side, side].
 
     Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. On the CPU,
@@ -636,7 +643,7 @@ def image_features(images: torch.Tensor) -> torch.Tensor:
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
 
 
-def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | float]:
+def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
     """Mean and whitening of the training images' features, and the cut that flags 1 % of the validation images.
 
     A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: what one learnt for a
@@ -661,7 +668,7 @@ def fit_input_check(train_batches, val_batches) -> dict[str, torch.Tensor | floa
     return check
 
 
-def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
+def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above check["cut"] an image is unlike the training images.
 
     The distance of the features, weighed against that of the image turned upside down: where that one is the nearer,
@@ -672,11 +679,11 @@ def unlikeness(check: dict, images: torch.Tensor) -> torch.Tensor:
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)
 
 
-def distance(check: dict, images: torch.Tensor) -> torch.Tensor:
+def distance(check: dict, images: Tensor) -> Tensor:
     return ((image_features(images) - check["mean"]) @ check["whiten"]).norm(dim=1)
 
 
-def fit_border(features: torch.Tensor, positive: np.ndarray) -> dict[str, torch.Tensor | float]:
+def fit_border(features: Tensor, positive: np.ndarray) -> dict[str, Tensor | float]:
     """A logistic regression that tells the class from the border alone: a warning, if it can.
 
     Args:
@@ -695,7 +702,7 @@ def fit_border(features: torch.Tensor, positive: np.ndarray) -> dict[str, torch.
     return {"mean": mean, "scale": scale, "weight": weight, "bias": float(fitted.intercept_[0])}
 
 
-def border_logit(border: dict, images: torch.Tensor) -> np.ndarray:
+def border_logit(border: dict, images: Tensor) -> np.ndarray:
     """Logit of the positive class from the border alone, float64 [n], of uint8 images [n, side, side]."""
     standardised = (data.border_features(images).double() - border["mean"]) / border["scale"]
     return (standardised @ border["weight"] + border["bias"]).numpy()

@@ -195,7 +195,7 @@ def stream(sources, work, workers: int, limit: int):
                 yield jobs.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(max(threads, torch.get_num_threads()))  # another call may have ended meanwhile
 
 
 # --- classify ---

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from sklearn.utils.class_weight import compute_class_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -101,11 +102,12 @@ def summarize(history: list[dict]) -> dict:
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): from torchrun's environment, or one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = models.pick_device(name)
     if world == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = models.pick_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
         torch.cuda.set_device(device)
     # The others wait while the master fetches weights, decodes a new folder and validates.
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
@@ -140,11 +142,11 @@ class TrainingSet:
 
     root: Path
     records: list[data.Record]  # split is train, val, or left out where the file can't be read
-    images: torch.Tensor  # uint8 [n, size, size], in the order of records
-    digests: torch.Tensor  # int64 [n], see data.Images
-    labels: torch.Tensor  # int64 [n], positions in classes
-    train: torch.Tensor  # int64, positions of the training images in records
-    val: torch.Tensor  # int64, and of the validation images
+    images: Tensor  # uint8 [n, size, size], in the order of records; they alone may lie on a GPU
+    digests: Tensor  # int64 [n], see data.Images
+    labels: Tensor  # int64 [n], positions in classes
+    train: Tensor  # int64, positions of the training images in records
+    val: Tensor  # int64, and of the validation images
     classes: list[str]
     positive_index: int  # position of the positive class in classes
     left_out: list[dict]  # path and reason
@@ -163,23 +165,15 @@ class TrainingSet:
             "left_out": self.left_out,
         }
 
-    def records_of(self, index: torch.Tensor) -> list[data.Record]:
+    def records_of(self, index: Tensor) -> list[data.Record]:
         return [self.records[i] for i in index.tolist()]
 
-    def move(self, device: torch.device) -> None:
-        """Images, labels and positions; the digests stay."""
-        self.images, self.labels = self.images.to(device), self.labels.to(device)
-        self.train, self.val = self.train.to(device), self.val.to(device)
-
     def sides(self) -> tuple[int, int]:
-        """How many validation images are positive, and how many negative."""
-        positives = int((self.labels[self.val] == self.positive_index).sum())
-        return positives, len(self.val) - positives
+        """How many patients of validation are positive, and how many negative; images of one patient are alike."""
+        positive = self.labels[self.val] == self.positive_index
+        return self.patients(self.val[positive]), self.patients(self.val[~positive])
 
-    def digests_of(self, index: torch.Tensor) -> torch.Tensor:
-        return self.digests[index.cpu()]  # they stay on the CPU where the images go to a GPU
-
-    def patients(self, index: torch.Tensor) -> int:
+    def patients(self, index: Tensor) -> int:
         return len({r.patient for r in self.records_of(index)})
 
 
@@ -213,8 +207,8 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
 
 def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     """Say loudly where this run, or the one that its weights come from, is trained on what validates it."""
-    pixels = d.digests_of(d.val)
-    copies = int(torch.isin(pixels, d.digests_of(d.train)).sum())
+    pixels = d.digests[d.val]
+    copies = int(torch.isin(pixels, d.digests[d.train]).sum())
     if copies:
         data.warn(
             f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
@@ -249,8 +243,8 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
 
     The incomplete last batch is left out: other images each epoch.
     """
-    order = d.train[data.shuffle(len(d.train), feed.seed, epoch).to(d.train.device)]
-    draws = [u.to(d.images.device) for u in data.draw(feed.operations, len(d.images), feed.seed, epoch)]
+    order = d.train[data.shuffle(len(d.train), feed.seed, epoch)]
+    draws = data.draw(feed.operations, len(d.images), feed.seed, epoch)
     for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
         index = order[start : start + feed.batch_size][feed.share]
         x = data.hide_margin(d.images[index].to(feed.device, non_blocking=True), feed.pre["margin"])
@@ -321,7 +315,9 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
     model.to(device, memory_format=models.memory_format(model, device))
     if args.freeze:
         model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
+        heads = model.get_classifier()
+        for head in heads if isinstance(heads, tuple) else [heads]:  # a distilled model has two
+            head.requires_grad_(True)
     net = model
     if dist.is_initialized():
         net = DistributedDataParallel(model)  # starts from the weights of the master
@@ -353,7 +349,7 @@ def training_size(args: argparse.Namespace, size: int) -> int:
     return min(max(round(size * 0.75 / 32) * 32, 32), size)
 
 
-def weighted_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, smoothing: float) -> torch.Tensor:
+def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of logits [batch, classes], each image weighted by its class.
 
     Summed and divided by the count: "mean" would divide by the batch's own weights, and undo them.
@@ -366,14 +362,14 @@ def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.devic
     """The loss, a function of logits and labels; with --balance each class counts the same."""
     weights = torch.ones(len(d.classes))
     if args.balance:
-        labels = d.labels[d.train].cpu().numpy()
+        labels = d.labels[d.train].numpy()
         balanced = compute_class_weight("balanced", classes=np.arange(len(d.classes)), y=labels)
         weights = torch.from_numpy(balanced).float()
     return functools.partial(weighted_loss, weights=weights.to(device), smoothing=args.label_smoothing)
 
 
 def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
-    """One epoch; nothing in it but fp16's scaler waits for the device before the end.
+    """One epoch; the losses are read once, at its end: each look at one would wait for the device.
 
     Args:
         loader: iterable of (x, y), one for each step, on the device.
@@ -403,19 +399,19 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     if dist.is_initialized():
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
-    losses = losses.cpu()  # the one moment of an epoch that waits for the device
+    losses = losses.cpu()
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0]) + 1
         raise data.UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
-def validate(model: torch.nn.Module, d: TrainingSet, pre: dict, device: torch.device) -> tuple[dict, np.ndarray]:
-    """Loss, AUROC and accuracy (at 0.5), and the logits [n, classes] of the validation images, each counted once."""
-    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre, device)
+def validate(model: torch.nn.Module, d: TrainingSet, pre: dict) -> tuple[dict, np.ndarray]:
+    """Loss, AUROC and accuracy (of the larger probability), and the logits [n, classes] of the validation images, each counted once."""
+    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre)
     if not np.isfinite(logits).all():
         raise data.UserError("the logits of validation images are not finite; try a lower --lr")
-    labels = d.labels[d.val].cpu()
+    labels = d.labels[d.val]
     z = torch.from_numpy(logits)
     metrics = {
         # Unweighted, on whole images: not to be compared with train_loss.
@@ -433,7 +429,7 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
         logits: of the validation images; stressed: {name: logits} of their stressed copies, which the threshold then
             rests on too; rule: that of --threshold.
     """
-    labels = d.labels[d.val].cpu().numpy()
+    labels = d.labels[d.val].numpy()
     temperature = evaluate.fit_temperature(logits, labels)
     if len(d.classes) > 2:
         return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
@@ -468,10 +464,12 @@ def lock(folder: Path):
             import fcntl
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise data.UserError(
             f"another process is training in {folder}; wait for it, or choose another --output"
         ) from None
+    except OSError as e:
+        data.warn(f"{folder} can't be locked ({e}): that no other process trains in it is not checked")
     return f
 
 
@@ -568,7 +566,7 @@ def make_checkpoint(
 ) -> dict:
     """All that evaluation and prediction need; checks: from fit_checks; chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
-    pixels = d.digests_of(d.train)
+    pixels = d.digests[d.train]
     if seen is not None:
         patients |= set(seen["patients"])
         pixels = torch.cat([pixels, seen["pixels"]]).unique()
@@ -581,7 +579,7 @@ def make_checkpoint(
         "patients": sorted(patients),  # trained on, by this run and those that its weights come from
         "pixels": pixels,  # digests of the training images, likewise
         "val_patients": sorted(data.named_patients(d.records_of(d.val))),  # epoch, temperature and threshold are
-        "val_pixels": d.digests_of(d.val),  # chosen on these
+        "val_pixels": d.digests[d.val],  # chosen on these
     }
     return {
         "format": models.FORMAT,
@@ -613,11 +611,11 @@ def fit_checks(d: TrainingSet) -> dict:
         features = torch.empty(len(index), models.BORDER_FEATURES)  # a list's pieces would leave the heap in pieces
         for part, batch in zip(features.split(64), evaluate.in_batches(d.images, index, 64)):
             part.copy_(data.border_features(batch))
-        border = models.fit_border(features, (d.labels[index] == d.positive_index).cpu().numpy())
+        border = models.fit_border(features, (d.labels[index] == d.positive_index).numpy())
     return {"input_check": input_check, "border": border}
 
 
-def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Namespace, epochs: int, device) -> None:
+def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epochs: int, device) -> None:
     """Mark the selected model as that of a finished run; a threshold that rests on stressed copies is chosen now.
 
     They cost as much as twelve validations, too much for each epoch that is selected for a while.
@@ -625,8 +623,8 @@ def finish_checkpoint(path: Path, d: TrainingSet, pre: dict, args: argparse.Name
     checkpoint = models.load(path)
     if args.threshold == "stressed" and len(d.classes) == 2:
         model = models.from_checkpoint(checkpoint, device)
-        _, logits = validate(model, d, pre, device)
-        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), pre, device)
+        _, logits = validate(model, d, checkpoint)
+        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), checkpoint)
         checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
         data.warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
@@ -658,7 +656,7 @@ def run(args: argparse.Namespace) -> None:
     with master_first(rank):
         d = read_data(root, records, pre["input_size"], args.positive)
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
-        d.move(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
+        d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     batch_size = min(args.batch_size * world, len(d.train))
     steps = len(d.train) // batch_size
 
@@ -668,7 +666,8 @@ def run(args: argparse.Namespace) -> None:
     state = None
     if args.resume is not None:
         state = broadcast(load_state(folder, arguments, about["fingerprint"], world) if master else None)
-    model, weights = start_model(args, d.classes, pre["input_size"], resumed=state is not None)
+    with master_first(rank):
+        model, weights = start_model(args, d.classes, pre["input_size"], resumed=state is not None)
     seen = weights.pop("seen")
     crop = training_size(args, pre["input_size"])
     for size in {crop, pre["input_size"]}:
@@ -711,7 +710,7 @@ def run(args: argparse.Namespace) -> None:
         speed = steps * batch_size / (time.perf_counter() - start)
 
         averaged = learner.ema.module
-        val_metrics, logits = validate(averaged, d, pre, device) if master else (None, None)
+        val_metrics, logits = validate(averaged, d, pre) if master else (None, None)
         val_metrics = broadcast(val_metrics)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
@@ -728,7 +727,7 @@ def run(args: argparse.Namespace) -> None:
         print0(ROW.format(**h), "*" if h["selected"] else "", flush=True)
 
     if master:
-        finish_checkpoint(folder / "ckpt.pt", d, pre, args, len(history), device)
+        finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
         metrics["finished"] = True
         data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
         print_end(folder, history, d)
@@ -890,8 +889,9 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
-    if args.output is not None and Path(args.output, "metrics.json").exists():
-        return f"go on with: {data.command_line('python', 'train.py', '--resume', args.output)}"
+    folder = args.output or args.resume
+    if folder is not None and Path(folder, "metrics.json").exists():
+        return f"go on with: {data.command_line('python', 'train.py', '--resume', folder)}"
     return "nothing was saved yet"
 
 

@@ -227,7 +227,7 @@ def test_a_class_folder_that_is_a_link_to_another_is_not_followed(tmp_path, caps
 
 
 LAYOUTS = {
-    "no folder train": "",
+    "train has no class folders": "",
     "no class folders": "train/a.jpeg",
     "only one class with images, NORMAL": "train/NORMAL/a.jpeg train/PNEUMONIA/notes.txt",
     "C, which is not among A, B": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
@@ -240,6 +240,12 @@ LAYOUTS = {
 def test_errors_of_layout(tmp_path, message):
     with pytest.raises(data.UserError, match=message):
         data.find_training(touch(tmp_path, *LAYOUTS[message].split()), 5, 0)
+
+
+def test_check_refuses_what_training_refuses(tmp_path):
+    touch(tmp_path / "d", *file_names("train", 0, 40), "train/normal/a.jpeg")
+    done = run_script("data.py", "check", "d", cwd=tmp_path)
+    assert done.returncode == 2 and "differ in case alone" in done.stderr
 
 
 @pytest.mark.parametrize("test", ["", "test/notes.txt", "test/NORMAL/notes.txt", "test/NORMAL/a.png"])
@@ -846,12 +852,11 @@ def test_a_table_that_can_not_be_used_is_an_error(tmp_path, message):
         data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_TABLES[message]), "train")
 
 
-def test_what_is_wrong_with_a_split_of_the_table_is_said(tmp_path, capsys):
+def test_what_is_wrong_with_a_split_of_the_table_is_said(tmp_path):
     touch(tmp_path, *(f"x/{i}.png" for i in range(4)))
     rows = "file_name,label,split\nx/0.png,A,train\nx/1.png,B,train\nx/2.png,A,test\nx/3.png,a,test\n"
-    assert len(data.scan_all(table(tmp_path, rows))) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "test differ in case alone: A, a" in line
+    with pytest.raises(data.UserError, match="test differ in case alone: A, a"):
+        data.scan_all(table(tmp_path, rows))
 
 
 def test_a_patient_of_the_table_in_train_and_test_is_an_error(tmp_path):

@@ -244,6 +244,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
         ("fastvit_t8", CPU, torch.contiguous_format),
         ("repvgg_a0", CUDA, torch.channels_last),
         ("lambda_resnet26t", CUDA, torch.contiguous_format),
+        (SMALL, torch.device("mps"), torch.contiguous_format),
     ],
 )
 def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, device, expected):
