@@ -1052,7 +1052,7 @@ def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, kind):
         (("--stress",), "--stress is for two classes"),
         (("x.csv", "--plots"), "--plots of a comparison is for two classes"),
         (("--positive", "A"), "--positive is for CSV files"),
-        (("--split", "val"), "no folder train/"),
+        (("--split", "val"), "train has no class folders"),
     ],
 )
 def test_what_does_not_fit_the_checkpoint_is_told_before_anything_is_done(three, tmp_path, words, expected):
