@@ -9,12 +9,13 @@ import difflib
 import http.client
 import io
 import json
+import multiprocessing
 import sys
-import threading
 import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -190,20 +191,15 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
 
 def answers(address: str) -> bool:
     """Whether a server answers within a few seconds; in a thread, since looking up a name knows no time limit."""
-    answered = threading.Event()
-    thread = threading.Thread(target=ask, args=(address, answered), daemon=True)
-    thread.start()
-    thread.join(6)
-    return answered.is_set()
-
-
-def ask(address: str, answered: threading.Event) -> None:
-    with contextlib.suppress(OSError, http.client.HTTPException):
-        try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=4)
-        except urllib.error.HTTPError:
-            pass  # an answer too
-        answered.set()
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        with ThreadPool(1) as pool:
+            pool.apply_async(urllib.request.urlopen, (request, None, 4)).get(6)
+    except urllib.error.HTTPError:
+        return True  # an answer too
+    except (OSError, http.client.HTTPException, multiprocessing.TimeoutError):
+        return False
+    return True
 
 
 def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[nn.Module, dict]:

@@ -54,9 +54,9 @@ class Reading:
     """One image as it was read."""
 
     path: str  # as it was given; empty for what has none
-    pixels: np.ndarray | None = None  # uint8 [size, size]
-    info: data.ImageInfo | None = None
-    error: str = ""
+    pixels: np.ndarray  # uint8 [size, size]; zeros where it can't be read
+    info: data.ImageInfo | None
+    error: str
 
 
 @dataclass
@@ -166,12 +166,8 @@ def lines_on_stdin():
 def read(source, size: int) -> Reading:
     """Read one path, open file, Pillow image or array."""
     name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
-    reading = Reading(os.fsdecode(name) if isinstance(name, str | os.PathLike) else "")
-    try:
-        reading.pixels, reading.info = data.read_image(source, size)
-    except data.ImageError as e:
-        reading.error = str(e)
-    return reading
+    path = os.fsdecode(name) if isinstance(name, str | os.PathLike) else ""
+    return Reading(path, *data.decode(source, size))
 
 
 def stream(sources, work, workers: int, limit: int):
@@ -210,10 +206,14 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
     readings = [read(source, checkpoint["input_size"]) for source in sources]
     rows = []
     for reading in readings:
-        row = Prediction(reading.path, error=reading.error, threshold=checkpoint["threshold"]["value"])
-        row.demo = checkpoint["data"]["demo"]
-        row.model = checkpoint["model"]
-        row.checksum = classifier.checksum
+        row = Prediction(
+            path=reading.path,
+            error=reading.error,
+            threshold=checkpoint["threshold"]["value"],
+            demo=checkpoint["data"]["demo"],
+            model=checkpoint["model"],
+            checksum=classifier.checksum,
+        )
         rows.append(row)
     good = [i for i, reading in enumerate(readings) if not reading.error]
     if good:
@@ -365,21 +365,22 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 # --- write ---
 
 
-def table_header(classes: list[str], row: Prediction, positive: str) -> str:
+def to_table(rows: list[Prediction], classes: list[str], positive: str, header: bool) -> list[str]:
+    """A line for each row; the path stands last, since nobody knows how long paths will be."""
+    threshold = rows[0].threshold
     column = max(len(name) for name in [*classes, "error"])
-    if row.threshold is None:
-        return f"{'label':{column}}  P(label)  image"
-    return f"{'label':{column}}  P({positive})  image (threshold {row.threshold:.3f})"
-
-
-def table_row(row: Prediction, header: str) -> str:
-    """A line under the header; the path stands last, since nobody knows how long paths will be."""
-    second, third = header.index("P("), header.index("image")
-    p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
-    shown = "-" if p is None else f"{p:.4f}"
-    notes = [row.error] if row.error else row.flags + ["DEMO MODEL"] * row.demo
-    notes = f"  [{'; '.join(notes)}]" if notes else ""
-    return f"{row.label or 'error':{second}}{shown:>{third - second - 2}}  {data.printable(row.path + notes)}"
+    of, note = "P(label)", ""
+    if threshold is not None:
+        of, note = f"P({positive})", f" (threshold {threshold:.3f})"
+    lines = [f"{'label':{column}}  {of}  image{note}"] if header else []
+    for row in rows:
+        p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
+        shown = "-" if p is None else f"{p:.4f}"
+        notes = [row.error] if row.error else row.flags + ["DEMO MODEL"] * row.demo
+        notes = f"  [{'; '.join(notes)}]" if notes else ""
+        path = data.printable(row.path + notes)
+        lines.append(f"{row.label or 'error':{column}}  {shown:>{len(of)}}  {path}")
+    return lines
 
 
 def csv_row(row: Prediction, classes: list[str]) -> dict:
@@ -404,10 +405,7 @@ def to_text(rows: list[Prediction], style: str, checkpoint: dict, first: bool) -
     elif style == "csv":
         return data.to_csv([csv_row(row, classes) for row in rows], header=first)
     else:
-        header = table_header(classes, rows[0], checkpoint["positive"])
-        lines = [table_row(row, header) for row in rows]
-        if first:
-            lines = [header, *lines]
+        lines = to_table(rows, classes, checkpoint["positive"], header=first)
     return "".join(f"{line}\n" for line in lines)
 
 

@@ -787,50 +787,40 @@ def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
 def make_parser() -> data.Parser:
     parser, number, yes_no = data.Parser(prog="train.py"), data.within, argparse.BooleanOptionalAction
     parser.description = "Fine-tune a timm model on chest radiographs."
-    g = parser.add_argument_group("data")
-    g.add_argument("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    g.add_argument(
-        "--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)"
-    )
-    g.add_argument("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
-    g.add_argument("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
-    g.add_argument("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
-    g = parser.add_argument_group("model")
-    g.add_argument("--model", default="mobilenetv3_small_050", help="any timm classification model")
-    source = g.add_mutually_exclusive_group()
-    source.add_argument("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
-    source.add_argument(
-        "--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict"
-    )
-    g.add_argument("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
-    g = parser.add_argument_group("recipe")
-    g.add_argument("--epochs", type=number(int, 1), default=10, help="passes over the training images")
-    g.add_argument("--batch-size", type=number(int, 2), default=64, help="images per step and process")
-    g.add_argument("--lr", type=number(float, 0), default=0.003, help="peak rate of AdamW; transformers want less")
-    g.add_argument("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
-    g.add_argument(
-        "--layer-decay", type=number(float, 0.1, 1), metavar="X", help="rate of each layer / of the one above"
-    )
-    g.add_argument("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
-    g.add_argument(
-        "--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none"
-    )
-    g.add_argument(
-        "--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes"
-    )
-    g.add_argument("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
-    g.add_argument("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
-    g.add_argument("--margin", type=number(float, 0, 0.4), default=0.1, help="outer part of each side to hide; 0: none")
-    g.add_argument("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
+    add = parser.add_argument_group("data").add_argument
+    add("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
+    add("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
+    add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
+    add("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
+    group = parser.add_argument_group("model")
+    add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add("--model", default="mobilenetv3_small_050", help="any timm classification model")
+    add_source("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
+    add_source("--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict")
+    add("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
+    add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
+    add("--lr", type=number(float, 0), default=0.003, help="peak rate of AdamW; transformers want less")
+    add("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
+    add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help="rate of each layer / of the one above")
+    add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
+    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none")
+    add("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes")
+    add("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
+    add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
+    add("--margin", type=number(float, 0, 0.4), default=0.1, help="outer part of each side to hide; 0: none")
+    add("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
-    g.add_argument("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
-    g = parser.add_argument_group("run")
-    g.add_argument("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
-    g.add_argument("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
-    g.add_argument("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda, mps")
-    g.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
-    g.add_argument("--compile", action=yes_no, default=False, help="torch.compile the model")
+    add("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
+    add = parser.add_argument_group("run").add_argument
+    add("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
+    add("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
+    add("--device", default="auto", help="auto, cpu, cuda, mps")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
+    add("--compile", action=yes_no, default=False, help="torch.compile the model")
     return parser
 
 
