@@ -33,6 +33,7 @@ import math
 import multiprocessing
 import operator
 import os
+import posixpath
 import re
 import shlex
 import shutil
@@ -287,8 +288,8 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
 
 def is_hidden(name: str) -> bool:
-    """Files and folders of systems and programs: .DS_Store, .thumbnails, @eaDir, __MACOSX."""
-    return name.startswith((".", "@", "__", "#", "$"))
+    """Files and folders of systems and programs."""
+    return name.startswith((".", "@eaDir", "__MACOSX", "#recycle", "$RECYCLE"))
 
 
 def is_dicom(path: Path) -> bool:
@@ -329,7 +330,7 @@ def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
             continue
         seen.add(real)
         subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
-        for name in sorted(f for f in files if not f.startswith(".")):
+        for name in sorted(f for f in files if not is_hidden(f)):
             path = Path(top, name)
             if is_image(path):
                 yield path
@@ -404,6 +405,8 @@ def read_metadata(root: Path) -> Table:
             raise UserError(
                 f"{table} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?"
             ) from None
+        if len(set(columns)) < len(columns):
+            raise UserError(f"{table} has a column twice: {', '.join(columns)}")
         if "file_name" not in columns:
             raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
         for column in columns:
@@ -415,8 +418,12 @@ def read_metadata(root: Path) -> Table:
         for row in lines:
             if any(row.pop(None, [])):
                 raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
-            name = (row.pop("file_name") or "").replace("\\", "/").removeprefix("./")
-            path = name if folder == "." else f"{folder}/{name}"
+            name = (row.pop("file_name") or "").replace("\\", "/")
+            if not name and not any(row.values()):
+                continue
+            path = posixpath.normpath(posixpath.join(folder, name))
+            if path.startswith(("/", "../")):
+                raise UserError(f"{table}: {name} is not within the folder; file_name is relative to that of the table")
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
             row = {key: (value or "").strip() for key, value in row.items()}
@@ -553,6 +560,8 @@ def scan_all(root: Path) -> list[Record]:
 def positive_index(classes: list[str], asked: str | None) -> int:
     """Index of the positive class: the one asked for, else PNEUMONIA in any case, else (with a warning) the last."""
     if asked is not None:
+        if len(classes) != 2:
+            raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
         if asked not in classes:
             raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
         return classes.index(asked)
@@ -843,6 +852,8 @@ def _open_dicom(file):
     intercept = dataset.get("RescaleIntercept") or 0
     lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
     highest = lowest + 2**bits - 1
+    if dataset.get("HighBit", bits - 1) != bits - 1:
+        raise ValueError("DICOM samples that are shifted: their high bit is not the last of those stored")
     center = np.ravel(dataset.get("WindowCenter") or 0)[0]  # of several windows the first
     width = np.ravel(dataset.get("WindowWidth") or 0)[0]
     if width <= 1 and bits == 16:  # many writers say 16 whatever the depth
@@ -989,6 +1000,16 @@ def hash_lines(lines) -> str:
 def fingerprint(records: list[Record], digests: Tensor) -> str:
     """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the data."""
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
+
+
+def warn_contradictions(records: list[Record], digests: Tensor) -> None:
+    """Say loudly where the same pixels stand there with several labels."""
+    labels = defaultdict(set)
+    for r, d in zip(records, digests.tolist()):
+        labels[d].add(r.label)
+    several = sum(len(found) > 1 for found in labels.values())
+    if several:
+        warn(f"{several} images stand there with several labels: python data.py check --json lists them")
 
 
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
@@ -1418,6 +1439,10 @@ def check(root: Path) -> dict:
 
     for sides, patients in shared.items():
         problems.append(f"{len(patients)} patients are in both {sides}, such as {patients[0]}")
+    for split in dict.fromkeys(r.split for r in records):
+        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
+        if missing:
+            problems.append(f"{split}/ has no image of {', '.join(sorted(missing))}")
     for kind, groups in duplicates.items():
         if groups:
             problems.append(f"{len(groups)} images have copies {kind}, such as {', '.join(groups[0])}")
@@ -1601,7 +1626,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
             os.replace(unpacked / "chest_xray", target)
         except (OSError, ValueError, multiprocessing.TimeoutError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
-                f"the download failed, is damaged or not complete after {hours:g} hours ({e!r}); try again, or by hand: "
+                f"the download failed, is damaged or took more than {hours:g} hours ({e!r}); try again, or by hand: "
                 f"fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "
                 f"{target}/train and {target}/test exist"
             ) from None

@@ -263,7 +263,8 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     y, z = positive[~exact], z[~exact]
     if overlap(z[y], z[~y]):
         scale = max(z.std(), 1e-12)
-        fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(z[:, None] / scale, y)
+        standardised = (z[:, None] - z.mean()) / scale
+        fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, y)
         bound = np.abs(z).max() + 50
         result["slope"] = float(fit.coef_[0, 0] / scale)
         result["intercept"] = float(brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound))
@@ -521,6 +522,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     records = [records[i] for i in index]
     index = torch.tensor(index)
     digests = images.digests[index]
+    data.warn_contradictions(records, digests)
     model = models.from_checkpoint(ckpt, models.pick_device(args.device))
     start = time.perf_counter()
     logits = infer(model, in_batches(images.pixels, index), ckpt)
@@ -587,11 +589,14 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
-            if {"flags", "error"} <= set(reader.fieldnames or ()):
+            columns = reader.fieldnames or []
+            if len(set(columns)) < len(columns):
+                raise data.UserError(f"{path} has a column twice: {', '.join(columns)}")
+            if {"flags", "error"} <= set(columns):
                 raise data.UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
             for row in reader:
                 path_of_image, label, probability = (row.get(name) for name in ("path", "label", "probability"))
-                if None in (path_of_image, label, probability):
+                if None in (path_of_image, label, probability) or None in row:  # too few cells or too many
                     raise data.UserError(problem)
                 patient, subtype, series = data.identify(Path(path_of_image).name)
                 patient = row.get("patient") or patient or path_of_image
@@ -702,6 +707,9 @@ def align(s: Scored, first: Scored) -> Scored:
     if odd:
         raise data.UserError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
     aligned = s.take(np.array([place[r.path] for r in first.records]))
+    same_size = s.run and first.run and s.run["input_size"] == first.run["input_size"]
+    if s.split == "test" and same_size and s.fingerprint != first.fingerprint:
+        raise data.UserError(f"{both} saw other pixels under the same names ({s.root}, {first.root}): name one --data")
     if (aligned.labels != first.labels).any():
         raise data.UserError(f"{both} do not agree on the labels")
     return replace(aligned, records=first.records)
@@ -835,7 +843,7 @@ def thirds(values: list[str]) -> list[str]:
         numbers = {float(kind) for kind in kinds}
     except ValueError:
         return values
-    if len(numbers) <= 3:
+    if len(numbers) <= 3 or not np.isfinite(list(numbers)).all():
         return values
     low, high = np.quantile([float(value) for value in values if value], (1 / 3, 2 / 3))
     names = [f"<= {low:g}", f"<= {high:g}", f"> {high:g}"]
@@ -1592,6 +1600,8 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
     for name, is_given in for_two_classes.items():
         if is_given and more_classes:
             raise data.UserError(f"{name} is for two classes; leave it out here")
+    if not checkpoints and (args.stress or args.data):
+        raise data.UserError("--stress and --data are for checkpoints: a CSV holds no images")
     if args.positive is not None and len(checkpoints) == len(args.inputs):
         raise data.UserError("--positive is for CSV files: a checkpoint knows its positive class")
 

@@ -35,6 +35,7 @@ from tqdm import tqdm
 import models
 
 BATCH = 32
+FLUSH = object()  # among sources: all before it is to come out
 COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
 
 
@@ -90,7 +91,7 @@ def predict(images: list, checkpoint: str | Path | None = None, device: str = "a
     """
     classifier = open_classifier(checkpoint, device)
     work = functools.partial(classify, classifier=classifier)
-    results = []
+    images, results = list(images), []
     for rows in stream(images, work, max(1, min(len(images), data.CORES)), BATCH):
         results += [asdict(row) for row in rows]
     return results
@@ -119,11 +120,11 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:
 def find_inputs(inputs):
     """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order.
 
-    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so. None is handed on.
+    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so. FLUSH is handed on.
     """
     for item in inputs:
-        if item is None:
-            yield None
+        if item is FLUSH:
+            yield FLUSH
         elif item == "-":
             yield from find_inputs(lines_on_stdin())
         elif os.path.isdir(item):
@@ -150,11 +151,11 @@ def find_images(folder: str):
 
 
 def lines_on_stdin():
-    """Yield the paths that come, and None before each wait: what came so far is not to wait for more."""
+    """Yield the paths that come, and FLUSH before each wait: what came so far is not to wait for more."""
     rest = b""
     chunk = b"\n"
     while chunk:
-        yield None
+        yield FLUSH
         chunk = os.read(0, 65536)
         *lines, rest = (rest + (chunk or b"\n")).split(b"\n")
         for line in lines:
@@ -173,21 +174,21 @@ def read(source, size: int) -> Reading:
 def stream(sources, work, workers: int, limit: int):
     """Yield work([source, ...]) of the sources in order, a few lists ahead, however many sources there are.
 
-    Lists grow up to limit, so that few sources are shared out too. A source that is None makes all before it come out.
+    Lists grow up to limit, so that few sources are shared out too. FLUSH makes all before it come out.
     """
     pool, jobs, batch = ThreadPoolExecutor(workers), deque(), []
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, threads // workers))
     submitted = 0
     try:
-        for source in itertools.chain(sources, [None]):
-            if source is not None:
+        for source in itertools.chain(sources, [FLUSH]):
+            if source is not FLUSH:
                 batch.append(source)
-            if batch and (source is None or len(batch) == min(limit, 2 ** (submitted // workers))):
+            if batch and (source is FLUSH or len(batch) == min(limit, 2 ** (submitted // workers))):
                 jobs.append(pool.submit(work, batch))
                 submitted += 1
                 batch = []
-            while jobs and (source is None or len(jobs) > 2 * workers):
+            while jobs and (source is FLUSH or len(jobs) > 2 * workers):
                 yield jobs.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -206,7 +206,11 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
 
 
 def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
-    """Say loudly where this run, or the one that its weights come from, is trained on what validates it."""
+    """Say loudly where labels contradict each other, or where this run, or the one that its weights come from, is
+    trained on what validates it.
+    """
+    used = torch.cat([d.train, d.val])
+    data.warn_contradictions(d.records_of(used), d.digests[used])
     pixels = d.digests[d.val]
     copies = int(torch.isin(pixels, d.digests[d.train]).sum())
     if copies:
@@ -287,7 +291,7 @@ class Learner:
                     raise ValueError("moments of another shape")
                 if not moments["step"] >= 0:
                     raise ValueError(f"step {moments['step']}")
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as e:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise data.UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 
 
@@ -407,7 +411,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
 
 
 def validate(model: torch.nn.Module, d: TrainingSet, pre: dict) -> tuple[dict, np.ndarray]:
-    """Loss, AUROC and accuracy (of the larger probability), and the logits [n, classes] of the validation images, each counted once."""
+    """Loss, AUROC and accuracy (of the largest probability), and the logits [n, classes], of the validation images."""
     logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre)
     if not np.isfinite(logits).all():
         raise data.UserError("the logits of validation images are not finite; try a lower --lr")
@@ -554,7 +558,13 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
             raise data.UserError(f"{e}; the run can't go on without it, start a new one") from None
         if fixed(arguments) != fixed(checkpoint["arguments"]):
             raise data.UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
-        if arguments["epochs"] != state["arguments"]["epochs"]:
+        if checkpoint["epoch"] < summarize(state["epochs"])["best_epoch"]:
+            raise data.UserError(
+                f"{folder}/ckpt.pt is older than {folder}/last.pt: the run can't go on, start a new one"
+            )
+        if arguments["epochs"] < len(state["epochs"]):
+            raise data.UserError(f"the run has made {len(state['epochs'])} epochs already: --epochs can't be fewer")
+        if arguments["epochs"] != state["arguments"].get("epochs"):
             data.warn(
                 "another number of epochs: the rates of the rest are those of a run of that length from the start"
             )

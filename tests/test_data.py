@@ -242,6 +242,11 @@ def test_errors_of_layout(tmp_path, message):
         data.find_training(touch(tmp_path, *LAYOUTS[message].split()), 5, 0)
 
 
+def test_a_class_that_test_lacks_is_a_problem(tmp_path):
+    root = save(tree(tmp_path / "d"), {"test/PNEUMONIA/x.bmp": random_pixels(99)})
+    assert "test/ has no image of NORMAL" in data.check(root)["problems"]
+
+
 def test_check_refuses_what_training_refuses(tmp_path):
     touch(tmp_path / "d", *file_names("train", 0, 40), "train/normal/a.jpeg")
     done = run_script("data.py", "check", "d", cwd=tmp_path)
@@ -826,7 +831,9 @@ def test_a_table_in_the_splits_folder(tmp_path, capsys):
 
 BAD_TABLES = {
     "no column file_name; its columns are path, label": "path,label\nx,A\n",
-    "x/1.png stands there twice": "file_name,label,split\nx/1.png,A,train\nx/1.png,B,train\n",
+    "x/1.png stands there twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
+    "has a column twice": "file_name,label,split,split\nx/1.png,A,train,test\n",
+    "../1.png is not within the folder": "file_name,label,split\n../1.png,A,train\n",
     "the split of x/1.png is dev": "file_name,label,split\nx/1.png,A,dev\n",
     "the split of x/1.png is not told": "file_name,label\nx/1.png,A\n",
     "save it as CSV in UTF-8": b"file_name,label\nx\xff.png,A\n",

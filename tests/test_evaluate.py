@@ -1019,6 +1019,27 @@ def test_a_run_folder_stands_for_its_checkpoint(run, tmp_path):
 # --- errors of the user ---
 
 
+def test_other_pixels_under_the_same_names_are_not_compared(run, demo, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(demo, tmp_path / name)
+        altered(run, tmp_path / f"run_{name}")
+        ckpt = models.load(tmp_path / f"run_{name}")
+        ckpt["data"]["root"] = str(tmp_path / name)
+        models.save(ckpt, tmp_path / f"run_{name}" / "ckpt.pt")
+    first, second = sorted((tmp_path / "b" / "test" / "NORMAL").iterdir())[:2]
+    shutil.copy(first, second)
+    _, err = evaluate_files(tmp_path, "run_a", "run_b", "--output", "out", "--bootstrap", 0, code=2)
+    assert "saw other pixels under the same names" in err
+
+
+def test_one_image_with_two_labels_is_said(run, demo, tmp_path):
+    shutil.copytree(demo, tmp_path / "d")
+    image = min((tmp_path / "d" / "test" / "NORMAL").iterdir())
+    shutil.copy(image, tmp_path / "d" / "test" / "PNEUMONIA" / "copy.jpeg")
+    _, err = evaluate_files(tmp_path, run, "--data", "d", "--output", "out", "--bootstrap", 0)
+    assert "1 images stand there with several labels" in err
+
+
 BAD_CSV = {
     "no columns": ("a,b\n1,2\n", "path, label, probability"),
     "no rows": ("path,label,probability\n", "one row per image"),
@@ -1027,6 +1048,8 @@ BAD_CSV = {
     "short row": ("path,label,probability\na,0,0.1\nb,1\n", "needs a header with the columns"),
     "not a number": ("path,label,probability\na,0,nan\nb,1,0.5\n", "[0, 1]"),
     "above 1": ("path,label,probability\na,0,1.5\nb,1,0.5\n", "[0, 1]"),
+    "decimal comma": ("path,label,probability\na,0,0,1\nb,1,0,5\n", "needs a header with the columns"),
+    "column twice": ("path,label,probability,probability\na,0,0.1,0.2\nb,1,0.5,0.2\n", "a column twice"),
     "path twice": ("path,label,probability\na,0,0.1\na,1,0.5\n", "twice"),
     "three labels": ("path,label,probability\na,x,0.1\nb,y,0.5\nc,z,0.5\n", "two labels"),
     "one unknown label": ("path,label,probability\na,x,0.1\nb,x,0.5\n", "two labels"),

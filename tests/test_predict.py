@@ -137,6 +137,8 @@ def test_one_call_from_python(run_folder, demo):
     assert found[5]["error"] == "no such file" and found[5]["label"] is None
     assert predict.open_classifier(run_folder, "cpu") is predict.open_classifier(str(run_folder), "cpu")
     assert predict.predict([], run_folder) == []
+    rows = predict.predict((image for image in [pixels, None, pixels]), run_folder)  # as of a reader that failed
+    assert [bool(row["error"]) for row in rows] == [False, True, False]
 
 
 def test_a_service_in_a_few_lines(run_folder, demo):

@@ -320,6 +320,11 @@ def checkpoint_of_another_seed(root):
     models.save(checkpoint, path)
 
 
+def older_checkpoint(root):
+    path = root.parent / "run" / "ckpt.pt"
+    models.save(models.load(path) | {"epoch": 0}, path)
+
+
 def state_of_another_seed(root):
     metrics = root.parent / "run" / "metrics.json"
     metrics.write_text(metrics.read_text().replace('"seed": 0', '"seed": 1'))
@@ -331,6 +336,7 @@ def state_of_another_seed(root):
         (change_an_image, "not those that the run"),
         (another_patient, "not those that the run"),
         (state_of_another_seed, "belongs to a run with other arguments"),
+        (older_checkpoint, "ckpt.pt is older than"),
         (checkpoint_of_another_seed, "ckpt.pt belongs to a run with other arguments"),
     ],
 )
@@ -350,6 +356,8 @@ def test_resume_takes_the_runs_arguments_and_moved_data(run_folder, demo, tmp_pa
         done = run_script("train.py", "--resume", "run", *contradiction, cwd=tmp_path)
         assert done.returncode == 2 and contradiction[0].removeprefix("--no-") in done.stderr
         assert len(done.stderr.splitlines()) == 1
+    fewer = run_script("train.py", "--resume", "run", "--epochs", "1", "--data", "moved", cwd=tmp_path)
+    assert fewer.returncode == 2 and "has made 2 epochs already" in fewer.stderr
     done = run_script("train.py", "--resume", "run", "--epochs", "3", "--data", "moved", cwd=tmp_path)
     assert done.returncode == 0 and "another number of epochs" in done.stderr, done.stderr
     assert len(metrics_of(tmp_path / "run")["epochs"]) == 3
