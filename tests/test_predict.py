@@ -346,12 +346,12 @@ def test_stream_keeps_order_and_little_in_memory(count):
     assert out == [str(i) for i in range(count)]
 
 
-def test_none_among_the_sources_brings_out_what_came_before():
+def test_a_flush_among_the_sources_brings_out_what_came_before():
     out = []
 
     def paths():
         yield from range(100)
-        yield None
+        yield predict.FLUSH
         assert out == list(range(100))
         yield 100
 
