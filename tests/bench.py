@@ -104,7 +104,7 @@ def evaluation() -> dict:
             model(batch)
 
     index, pre = torch.arange(len(images)), {"mean": 0.45, "std": 0.23, "margin": 0.1}
-    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index, BATCH), pre, CPU)
+    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index, BATCH), pre)
     return {"evaluation / forward": ratio(limit, real)}
 
 
