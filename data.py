@@ -220,6 +220,19 @@ def read_quota(group: Path) -> float:
     return math.inf
 
 
+def call_within(seconds: float, work, *arguments):
+    """work(*arguments), in a thread that is left behind at the limit, since networks know ways to wait for ever.
+
+    Raises:
+        TimeoutError: at the limit.
+    """
+    try:
+        with ThreadPool(1) as pool:
+            return pool.apply_async(work, arguments).get(seconds)
+    except multiprocessing.TimeoutError:
+        raise TimeoutError from None
+
+
 def count_cores(system: Path = Path("/")) -> int:
     """The cores that this process may use: its affinity, and the smallest quota of its control group and its parents.
 
@@ -576,6 +589,11 @@ def positive_index(classes: list[str], asked: str | None) -> int:
 def named_patients(records: list[Record]) -> set[str]:
     """Patients that are known."""
     return {r.patient for r in records if r.known_patient}
+
+
+def count_seen(records: list[Record], digests: Tensor, pixels: Tensor, patients: list[str]) -> tuple[int, int]:
+    """How many of the images, by their digests, and of their known patients are among those pixels and patients."""
+    return int(torch.isin(digests, pixels).sum()), len(named_patients(records) & set(patients))
 
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
@@ -1620,13 +1638,12 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            with ThreadPool(1) as pool:  # left behind at the limit: a server can drip its answer, headers too, for ever
-                pool.apply_async(_fetch, (url, archive)).get(3600 * hours)
+            call_within(3600 * hours, _fetch, url, archive)  # a server can drip its answer, headers too
             if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
             _unpack(archive, unpacked)
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, multiprocessing.TimeoutError, http.client.HTTPException, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
                 f"the download failed, is damaged or took more than {hours:g} hours ({e!r}); try again, or by hand: "
                 f"fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "

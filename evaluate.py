@@ -230,9 +230,8 @@ def binary_estimates(
     """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
     patients = np.unique(patients, return_inverse=True)[1]
     result = {}
-    for name, values in bootstrap.values(
-        functools.partial(binary_metrics, positive, score, predicted), patients
-    ).items():
+    drawn = bootstrap.values(functools.partial(binary_metrics, positive, score, predicted), patients)
+    for name, values in drawn.items():
         behind = patients_behind(name, positive, predicted, patients)
         result[name] = with_interval(values[None], behind, -1 if name == "mcc" else 0)
     return result
@@ -483,18 +482,23 @@ def binary_logit(logits: np.ndarray, positive_index: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
-def read_split(root: Path, split: str, folds: int, fold: int, size: int) -> tuple[list, data.Images, list[dict]]:
-    """Records and images of test/, or all that training reads, and what of the split can't be read; several runs of one
-    comparison read, and warn, once."""
+def read_split(
+    root: Path, split: str, folds: int, fold: int, size: int
+) -> tuple[list[data.Record], data.Images, Tensor, list[dict]]:
+    """Records and images of test/, or all that training reads, the positions of those of the split, int64, and what of
+    it can't be read; several runs of one comparison read, and warn, once."""
     records = data.scan(root, "test") if split == "test" else data.find_training(root, folds, fold)
     if not records:
         raise data.UserError(f"{root}/test has no class folders with images")
     images = data.load_images(root, records, size)
     failed = {i: reason for i, reason in images.failed.items() if records[i].split == split}
-    return records, images, data.report_left_out(records, failed)
+    index = [i for i, r in enumerate(records) if r.split == split and i not in failed]
+    positions = torch.tensor(index, dtype=torch.int64)
+    data.warn_contradictions([records[i] for i in index], images.digests[positions])
+    return records, images, positions, data.report_left_out(records, failed)
 
 
-def threshold_rule(args: argparse.Namespace, stored: dict) -> dict:
+def rule_in_force(args: argparse.Namespace, stored: dict) -> dict:
     """The stored rule, but where the user asks for another threshold."""
     if args.threshold is None:
         return stored
@@ -510,19 +514,16 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     seen, arguments = ckpt["data"], ckpt["arguments"]
     root = data.find_root(args.data or seen["root"])
     parts = arguments.get("folds", 10), arguments.get("fold", 0)
-    records, images, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
+    records, images, index, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
     if args.split != "test" and not args.data and data.fingerprint(records, images.digests) != seen["fingerprint"]:
         raise data.UserError(
             f"the images in {root} are not those that {path} was trained on, or it is of an older version"
         )
     data.check_classes(records, ckpt["classes"], str(root))
-    index = [i for i, r in enumerate(records) if r.split == args.split and i not in images.failed]
-    if not index:
+    if not len(index):
         raise data.UserError(f"no image of the {args.split} split of {root} can be read")
-    records = [records[i] for i in index]
-    index = torch.tensor(index)
+    records = [records[i] for i in index.tolist()]
     digests = images.digests[index]
-    data.warn_contradictions(records, digests)
     model = models.from_checkpoint(ckpt, models.pick_device(args.device))
     start = time.perf_counter()
     logits = infer(model, in_batches(images.pixels, index), ckpt)
@@ -536,7 +537,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     if ckpt["border"] is not None:
         batches = in_batches(images.pixels, index)
         border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in batches])
-    rule = threshold_rule(args, ckpt["threshold"])
+    rule = rule_in_force(args, ckpt["threshold"])
     threshold = math.nan if rule["value"] is None else rule["value"]
     return Scored(
         source=path,
@@ -565,17 +566,11 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
 
 def find_leaks(records: list[data.Record], digests: Tensor, seen: dict) -> dict[str, int]:
     """How many images and patients the model was trained on, and on how many it was chosen; seen: of a checkpoint."""
-    patients = data.named_patients(records)
-    leaks = {
-        "images": int(torch.isin(digests, seen["pixels"]).sum()),
-        "patients": len(patients & set(seen["patients"])),
-        "val_images": 0,
-        "val_patients": 0,
-    }
+    images, patients = data.count_seen(records, digests, seen["pixels"], seen["patients"])
+    val_images, val_patients = 0, 0
     if records[0].split != "val":  # which is what the choice was made on
-        leaks["val_images"] = int(torch.isin(digests, seen["val_pixels"]).sum())
-        leaks["val_patients"] = len(patients & set(seen["val_patients"]))
-    return leaks
+        val_images, val_patients = data.count_seen(records, digests, seen["val_pixels"], seen["val_patients"])
+    return {"images": images, "patients": patients, "val_images": val_images, "val_patients": val_patients}
 
 
 def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
@@ -633,7 +628,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     positive_index = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
     logits[:, positive_index] = logit(p.clip(EXACT, 1 - EXACT))
-    rule = threshold_rule(args, {"value": 0.5, "rule": "0.5", "from": "default"})
+    rule = rule_in_force(args, {"value": 0.5, "rule": "0.5", "from": "default"})
     return Scored(
         source=path,
         sha256=data.sha256(Path(path)),
@@ -999,8 +994,9 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     what the exact test's p says (Altman and Bland 2011).
     """
     mine, theirs = model.values[metric], reference.values[metric]
-    value, *drawn = mine.mean(0) - theirs.mean(0)
-    if math.isnan(value) or not drawn:
+    apart = mine.mean(0) - theirs.mean(0)
+    value, drawn = apart[0], apart[1:]
+    if math.isnan(value) or not len(drawn):
         return {"value": number(value), "ci95": None, "p": None}
     exact_p, least = 0.0, 0.0
     if metric == "accuracy":
@@ -1008,7 +1004,7 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
         if np.count_nonzero(gaps) <= 500:  # beyond these the draws are as good
             exact_p = sign_flip_p(gaps)
             least = abs(value) / max(-ndtri(exact_p / 2), 0.5)
-    sd, freedom = deviation(np.array(drawn), [mine[:, 0], theirs[:, 0]], least)
+    sd, freedom = deviation(drawn, [mine[:, 0], theirs[:, 0]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
     ends = [float(value - half), float(value + half)]
@@ -1668,13 +1664,19 @@ def file_stem(s: Scored, args: argparse.Namespace) -> str:
     return "-".join([stem, *data.find_root(args.data).resolve().parts[-2:]]) if args.data else stem
 
 
+def write_both(json_path: Path, card: Path, result: dict, heading: str, blocks: list) -> list[Path]:
+    """A report as JSON and as Markdown; returns their paths."""
+    data.write_json(json_path, result)
+    data.write_text(card, as_markdown(heading, blocks))
+    return [json_path, card]
+
+
 def write_report(folder: Path, s: Scored, r: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
     """The files of one model; returns their paths."""
     stem = file_stem(s, args)
     card = "report.md" if args.output or stem == "test" else f"{stem}.md"
-    written = [folder / f"{stem}.json", folder / card]
-    data.write_json(written[0], r)
-    data.write_text(written[1], as_markdown(f"Model card: {s.model}", [*card_lines(r), *blocks]))
+    heading = f"Model card: {s.model}"
+    written = write_both(folder / f"{stem}.json", folder / card, r, heading, [*card_lines(r), *blocks])
     if s.run:
         written.append(folder / f"{stem}.csv")
         data.write_csv(written[-1], to_rows(s))
@@ -1700,9 +1702,7 @@ def write_comparison(
     folder: Path, groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace
 ) -> list[Path]:
     """The files of a comparison; returns their paths."""
-    written = [folder / "compare.json", folder / "report.md"]
-    data.write_json(written[0], c)
-    data.write_text(written[1], as_markdown("Comparison of models", blocks))
+    written = write_both(folder / "compare.json", folder / "report.md", c, "Comparison of models", blocks)
     if args.plots:
         written += save_figure(plot_comparison(groups, c), folder / "compare")
     return written

@@ -221,8 +221,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
     if seen is None:
         return
-    images = int(torch.isin(pixels, seen["pixels"]).sum())
-    patients = len(data.named_patients(d.records_of(d.val)) & set(seen["patients"]))
+    images, patients = data.count_seen(d.records_of(d.val), pixels, seen["pixels"], seen["patients"])
     if images or patients:
         data.warn(
             f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
@@ -705,7 +704,7 @@ def run(args: argparse.Namespace) -> None:
         data.write_json(folder / "metrics.json", metrics)
         warn_overlap(d, seen)
 
-    print_start(print0, args, d, model, weights, pre, crop, device, dtype)
+    print_start(print0, metrics, d, model, pre, crop, device, dtype)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
             print0(f"no better validation AUROC in {args.patience} epochs: stopped")
@@ -763,12 +762,12 @@ def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
     return rows
 
 
-def print_start(print0, args, d: TrainingSet, model, weights: dict, pre: dict, crop: int, device, dtype) -> None:
+def print_start(print0, metrics: dict, d: TrainingSet, model, pre: dict, crop: int, device, dtype) -> None:
     """What is trained, on what, and what the table's columns are."""
-    about = d.about()
-    images, patients = about["images"], about["patients"]
+    name, note = metrics["arguments"]["model"], metrics["weights"]["note"]
+    images, patients = metrics["data"]["images"], metrics["data"]["patients"]
     count = {split: f"{images[split]} images of {patients[split]} patients" for split in images}
-    print0(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {weights['note']}")
+    print0(f"{name}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
     print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
         print0(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")

@@ -1036,8 +1036,8 @@ def test_one_image_with_two_labels_is_said(run, demo, tmp_path):
     shutil.copytree(demo, tmp_path / "d")
     image = min((tmp_path / "d" / "test" / "NORMAL").iterdir())
     shutil.copy(image, tmp_path / "d" / "test" / "PNEUMONIA" / "copy.jpeg")
-    _, err = evaluate_files(tmp_path, run, "--data", "d", "--output", "out", "--bootstrap", 0)
-    assert "1 images stand there with several labels" in err
+    _, err = evaluate_files(tmp_path, run, run, "--data", "d", "--output", "out", "--bootstrap", 0)
+    assert err.count("1 images stand there with several labels") == 1  # however many runs are scored on them
 
 
 BAD_CSV = {
