@@ -41,6 +41,7 @@ from sklearn.metrics import ConfusionMatrixDisplay, confusion_matrix, precision_
 from torch import Tensor
 
 import models
+from data import UserError, warn
 
 MAIN = ("auroc", "sensitivity", "specificity")  # what is said of a part of the images, or of changed ones
 UNDER_STRESS = (*MAIN, "balanced_accuracy")
@@ -442,25 +443,6 @@ class Scored:
         )
 
 
-@torch.inference_mode()
-def infer(model: torch.nn.Module, batches, pre: dict) -> np.ndarray:
-    """Logits, float64 [images, classes], of an iterable of uint8 batches [batch, side, side]; in float32 throughout.
-
-    pre: see data.to_input.
-    """
-    device = next(model.parameters()).device
-    logits = []
-    for batch in batches:
-        logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
-    return torch.cat(logits).cpu().double().numpy()
-
-
-def in_batches(images: Tensor, index: Tensor, size: int = 64):
-    """Yield uint8 batches of the images at index."""
-    for part in index.split(size):
-        yield images[part]
-
-
 def infer_stressed(
     model: torch.nn.Module, images: Tensor, index: Tensor, records: list, pre: dict
 ) -> dict[str, np.ndarray]:
@@ -472,8 +454,8 @@ def infer_stressed(
         part = slice(start, start + 64)
         others = None if partners is None else images[index[partners[part]]].cpu()
         for name, copies in data.stress(images[index[part]].cpu(), others, paths[part]):
-            logits[name].append(infer(model, [copies], pre))
-    return {name: np.concatenate(batches) for name, batches in logits.items()}
+            logits[name].append(models.infer(model, [copies], pre))
+    return {name: torch.cat(batches).numpy() for name, batches in logits.items()}
 
 
 def binary_logit(logits: np.ndarray, positive_index: int) -> np.ndarray:
@@ -489,7 +471,7 @@ def read_split(
     it can't be read; several runs of one comparison read, and warn, once."""
     records = data.scan(root, "test") if split == "test" else data.find_training(root, folds, fold)
     if not records:
-        raise data.UserError(f"{root}/test has no class folders with images")
+        raise UserError(f"{root}/test has no class folders with images")
     images = data.load_images(root, records, size)
     failed = {i: reason for i, reason in images.failed.items() if records[i].split == split}
     index = [i for i, r in enumerate(records) if r.split == split and i not in failed]
@@ -513,29 +495,25 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     """
     seen, arguments = ckpt["data"], ckpt["arguments"]
     root = data.find_root(args.data or seen["root"])
-    parts = arguments.get("folds", 10), arguments.get("fold", 0)
+    parts = arguments["folds"], arguments["fold"]
     records, images, index, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
     if args.split != "test" and not args.data and data.fingerprint(records, images.digests) != seen["fingerprint"]:
-        raise data.UserError(
-            f"the images in {root} are not those that {path} was trained on, or it is of an older version"
-        )
+        raise UserError(f"the images in {root} are not those that {path} was trained on, or it is of an older version")
     data.check_classes(records, ckpt["classes"], str(root))
     if not len(index):
-        raise data.UserError(f"no image of the {args.split} split of {root} can be read")
+        raise UserError(f"no image of the {args.split} split of {root} can be read")
     records = [records[i] for i in index.tolist()]
     digests = images.digests[index]
     model = models.from_checkpoint(ckpt, models.pick_device(args.device))
     start = time.perf_counter()
-    logits = infer(model, in_batches(images.pixels, index), ckpt)
+    logits = models.infer(model, models.in_batches(images.pixels, index), ckpt).numpy()
     seconds = time.perf_counter() - start
     finite = np.isfinite(logits).all(1)
     if not finite.all():
-        raise data.UserError(
-            f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged"
-        )
+        raise UserError(f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged")
     border = np.full(len(index), math.nan)
     if ckpt["border"] is not None:
-        batches = in_batches(images.pixels, index)
+        batches = models.in_batches(images.pixels, index)
         border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in batches])
     rule = rule_in_force(args, ckpt["threshold"])
     threshold = math.nan if rule["value"] is None else rule["value"]
@@ -586,13 +564,13 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
             reader = csv.DictReader(f)
             columns = reader.fieldnames or []
             if len(set(columns)) < len(columns):
-                raise data.UserError(f"{path} has a column twice: {', '.join(columns)}")
+                raise UserError(f"{path} has a column twice: {', '.join(columns)}")
             if {"flags", "error"} <= set(columns):
-                raise data.UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
+                raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
             for row in reader:
                 path_of_image, label, probability = (row.get(name) for name in ("path", "label", "probability"))
                 if None in (path_of_image, label, probability) or None in row:  # too few cells or too many
-                    raise data.UserError(problem)
+                    raise UserError(problem)
                 patient, subtype, series = data.identify(Path(path_of_image).name)
                 patient = row.get("patient") or patient or path_of_image
                 subtype = row.get("subtype") or subtype
@@ -600,11 +578,11 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
                 records.append(data.Record(path_of_image, label, "predictions", patient, subtype, series, 0, 0))
                 p.append(float(probability))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise data.UserError(f"{path} can't be read: {e}") from None
+        raise UserError(f"{path} can't be read: {e}") from None
     except ValueError:
-        raise data.UserError(f"{path}: column probability holds something that is no number") from None
+        raise UserError(f"{path}: column probability holds something that is no number") from None
     if not records:
-        raise data.UserError(problem)
+        raise UserError(problem)
     return records, np.array(p)
 
 
@@ -612,19 +590,19 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     """What another program predicted: the probability of the positive class for each image."""
     records, p = read_predictions(path)
     if not ((p >= 0) & (p <= 1)).all():
-        raise data.UserError(f"{path}: probabilities must lie in [0, 1]")
+        raise UserError(f"{path}: probabilities must lie in [0, 1]")
     if len({r.path for r in records}) < len(records):
-        raise data.UserError(f"{path}: a path stands there twice")
+        raise UserError(f"{path}: a path stands there twice")
     classes = sorted({r.label for r in records})
     asked = args.positive
     for known in (["0", "1"], ["NORMAL", "PNEUMONIA"]):
         if set(classes) <= set(known):  # one of the two alone will do
             classes, asked = known, asked or known[1]
     if len(classes) != 2 or "" in classes:
-        raise data.UserError(f"{path}: expected two labels, found {', '.join(classes)}")
+        raise UserError(f"{path}: expected two labels, found {', '.join(classes)}")
     exact = [r.path for r, value in zip(records, p) if value in (0, 1)]
     if exact:
-        data.warn(f"{len(exact)} probabilities of {path} are exactly 0 or 1, such as that of {exact[0]}")
+        warn(f"{len(exact)} probabilities of {path} are exactly 0 or 1, such as that of {exact[0]}")
     positive_index = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
     logits[:, positive_index] = logit(p.clip(EXACT, 1 - EXACT))
@@ -669,7 +647,7 @@ def pool(runs: list[Scored]) -> Scored:
         return first
     paths = [r.path for s in runs for r in s.records]
     if len(set(paths)) < len(paths):
-        raise data.UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
+        raise UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
     arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
     own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]}
     return replace(
@@ -696,17 +674,17 @@ def align(s: Scored, first: Scored) -> Scored:
     both = f"{s.source} and {first.source}"
     if (s.classes, s.positive_index) != (first.classes, first.positive_index):
         names = " and ".join(", ".join(c.classes) for c in (s, first))
-        raise data.UserError(f"{both} tell other classes apart ({names}): they can't be compared")
+        raise UserError(f"{both} tell other classes apart ({names}): they can't be compared")
     place = {r.path: i for i, r in enumerate(s.records)}
     odd = place.keys() ^ {r.path for r in first.records}
     if odd:
-        raise data.UserError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
+        raise UserError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
     aligned = s.take(np.array([place[r.path] for r in first.records]))
     same_size = s.run and first.run and s.run["input_size"] == first.run["input_size"]
     if s.split == "test" and same_size and s.fingerprint != first.fingerprint:
-        raise data.UserError(f"{both} saw other pixels under the same names ({s.root}, {first.root}): name one --data")
+        raise UserError(f"{both} saw other pixels under the same names ({s.root}, {first.root}): name one --data")
     if (aligned.labels != first.labels).any():
-        raise data.UserError(f"{both} do not agree on the labels")
+        raise UserError(f"{both} do not agree on the labels")
     return replace(aligned, records=first.records)
 
 
@@ -1502,7 +1480,7 @@ def plot_mistakes(s: Scored, device: torch.device):
         pixels, _ = data.read_image(Path(s.root, f["path"]), ckpt["input_size"])
         x = data.to_input(torch.from_numpy(pixels)[None].to(device), ckpt)
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        with contextlib.suppress(data.UserError):  # some architectures have no map to show
+        with contextlib.suppress(UserError):  # some architectures have no map to show
             heat = models.heat_map(model, x, s.classes.index(f["prediction"]))
             heat = heat[0].cpu().numpy()
             opacity = np.where(heat > 0.3, heat / 2, 0)
@@ -1584,9 +1562,9 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
     """Raise UserError where an option does not fit the inputs."""
     several_plots = args.plots and len(args.inputs) > 1
     if args.plots and not importlib.util.find_spec("matplotlib"):
-        raise data.UserError("--plots needs matplotlib: pip install matplotlib")
+        raise UserError("--plots needs matplotlib: pip install matplotlib")
     if several_plots and not args.output:
-        raise data.UserError("--plots of several inputs needs --output DIR")
+        raise UserError("--plots of several inputs needs --output DIR")
     for_two_classes = {
         "--threshold": args.threshold is not None,
         "--stress": args.stress,
@@ -1595,11 +1573,11 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
     more_classes = any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values())
     for name, is_given in for_two_classes.items():
         if is_given and more_classes:
-            raise data.UserError(f"{name} is for two classes; leave it out here")
+            raise UserError(f"{name} is for two classes; leave it out here")
     if not checkpoints and (args.stress or args.data):
-        raise data.UserError("--stress and --data are for checkpoints: a CSV holds no images")
+        raise UserError("--stress and --data are for checkpoints: a CSV holds no images")
     if args.positive is not None and len(checkpoints) == len(args.inputs):
-        raise data.UserError("--positive is for CSV files: a checkpoint knows its positive class")
+        raise UserError("--positive is for CSV files: a checkpoint knows its positive class")
 
 
 def warn_leaks(scored: list[Scored]) -> None:
@@ -1611,35 +1589,11 @@ def warn_leaks(scored: list[Scored]) -> None:
             sources["chosen", s.leaks["val_images"], s.leaks["val_patients"]].append(s.source)
     for (how, images, patients), names in sources.items():
         if images or patients:
-            data.warn(f"LEAK: {how} on {images} of these images and {patients} of these patients: {', '.join(names)}")
+            warn(f"LEAK: {how} on {images} of these images and {patients} of these patients: {', '.join(names)}")
 
 
 def is_csv(path: str) -> bool:
     return path.lower().endswith(".csv")
-
-
-def load_checkpoint(path: str) -> dict:
-    """A checkpoint with what is used of its arguments, of which models.load asks nothing.
-
-    Raises:
-        UserError: as models.load, or arguments that train.py does not write.
-    """
-    ckpt = models.load(path)
-    arguments = {"folds": 10, "fold": 0, **ckpt["arguments"]}  # older versions had no folds
-    fields = {
-        "epochs": models.Field(int, 1),
-        "folds": models.Field(int, 2, 1000),
-        "fold": models.Field(int, 0, 999),
-    }
-    for fault in models.faults(arguments, fields, "arguments."):
-        raise data.UserError(f"{path} is damaged: {fault}")
-    if arguments["fold"] >= arguments["folds"]:
-        raise data.UserError(f"{path} is damaged: fold {arguments['fold']} is none of {arguments['folds']} folds")
-    try:
-        json.dumps([ckpt["arguments"], ckpt["environment"]], allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError):
-        raise data.UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
-    return ckpt
 
 
 def read_history(folder: Path) -> dict[str, list]:
@@ -1693,8 +1647,8 @@ def draw_mistakes(s: Scored, stem: Path, device: str) -> list[Path]:
     """The picture of the mistakes, where their files can still be read."""
     try:
         return save_figure(plot_mistakes(s, models.pick_device(device)), stem)
-    except data.UserError as e:
-        data.warn(f"no picture of the mistakes: {e}")
+    except UserError as e:
+        warn(f"no picture of the mistakes: {e}")
         return []
 
 
@@ -1711,7 +1665,7 @@ def write_comparison(
 def run(args: argparse.Namespace) -> None:
     args.inputs = find_inputs(args.inputs)
     read_split.cache_clear()  # a folder may have changed since another call in this process
-    checkpoints = {path: load_checkpoint(path) for path in args.inputs if not is_csv(path)}
+    checkpoints = {path: models.load(path) for path in args.inputs if not is_csv(path)}
     check_arguments(args, checkpoints)
     roots = {data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}
     for root in sorted(roots):

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+from data import UserError, warn
 
 FORMAT = "chest radiograph classifier"
 FORMAT_VERSION = 3
@@ -40,7 +41,7 @@ def pick_device(name: str) -> torch.device:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
-        raise data.UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
+        raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the batch that an image stood in
     return device
 
@@ -56,7 +57,7 @@ def check_name(name: str) -> None:
         known = False
     if not known:
         nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
-        raise data.UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}")
+        raise UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}")
 
 
 def pretrained_config(name: str) -> timm.models.PretrainedCfg:
@@ -93,7 +94,7 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     try:
         model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)
     except AssertionError as e:
-        raise data.UserError(f"{name} can't be built for {size} x {size} pixels ({e}); try another size") from None
+        raise UserError(f"{name} can't be built for {size} x {size} pixels ({e}); try another size") from None
     if not kwargs.get("pretrained"):
         # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
         model.reset_classifier(classes)
@@ -107,7 +108,7 @@ def check_size(model: nn.Module, size: int) -> None:
         with torch.no_grad():
             model.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise data.UserError(f"the model does not take {size} x {size} pixels ({e}); try another size") from None
+        raise UserError(f"the model does not take {size} x {size} pixels ({e}); try another size") from None
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -164,7 +165,7 @@ def build_pretrained(
         note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
         return model, {"source": "hub", "note": note, "failed": "", "seen": None}
     if insist:
-        raise data.UserError(f"{failure}; use --weights FILE or --no-pretrained")
+        raise UserError(f"{failure}; use --weights FILE or --no-pretrained")
     model = build(name, len(classes), size)
     return model, {"source": "random", "note": "random weights", "failed": failure, "seen": None}
 
@@ -178,7 +179,7 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
         # Offline the hub's library takes its cache at once; otherwise it would try for minutes.
         constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
         return build(name, pretrained_config(name).num_classes, size, pretrained=True), ""
-    except data.UserError:
+    except UserError:
         raise
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
         sentence = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".")
@@ -206,7 +207,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
     if not weights:
-        raise data.UserError("--weights '' names no file")
+        raise UserError("--weights '' names no file")
     path = in_run_folder(weights)
     content = read_weights(path)
     seen = None
@@ -216,7 +217,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
         known_classes = content["classes"]
         seen = {"patients": content["data"]["patients"], "pixels": content["data"]["pixels"]}
         if content["input_size"] != size:
-            data.warn(
+            warn(
                 f"{path} is of images of {content['input_size']} px, not {size}: whether it was trained on those that "
                 "validate it now is told by their patients alone"
             )
@@ -235,12 +236,12 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
         overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
         # Strict: one tensor too many, too few or of another shape is another architecture.
         model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except data.UserError:
+    except UserError:
         raise
     except Exception as e:  # noqa: BLE001, timm's filters stumble over foreign tensors in many ways
         lines = str(e).splitlines() or [type(e).__name__]
         detail = lines[min(1, len(lines) - 1)].strip()[:160]
-        raise data.UserError(f"{path} does not hold weights of {name}: {detail}") from None
+        raise UserError(f"{path} does not hold weights of {name}: {detail}") from None
     note = f"{len(state)} tensors of {path} taken"
     if channels != 1:
         note += f"; {stem}: {channels} input channels summed to 1"
@@ -266,18 +267,16 @@ def in_run_folder(path: str | Path) -> Path:
 def read_weights(path: Path) -> dict:
     """Whatever dict a .safetensors file, or a file saved by torch, holds."""
     if not path.is_file():
-        raise data.UserError(f"weights file {path} does not exist")
+        raise UserError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights of timm's own train.py
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001, unpicklers fail in any way, and name options that are none of ours
-        raise data.UserError(
-            f"{path} can't be read as weights: no .safetensors file, nor tensors saved by torch"
-        ) from None
+        raise UserError(f"{path} can't be read as weights: no .safetensors file, nor tensors saved by torch") from None
     if not isinstance(content, dict):
-        raise data.UserError(f"{path} does not hold a state dict of tensors")
+        raise UserError(f"{path} does not hold a state dict of tensors")
     return content
 
 
@@ -289,13 +288,13 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
         if inner:
             state = inner[0]
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise data.UserError(f"{path} does not hold a state dict of tensors")
+        raise UserError(f"{path} does not hold a state dict of tensors")
     for prefix in PREFIXES * 2:  # they come in any order, one within another
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
         if not is_plain(value) or not value.isfinite().all():
-            raise data.UserError(f"{path} holds weights that are no numbers, infinite, sparse or quantized: {key}")
+            raise UserError(f"{path} holds weights that are no numbers, infinite, sparse or quantized: {key}")
     return state
 
 
@@ -309,7 +308,6 @@ def is_plain(value: Tensor) -> bool:
 CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
 FEATURES = CELLS**2 + FINE_CELLS**2 + 2
 BORDER_FEATURES = 348  # see data.border_features
-PLAIN = (str, int, float, list, type(None))
 
 
 @dataclass(frozen=True)
@@ -321,8 +319,8 @@ class Field:
     high: float = 1e30
     shape: tuple[int, ...] | None = None  # for tensors, which must be finite
     dtype: torch.dtype = torch.float32
-    of: type | tuple | None = None  # what a list or a dict holds
-    keys: dict | None = None  # the fields of a dict
+    of: type | None = None  # what a list or a dict holds
+    keys: dict | None = None  # fields that a dict must have
     optional: bool = False  # it may be None
 
 
@@ -356,8 +354,8 @@ FIELDS = {
             "val_pixels": Field(Tensor, dtype=torch.int64),
         },
     ),
-    "arguments": Field(dict, of=PLAIN),
-    "environment": Field(dict, of=PLAIN),
+    "arguments": Field(dict, keys={"epochs": Field(int, 1), "folds": Field(int, 2, 1000), "fold": Field(int, 0, 999)}),
+    "environment": Field(dict),
     "weights": Field(dict, keys={"source": TEXT, "note": TEXT, "failed": TEXT}),
     "input_check": Field(
         dict,
@@ -389,12 +387,14 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
             yield f"{name} is {value:.6g}, not in [{field.low:g}, {field.high:g}]"
         elif field.kind is Tensor and not fits(value, field):
             yield f"{name} is another tensor than was saved"
-        elif field.kind in (list, dict) and field.of is not None:
-            members = value if field.kind is list else value.values()
-            if not all(isinstance(member, field.of) for member in members):
-                yield f"{name} holds what does not belong there"
-        elif field.keys is not None:
+        elif field.of and not all(isinstance(member, field.of) for member in members(value)):
+            yield f"{name} holds what does not belong there"
+        elif field.keys:
             yield from faults(value, field.keys, f"{name}.")
+
+
+def members(value: list | dict):
+    return value.values() if isinstance(value, dict) else value
 
 
 def fits(value: Tensor, field: Field) -> bool:
@@ -430,29 +430,27 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
     """
     path = in_run_folder(path)
     if not path.is_file():
-        raise data.UserError(f"checkpoint {path} does not exist")
+        raise UserError(f"checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as z:
             if z.testzip():  # torch would not notice
                 raise ValueError("a checksum does not match")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
-        raise data.UserError(f"{path} is damaged or no checkpoint of this suite") from None
+        raise UserError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
-        raise data.UserError(f"{path} is no {kind} checkpoint of this suite")
+        raise UserError(f"{path} is no {kind} checkpoint of this suite")
     version = checkpoint.get("format_version")
     if not isinstance(version, int):
-        raise data.UserError(f"{path} has no format version: it is damaged")
+        raise UserError(f"{path} has no format version: it is damaged")
     if version > FORMAT_VERSION:
-        raise data.UserError(
-            f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code"
-        )
+        raise UserError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code")
     if kind == FORMAT and version < FORMAT_VERSION:
         checkpoint = upgrade(checkpoint)
     for fault in faults(checkpoint, fields):
-        raise data.UserError(f"{path} is damaged: {fault}")
+        raise UserError(f"{path} is damaged: {fault}")
     if kind == FORMAT:
-        check_classes(checkpoint, path)
+        check_consistency(checkpoint, path)
     return checkpoint
 
 
@@ -467,6 +465,7 @@ def upgrade(checkpoint: dict) -> dict:
         **checkpoint,
     }
     with contextlib.suppress(TypeError, KeyError):  # faults says what is wrong
+        upgraded["arguments"] = {"folds": 10, "fold": 0, **checkpoint["arguments"]}
         about = dict(checkpoint["data"])
         lacked = {
             "images": len(about["pixels"]),
@@ -477,13 +476,17 @@ def upgrade(checkpoint: dict) -> dict:
     return upgraded
 
 
-def check_classes(checkpoint: dict, path: Path) -> None:
-    """Raise UserError where the classes contradict each other or the threshold."""
+def check_consistency(checkpoint: dict, path: Path) -> None:
+    """Raise UserError where the classes contradict each other or the threshold, or where reports could not be written."""
     classes = checkpoint["classes"]
     if len(set(classes)) != len(classes) or len(classes) < 2 or checkpoint["positive"] not in classes:
-        raise data.UserError(f"{path} is damaged: its classes are {classes}, the positive one {checkpoint['positive']}")
+        raise UserError(f"{path} is damaged: its classes are {classes}, the positive one {checkpoint['positive']}")
     if (len(classes) == 2) != (checkpoint["threshold"]["value"] is not None):
-        raise data.UserError(f"{path} is damaged: two classes have a threshold, more have none")
+        raise UserError(f"{path} is damaged: two classes have a threshold, more have none")
+    try:
+        json.dumps([checkpoint["arguments"], checkpoint["environment"]], allow_nan=False, sort_keys=True)
+    except (TypeError, ValueError):
+        raise UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
 
 
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
@@ -497,13 +500,13 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     for key, new in model.state_dict().items():
         value = state.get(key)
         if value is None or not is_plain(value) or value.shape != new.shape or value.dtype != new.dtype:
-            raise data.UserError(f"the weights do not fit this version of timm's {name}: {key}")
+            raise UserError(f"the weights do not fit this version of timm's {name}: {key}")
         if not value[new.isfinite()].isfinite().all():  # a mask holds infinities, in a new model too
-            raise data.UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
+            raise UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise data.UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
+        raise UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
     check_size(model, checkpoint["input_size"])
     return model.eval().to(device, memory_format=memory_format(model, device))
 
@@ -512,7 +515,7 @@ def newest_checkpoint() -> Path:
     """The ckpt.pt of the newest run under runs/ that has ended, else of the newest one."""
     found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise data.UserError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
+        raise UserError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
     finished = [path for path in found if is_finished(path.parent)]
     return finished[-1] if finished else found[-1]
 
@@ -525,9 +528,29 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
+@torch.inference_mode()
+def infer(model: nn.Module, batches, pre: dict) -> Tensor:
+    """Logits, float64 [images, classes] on the CPU, of an iterable of uint8 batches [batch, side, side]; computed in
+    float32 throughout.
+
+    pre: see data.to_input.
+    """
+    device = next(model.parameters()).device
+    logits = []
+    for batch in batches:
+        logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
+    return torch.cat(logits).cpu().double()
+
+
+def in_batches(images: Tensor, index: Tensor, size: int = 64):
+    """Yield uint8 batches of the images at index."""
+    for part in index.split(size):
+        yield images[part]
+
+
 def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Calibrated probabilities, float64 [n, classes], from logits [n, classes] (temperature: Guo et al. 2017)."""
-    return F.softmax(logits.double() / temperature, dim=1)
+    """Calibrated probabilities, float64 [n, classes], from logits like them (temperature: Guo et al. 2017)."""
+    return F.softmax(logits / temperature, dim=1)
 
 
 # --- explain ---
@@ -577,7 +600,7 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
         if contribution.any():
             break
     if heat is None:
-        raise data.UserError(NO_MAP)
+        raise UserError(NO_MAP)
     heat = F.interpolate(heat, (size, size), mode="bilinear", align_corners=False)[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
@@ -585,13 +608,13 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
 def shown_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
     """The last two layers whose output a heat map may show, each with its stride."""
     if hasattr(model, "reroll"):  # its tokens stand in another order than the cells of the image (Hiera)
-        raise data.UserError(NO_MAP)
+        raise UserError(NO_MAP)
     try:
         finest = min(info["reduction"] for info in model.feature_info)
         stages = [info for info in model.feature_info if info["reduction"] <= max(STRIDE, finest)]
         return [(model.get_submodule(info["module"]), info["reduction"]) for info in stages[-2:]]
     except (AttributeError, LookupError, TypeError):
-        raise data.UserError(NO_MAP) from None
+        raise UserError(NO_MAP) from None
 
 
 def find_map(output, side: int, count: int) -> Tensor:
@@ -599,7 +622,7 @@ def find_map(output, side: int, count: int) -> Tensor:
     for tensor in output if isinstance(output, list | tuple) else [output]:
         if isinstance(tensor, Tensor) and len(tensor) == count and to_grid(tensor, side) is not None:
             return tensor
-    raise data.UserError(NO_MAP)
+    raise UserError(NO_MAP)
 
 
 def to_grid(t: Tensor, side: int) -> Tensor | None:

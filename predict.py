@@ -33,6 +33,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import models
+from data import UserError, warn
 
 BATCH = 32
 FLUSH = object()  # among sources: all before it is to come out
@@ -87,7 +88,7 @@ def predict(images: list, checkpoint: str | Path | None = None, device: str = "a
         for each image the fields of Prediction; one that can't be read has its reason in error.
 
     Raises:
-        data.UserError: no usable checkpoint or device.
+        UserError: no usable checkpoint or device.
     """
     classifier = open_classifier(checkpoint, device)
     work = functools.partial(classify, classifier=classifier)
@@ -147,7 +148,7 @@ def find_images(folder: str):
     if empty and not unreadable:
         yield folder
     if passed_over:
-        data.warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending")
+        warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending")
 
 
 def lines_on_stdin():
@@ -220,24 +221,17 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
     if good:
         images = torch.from_numpy(np.stack([readings[i].pixels for i in good]))
         unlike = models.unlikeness(checkpoint["input_check"], images) / checkpoint["input_check"]["cut"]
-        for i, p, distance in zip(good, infer(images, classifier), unlike.tolist()):
+        with classifier.turns:
+            logits = models.infer(classifier.model, [images], checkpoint)
+        p = models.probabilities(logits, checkpoint["temperature"])
+        for i, probabilities, distance in zip(good, p.tolist(), unlike.tolist()):
             rows[i].unlike = distance
             rows[i].flags = flags(readings[i], distance)
-            decide(rows[i], p, checkpoint)
+            decide(rows[i], probabilities, checkpoint)
     for row, reading in zip(rows, readings):
         if maps is not None and row.label is not None:
             add_heat_map(row, reading.pixels, classifier, maps)
     return rows
-
-
-@torch.inference_mode()
-def infer(images: torch.Tensor, classifier: Classifier) -> list[list[float]]:
-    """Probabilities of each class, of uint8 images [n, size, size]."""
-    checkpoint = classifier.checkpoint
-    with classifier.turns:
-        x = data.to_input(images.to(classifier.device), checkpoint)
-        logits = classifier.model(x).cpu()
-    return models.probabilities(logits, checkpoint["temperature"]).tolist()
 
 
 def decide(row: Prediction, probabilities: list[float], checkpoint: dict) -> None:
@@ -434,21 +428,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     if args.ckpt and len(args.ckpt) > 1:
-        raise data.UserError("--ckpt takes one checkpoint")
+        raise UserError("--ckpt takes one checkpoint")
     classifier = open_classifier(args.ckpt and args.ckpt[0], args.device)
     checkpoint = classifier.checkpoint
     if not checkpoint["finished"]:
-        data.warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments'].get('epochs')}")
+        warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments'].get('epochs')}")
     if checkpoint["data"]["demo"]:
-        data.warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
+        warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     if args.cam:
         if any(Path(args.cam).resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
-            raise data.UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
+            raise UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
         Path(args.cam).mkdir(parents=True, exist_ok=True)
         if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in Path(args.cam).iterdir()):
-            raise data.UserError(
-                f"--cam {args.cam} holds images, with which maps would be confused; take another folder"
-            )
+            raise UserError(f"--cam {args.cam} holds images, with which maps would be confused; take another folder")
     work = functools.partial(classify, classifier=classifier, maps=Path(args.cam) if args.cam else None)
     workers, limit = data.CORES, BATCH
     if args.cam or (len(args.inputs) == 1 and os.path.isfile(args.inputs[0])):
@@ -463,7 +455,7 @@ def run(args: argparse.Namespace) -> int:
             counts.update(row.label for row in rows)
             flagged += sum(bool(row.flags) for row in rows)
     if not counts:
-        raise data.UserError(f"no image found in {' '.join(args.inputs)}")
+        raise UserError(f"no image found in {' '.join(args.inputs)}")
     print(summary(counts, flagged, checkpoint), file=sys.stderr)
     return 1 if counts[None] else 0
 

@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import evaluate
 import models
+from data import UserError, warn
 
 LAST_FORMAT = "training state"
 EPOCH = {
@@ -189,7 +190,7 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
         index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
         for name in classes:
             if not any(r.split == split and r.label == name for r in records):
-                raise data.UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
+                raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
     return TrainingSet(
         root=root,
         records=records,
@@ -214,7 +215,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     pixels = d.digests[d.val]
     copies = int(torch.isin(pixels, d.digests[d.train]).sum())
     if copies:
-        data.warn(
+        warn(
             f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
             "other or unknown patients (python data.py check --json lists them): "
             "validation, and all that is chosen by it, is flattered"
@@ -223,7 +224,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         return
     images, patients = data.count_seen(d.records_of(d.val), pixels, seen["pixels"], seen["patients"])
     if images or patients:
-        data.warn(
+        warn(
             f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
             "their patients: validation, and all that is chosen by it, is flattered; use that run's --folds and --fold"
         )
@@ -291,7 +292,7 @@ class Learner:
                 if not moments["step"] >= 0:
                     raise ValueError(f"step {moments['step']}")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise data.UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
+            raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 
 
 def without_rate(optimizer: dict) -> str:
@@ -307,9 +308,7 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed
         return models.build(args.model, len(classes), size), weights
     model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
     if weights["failed"]:
-        data.warn(
-            f"RANDOM WEIGHTS: {weights['failed']}. Training starts from scratch; --weights FILE takes a local file"
-        )
+        warn(f"RANDOM WEIGHTS: {weights['failed']}. Training starts from scratch; --weights FILE takes a local file")
     return model, weights
 
 
@@ -405,24 +404,23 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     losses = losses.cpu()
     if not losses.isfinite().all():
         bad = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise data.UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
+        raise UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
 def validate(model: torch.nn.Module, d: TrainingSet, pre: dict) -> tuple[dict, np.ndarray]:
     """Loss, AUROC and accuracy (of the largest probability), and the logits [n, classes], of the validation images."""
-    logits = evaluate.infer(model, evaluate.in_batches(d.images, d.val), pre)
-    if not np.isfinite(logits).all():
-        raise data.UserError("the logits of validation images are not finite; try a lower --lr")
+    logits = models.infer(model, models.in_batches(d.images, d.val), pre)
+    if not logits.isfinite().all():
+        raise UserError("the logits of validation images are not finite; try a lower --lr")
     labels = d.labels[d.val]
-    z = torch.from_numpy(logits)
     metrics = {
         # Unweighted, on whole images: not to be compared with train_loss.
-        "val_loss": float(F.cross_entropy(z, labels)),
-        "val_auroc": evaluate.macro_auroc(labels.numpy(), z.softmax(1).numpy(), d.positive_index),
-        "val_accuracy": float((z.argmax(1) == labels).double().mean()),
+        "val_loss": float(F.cross_entropy(logits, labels)),
+        "val_auroc": evaluate.macro_auroc(labels.numpy(), logits.softmax(1).numpy(), d.positive_index),
+        "val_accuracy": float((logits.argmax(1) == labels).double().mean()),
     }
-    return metrics, logits
+    return metrics, logits.numpy()
 
 
 def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> dict:
@@ -468,11 +466,9 @@ def lock(folder: Path):
 
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise data.UserError(
-            f"another process is training in {folder}; wait for it, or choose another --output"
-        ) from None
+        raise UserError(f"another process is training in {folder}; wait for it, or choose another --output") from None
     except OSError as e:
-        data.warn(f"{folder} can't be locked ({e}): that no other process trains in it is not checked")
+        warn(f"{folder} can't be locked ({e}): that no other process trains in it is not checked")
     return f
 
 
@@ -491,7 +487,7 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
         folder = new_folder(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"))
     held = lock(folder)
     if any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
-        raise data.UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
+        raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     return folder, held
 
 
@@ -502,7 +498,7 @@ def new_folder(wanted: Path) -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
-    raise data.UserError(f"{wanted} and 98 folders like it exist; choose another --output")
+    raise UserError(f"{wanted} and 98 folders like it exist; choose another --output")
 
 
 def save_state(path: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
@@ -539,34 +535,28 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
     state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
     for number, h in enumerate(state["epochs"], 1):
         for fault in models.faults(h, EPOCH):
-            raise data.UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
+            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
         if h["epoch"] != number:
-            raise data.UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
+            raise UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
     if fixed(arguments) != fixed(state["arguments"]):
-        raise data.UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
+        raise UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
     if state["fingerprint"] != fingerprint:
-        raise data.UserError(f"the images are not those that the run in {folder} was started with; start a new run")
+        raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
-        raise data.UserError(
-            f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so"
-        )
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
     if state["epochs"]:
         try:
             checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
-        except data.UserError as e:
-            raise data.UserError(f"{e}; the run can't go on without it, start a new one") from None
+        except UserError as e:
+            raise UserError(f"{e}; the run can't go on without it, start a new one") from None
         if fixed(arguments) != fixed(checkpoint["arguments"]):
-            raise data.UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
+            raise UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
         if checkpoint["epoch"] < summarize(state["epochs"])["best_epoch"]:
-            raise data.UserError(
-                f"{folder}/ckpt.pt is older than {folder}/last.pt: the run can't go on, start a new one"
-            )
+            raise UserError(f"{folder}/ckpt.pt is older than {folder}/last.pt: the run can't go on, start a new one")
         if arguments["epochs"] < len(state["epochs"]):
-            raise data.UserError(f"the run has made {len(state['epochs'])} epochs already: --epochs can't be fewer")
+            raise UserError(f"the run has made {len(state['epochs'])} epochs already: --epochs can't be fewer")
         if arguments["epochs"] != state["arguments"].get("epochs"):
-            data.warn(
-                "another number of epochs: the rates of the rest are those of a run of that length from the start"
-            )
+            warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
     return state
 
 
@@ -613,12 +603,12 @@ def make_checkpoint(
 
 def fit_checks(d: TrainingSet) -> dict:
     """What a checkpoint knows of the training images: how such images look, and what their border alone tells."""
-    input_check = models.fit_input_check(evaluate.in_batches(d.images, d.train), evaluate.in_batches(d.images, d.val))
+    input_check = models.fit_input_check(models.in_batches(d.images, d.train), models.in_batches(d.images, d.val))
     border = None
     if len(d.classes) == 2:
         index = d.train[:: 1 + len(d.train) // 20_000]  # more would tell no more, but take a kilobyte each
         features = torch.empty(len(index), models.BORDER_FEATURES)  # a list's pieces would leave the heap in pieces
-        for part, batch in zip(features.split(64), evaluate.in_batches(d.images, index, 64)):
+        for part, batch in zip(features.split(64), models.in_batches(d.images, index, 64)):
             part.copy_(data.border_features(batch))
         border = models.fit_border(features, (d.labels[index] == d.positive_index).numpy())
     return {"input_check": input_check, "border": border}
@@ -636,7 +626,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
         stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), checkpoint)
         checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
-        data.warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
+        warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
     checkpoint["epochs"] = epochs
     checkpoint["finished"] = True
     models.save(checkpoint, path)
@@ -658,7 +648,7 @@ def run(args: argparse.Namespace) -> None:
         data.prepare_demo(root)
         records = data.find_training(root, args.folds, args.fold)
     if args.threshold != "stressed" and len({r.label for r in records}) > 2:
-        raise data.UserError("--threshold is for two classes; leave it out here")
+        raise UserError("--threshold is for two classes; leave it out here")
     folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
     folder = broadcast(folder)
     args.output = str(folder)  # for the line that says how to go on
@@ -902,7 +892,7 @@ def run_or_explain(args: argparse.Namespace) -> None:
         if not args.compile or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
             raise
         reason = str(e).strip().splitlines()[0]
-        raise data.UserError(f"--compile does not work here ({reason}); leave it out") from None
+        raise UserError(f"--compile does not work here ({reason}); leave it out") from None
 
 
 def main() -> None:

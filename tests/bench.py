@@ -29,7 +29,6 @@ from timm.optim import create_optimizer_v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-import evaluate
 import models
 import predict
 import train
@@ -104,7 +103,7 @@ def evaluation() -> dict:
             model(batch)
 
     index, pre = torch.arange(len(images)), {"mean": 0.45, "std": 0.23, "margin": 0.1}
-    real = lambda: evaluate.infer(model, evaluate.in_batches(images, index, BATCH), pre)
+    real = lambda: models.infer(model, models.in_batches(images, index, BATCH), pre)
     return {"evaluation / forward": ratio(limit, real)}
 
 

@@ -991,7 +991,7 @@ def test_an_unfinished_run_and_a_temperature_at_its_bound_are_said(run, tmp_path
 
 
 def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "infer", lambda *_: np.full((24, 2), np.inf))
+    monkeypatch.setattr(models, "infer", lambda *_: torch.full((24, 2), math.inf))
     _, err = evaluate_files(tmp_path, run, "--device", "cpu", "--output", "out", code=2)
     last = err.splitlines()[-1]
     assert "not finite" in last and ".jpeg" in last and not (tmp_path / "out").exists()
@@ -1090,7 +1090,6 @@ def test_what_does_not_fit_the_checkpoint_is_told_before_anything_is_done(three,
         ({"folds": 0}, "arguments.folds is 0, not in [2, 1000]"),
         ({"fold": -3}, "arguments.fold is -3, not in [0, 999]"),
         ({"fold": None}, "arguments.fold is no int"),
-        ({"fold": 10}, "fold 10 is none of 10 folds"),
         ({"epochs": None}, "arguments.epochs is no int"),
         ({"seed": [torch.zeros(2)]}, "are no JSON"),
         ({"lr": math.nan}, "are no JSON"),
@@ -1108,6 +1107,7 @@ def test_arguments_that_no_training_wrote_are_an_error(run, tmp_path, arguments,
 def test_arguments_of_an_older_version_may_lack_the_folds_but_not_the_epochs(run, tmp_path):
     ckpt = models.load(run)
     del ckpt["arguments"]["folds"], ckpt["arguments"]["fold"]
+    ckpt["format_version"] = 2
     models.save(ckpt, tmp_path / "ckpt.pt")
     words = ("ckpt.pt", "--split", "val", "--bootstrap", 0, "--device", "cpu")
     assert evaluate_files(tmp_path, *words)[0]["data"]["images"] == len(ckpt["data"]["val_pixels"])

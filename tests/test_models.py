@@ -68,7 +68,7 @@ def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
             "val_patients": ["IM-2"],
             "val_pixels": torch.tensor([3]),
         },
-        "arguments": {"seed": 0},
+        "arguments": {"seed": 0, "epochs": 1, "folds": 10, "fold": 0},
         "environment": {"torch": "2"},
         "weights": {"source": "random", "note": "", "failed": ""},
         "input_check": {
@@ -698,11 +698,14 @@ def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
         del content[key]
     for key in ("images", "val_patients", "val_pixels"):
         del content["data"][key]
+    for key in ("folds", "fold"):
+        del content["arguments"][key]
     content["data"]["val"] = ["a", "b", "c"]
     models.save(content, tmp_path / "ckpt.pt")
     found = models.load(tmp_path)
     assert found["finished"] is True and found["epochs"] == 1 and found["border"] is None
     assert found["margin"] == 0 and found["data"]["images"] == 2 and len(found["data"]["val_pixels"]) == 3
+    assert found["arguments"]["folds"] == 10 and found["arguments"]["fold"] == 0
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
