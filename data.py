@@ -1359,34 +1359,28 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
 
 def _draw_phantom(anatomy, today, subtype: str):
     """One phantom, drawn with two random generators, as a grey Pillow image, and its opacities as in demo.json."""
-    x = np.linspace(0, 1, PHANTOM_SIDE, dtype=np.float32)
+    x = np.linspace(0, 1, PHANTOM_SIDE)
     y = x[:, None]
     middle = anatomy.uniform(0.46, 0.54)
-    dome = anatomy.uniform(0.7, 0.8)  # of the diaphragm
     side = np.abs(x - middle)
-    trunk = _inside(side - anatomy.uniform(0.37, 0.45) + 0.8 * (0.25 - y).clip(0))  # with shoulders
-    chest = _inside(y - dome - 0.5 * (side - 0.2) ** 2)
-    ribs = chest * np.cos((y - 0.3 * side - (side - 0.15) ** 2) * anatomy.uniform(50, 60)).clip(0) ** 6
-    heart = chest * _ellipse(x, y, middle + 0.07, dome - 0.12, 0.15, 0.16)
-    lungs = (chest - heart) * _ellipse(side, y, 0.2, 0.55, 0.15, 0.45)
+    trunk = side < anatomy.uniform(0.37, 0.45)
+    ribs = np.cos(55 * (y - 0.3 * side)).clip(0) ** 6
+    heart = _ellipse(x, y, middle + 0.07, 0.65, 0.15, 0.16)
+    lungs = _ellipse(side, y, 0.2, 0.5, 0.16, 0.35) * (1 - heart)
 
     pattern = np.exp(-side / 0.15) + 0.2 * _smooth(anatomy, 8)  # denser towards the middle
-    sides, texture = [], 0
-    if subtype == "bacterial":
-        sides = [today.choice([-0.2, 0.2])]
-        texture = 0.5 + 0.9 * _smooth(today, 26)  # patches
-    elif subtype == "viral":
-        sides = [-0.2, 0.2]
-        texture = 0.9 - 3 * np.abs(_smooth(today, 20))  # lines
+    sides = {"": [], "bacterial": [today.choice([-0.2, 0.2])], "viral": [-0.2, 0.2]}[subtype]
     ellipses = [(middle + s, today.uniform(0.4, 0.55), 0.14, today.uniform(0.16, 0.25)) for s in sides]
+    patches = 0.5 + 0.9 * _smooth(today, 26)
+    lines = 0.9 - 3 * np.abs(_smooth(today, 20))
     for ellipse in ellipses:
-        pattern += texture * _ellipse(x, y, *ellipse)
+        pattern += _ellipse(x, y, *ellipse) * (patches if subtype == "bacterial" else lines)
     # An opacity moves the grey levels of the lungs about but adds none, so that no histogram tells the class.
     levels = ImageOps.equalize(_to_image(50 * pattern + 100), _to_image(255 * lungs))
-    air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** 2
+    air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** today.uniform(1, 3)
 
-    image = trunk * (0.7 + 0.1 * ribs + 0.1 * heart + 0.1 * _inside(side - 0.04) - lungs * air)  # with the spine
-    image += 0.03 * _smooth(today, 4) + today.uniform(0, 0.04) * today.standard_normal(image.shape)
+    image = trunk * (0.7 + 0.1 * ribs + 0.1 * heart - lungs * air)
+    image += today.uniform(0, 0.04) * today.standard_normal(image.shape)
     image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
     width = today.integers(180, 450)
     height = int(width * today.uniform(0.75, 1))
@@ -1397,14 +1391,10 @@ def _to_image(levels):
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 
-def _inside(distance, edge=0.02):
-    """1 where distance is negative, 0 where it is positive, over a soft edge."""
-    return (0.5 - distance / (2 * edge)).clip(0, 1)
-
-
 def _ellipse(x, y, cx, cy, rx, ry):
     """1 inside, 0 outside, over a soft edge."""
-    return _inside(((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2 - 1, edge=0.2)
+    distance = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2
+    return (3 - 2.5 * distance).clip(0, 1)
 
 
 def _smooth(rng, bumps):
