@@ -326,18 +326,14 @@ def refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is followed to one of
-    the others (real paths), into it or above it.
+    passed_over counts the other files by ending; onerror is told of unreadable folders.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = Path(top).resolve()
-        if os.path.islink(top) and any(p.is_relative_to(real) or real.is_relative_to(p) for p in others):
-            warn(f"the link {top} leads to images of another class or split: not followed")
-            seen.add(real)
         if real in seen:
             subfolders.clear()
             continue
@@ -452,17 +448,12 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     patient, subtype, series = identify(os.path.basename(path))
-    if not row.get("patient") and patient is None and is_dicom(Path(file)):
-        patient = dicom_patient(file)
-    try:
-        info = os.stat(file)
-    except OSError:  # a broken link is named when it is read
-        info = os.lstat(file)
+    info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is named when it is read
     return Record(
         path=path,
         label=label,
         split=split,
-        patient=row.get("patient") or patient or path,
+        patient=row.get("patient") or patient or dicom_patient(Path(file)) or path,
         subtype=row.get("subtype") or subtype,
         series=series,
         bytes=info.st_size,
@@ -483,18 +474,20 @@ def label_by_folder(root: Path, split: str) -> dict[str, str]:
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    labels, passed_over = {}, Counter()
-    entries = {path for path in folder.iterdir() if not is_hidden(path.name)}
-    classes = {path: path.resolve() for path in root.glob("*/*/") if split_of(path.parent.name)}
-    if loose := sum(map(is_image, entries - classes.keys())):
-        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
-    for place in sorted(entries & classes.keys()):
-        others = [real for other, real in classes.items() if other != place]
-        files = sorted(walk(place, passed_over, others=others))
+    labels, loose, passed_over = {}, 0, Counter()
+    for place in sorted(folder.iterdir()):
+        if is_hidden(place.name):
+            continue
+        if not place.is_dir():
+            loose += is_image(place)
+            continue
+        files = sorted(walk(place, passed_over))
         if not files:
             warn(f"{place} holds no image")
         for file in files:
             labels[file.relative_to(root).as_posix()] = place.name
+    if loose:
+        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
@@ -705,7 +698,6 @@ class ImageInfo:
     mode: str  # Pillow's, or the DICOM photometric interpretation
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
-    patient: str | None = None  # hash of the DICOM PatientID
 
 
 def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
@@ -760,7 +752,7 @@ def _read(source, size):
     if orientation in (5, 6, 7, 8):
         info.width, info.height = info.height, info.width
     if deep:
-        image = _scale(_bands(image), image.size[::-1], black, white)
+        image = _scale(np.asarray(image), black, white)
         info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -795,22 +787,15 @@ def _refuse_large(info: ImageInfo) -> None:
         raise ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
-def _bands(image: Image.Image):
-    """Yield the rows of an image as arrays of about a million pixels: the whole as one would take gigabytes."""
-    rows = 1 + 2**20 // image.width
-    for top in range(0, image.height, rows):
-        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-
-
-def _scale(bands, shape: tuple[int, int], black: float, white: float) -> Image.Image:
-    """8-bit image from bands of any samples; black may lie above white."""
-    levels, top = np.empty(shape, np.uint8), 0
-    for band in bands:
-        scaled = (band - black) * (255 / (white - black))
+def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
+    """8-bit image from any samples, in parts, as floats of the whole would take gigabytes; black may lie above white."""
+    levels = np.empty(samples.shape, np.uint8)
+    parts = 1 + samples.size // 2**20
+    for part, part_of_levels in zip(np.array_split(samples, parts), np.array_split(levels, parts)):  # views
+        scaled = (part - black) * (255 / (white - black))
         if not np.isfinite(scaled).all():
             raise ImageError("holds values that are not finite")
-        levels[top : top + len(band)] = scaled.clip(0, 255).round()
-        top += len(band)
+        part_of_levels[:] = scaled.clip(0, 255).round()
     return Image.fromarray(levels)
 
 
@@ -859,7 +844,6 @@ def _open_dicom(file):
     bits = dataset.BitsStored
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
     _refuse_large(info)
-    info.patient = hash_patient(dataset)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # as large again
     if values.ndim == 3:
@@ -882,23 +866,22 @@ def _open_dicom(file):
         black, white = center - width / 2, center + width / 2 - 1
     if info.mode == "MONOCHROME1":
         black, white = white, black
-    bands = np.array_split(values, 1 + values.size // 2**20)
-    return _scale(bands, values.shape, (black - intercept) / slope, (white - intercept) / slope), info
-
-
-def hash_patient(dataset) -> str | None:
-    """What stands for the PatientID of a DICOM header, since no part of a header is written anywhere."""
-    patient = str(dataset.get("PatientID") or "").strip()
-    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+    return _scale(values, (black - intercept) / slope, (white - intercept) / slope), info
 
 
 def dicom_patient(path: Path) -> str | None:
-    """The patient of a DICOM file as ImageInfo has it; None where its header tells none, or can't be read."""
-    with contextlib.suppress(Exception):
-        from pydicom import dcmread
+    """What stands for the PatientID of a DICOM file, since no part of a header is written anywhere.
 
-        return hash_patient(dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]))
-    return None
+    None where the header tells none, can't be read, or the file is of another kind.
+    """
+    patient = ""
+    with contextlib.suppress(Exception):
+        if is_dicom(path):
+            from pydicom import dcmread
+
+            header = dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+            patient = str(header.get("PatientID") or "").strip()
+    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
 # --- cache ---
@@ -927,21 +910,42 @@ def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, 
     return pixels, info, ""
 
 
-def decode_all(f, root: Path, records: list[Record], size: int) -> None:
-    """Write to a binary file the pixels of all records and, as JSON, digest, depth and reason of failure of each."""
+def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
+    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
+    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
+    kind = "test" if records[0].split == "test" else "train"
+    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
+    return [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
+
+
+def build_cache(path: Path, root: Path, records: list[Record], size: int) -> None:
+    """Write the pixels of all records and, as JSON, digest, depth and reason of failure of each.
+
+    Other caches of the same split and size go, and so does what a build that was killed left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     notes = []
-    for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
-        notes.append([digest(pixels), info and info.depth, reason])
-        f.write(pixels)
-    f.write(json.dumps(notes).encode())
+    with replacing(path) as f:
+        for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
+            notes.append([digest(pixels), info and info.depth, reason])
+            f.write(pixels)
+        f.write(json.dumps(notes).encode())
+    split_and_size, _, _ = path.name.rsplit("-", 2)
+    for old in path.parent.glob(f"*{split_and_size}-*"):
+        with contextlib.suppress(OSError):  # another process was faster, or uses it
+            if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
+                old.unlink()
 
 
-def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
-    """What decode_all wrote, checked; images of several depths are said.
+def open_cache(path: Path, root: Path, records: list[Record], size: int) -> Images:
+    """What build_cache wrote, checked; images of several depths are said.
 
     Raises:
-        ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
+        ValueError, TypeError: the bytes are not those that were written, or a file that could not be read then can be.
+        OSError: no such cache.
     """
+    stored = np.memmap(path, mode="c")  # copy-on-write, since torch wants to be able to write
     pixels, notes = np.split(stored, [len(records) * size**2])
     digests, depths, reasons = zip(*json.loads(notes.tobytes()))
     pixels = pixels.reshape(-1, size, size)
@@ -959,52 +963,34 @@ def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int
     return Images(torch.from_numpy(pixels), torch.tensor(digests), failed)
 
 
-def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
-    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
-    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
-    kind = "test" if records[0].split == "test" else "train"
-    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
-    return [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
-
-
-def remove_outdated(path: Path) -> None:
-    """Other caches of the same split and size, and what a build that was killed left behind."""
-    split, size, _ = path.name.split("-", 2)
-    for old in path.parent.glob(f"*{split}-{size}-*"):
-        with contextlib.suppress(OSError):  # another process was faster, or uses it
-            if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
-                old.unlink()
-
-
 def load_images(root: Path, records: list[Record], size: int) -> Images:
-    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, where that can't be
-    written in the user's cache folder, else in memory.
+    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, or where that can't
+    be written in the user's cache folder.
 
     Args:
         records: from scan or find_training; the file is rebuilt when a path, size or time of one of them changes.
         size: side of the square images.
+
+    Raises:
+        UserError: neither place can be written.
     """
     paths = cache_paths(root, records, size)
     for path in paths:
         try:
-            return take_images(np.memmap(path, mode="c"), root, records, size)  # copy-on-write: torch wants writable
+            return open_cache(path, root, records, size)
         except (ValueError, TypeError) as e:
             warn(f"the image cache {path} is outdated or damaged ({e}): decoding again")
         except OSError:
             pass  # not there, or just replaced
-    for path, otherwise in zip(paths, ("trying the user's cache folder", "keeping the images in memory")):
+    for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as f:
-                decode_all(f, root, records, size)
-            remove_outdated(path)
-            return take_images(np.memmap(path, mode="c"), root, records, size)
+            build_cache(path, root, records, size)
+            return open_cache(path, root, records, size)
         except OSError as e:
-            warn(f"no image cache in {path.parent} ({e.strerror or e}); {otherwise}")
-    memory = io.BytesIO()
-    decode_all(memory, root, records, size)
-    return take_images(np.frombuffer(memory.getbuffer(), np.uint8), root, records, size)
+            reason = f"no image cache in {path.parent} ({e.strerror or e})"
+            if path == paths[0]:
+                warn(f"{reason}; trying the user's cache folder")
+    raise UserError(f"{reason}; set XDG_CACHE_HOME to a folder that can be written")
 
 
 def hash_lines(lines) -> str:
@@ -1020,13 +1006,18 @@ def fingerprint(records: list[Record], digests: Tensor) -> str:
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
 
+def find_copies(records: list[Record], digests: list, attribute: str) -> list[list[str]]:
+    """Groups of paths whose pixels are the same, by their digests, and whose records differ in the attribute."""
+    paths, found = defaultdict(list), defaultdict(set)
+    for record, digest_of_pixels in zip(records, digests):
+        paths[digest_of_pixels].append(record.path)
+        found[digest_of_pixels].add(getattr(record, attribute))
+    return [paths[d] for d in paths if len(found[d]) > 1]
+
+
 def warn_contradictions(records: list[Record], digests: Tensor) -> None:
     """Say loudly where the same pixels stand there with several labels."""
-    labels = defaultdict(set)
-    for r, d in zip(records, digests.tolist()):
-        labels[d].add(r.label)
-    several = sum(len(found) > 1 for found in labels.values())
-    if several:
+    if several := len(find_copies(records, digests.tolist(), "label")):
         warn(f"{several} images stand there with several labels: python data.py check --json lists them")
 
 
@@ -1049,6 +1040,16 @@ def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]
 NUMBERS = 4  # random numbers that an operation has for each image
 
 
+def to_float(images: Tensor) -> Tensor:
+    """float32 [n, 1, side, side] in [0, 1] from uint8 [n, side, side]."""
+    return images.unsqueeze(1).float().div_(255)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
+    return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
 def column(values: Tensor) -> Tensor:
     """[batch] as [batch, 1, 1, 1], to go with images."""
     return values.view(-1, 1, 1, 1)
@@ -1065,13 +1066,12 @@ class Crop:
 
     size: int  # side of the result in pixels
     scale: float  # smallest part of the area that is kept
-    ratio: float = 4 / 3  # largest aspect distortion
 
 
 def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
-    """A window of random area, aspect and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
+    """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
-    distortion = torch.exp(signed(u[:, 1]) * math.log(crop.ratio) / 2)
+    distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
     width = (area.sqrt() * distortion).clamp(max=1)
     height = (area.sqrt() / distortion).clamp(max=1)
     left = signed(u[:, 2]) * (1 - width)
@@ -1081,15 +1081,6 @@ def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
     rows = height[:, None] * centres + top[:, None]
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
     grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
-    return F.grid_sample(x, grid, align_corners=False)
-
-
-def rotate(x: Tensor, u: Tensor, degrees: float) -> Tensor:
-    """By up to so many degrees either way; what lies outside of the image is 0."""
-    angle = signed(u[:, 0]) * math.radians(degrees)
-    zero = torch.zeros_like(angle)
-    rows = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
 
@@ -1152,14 +1143,6 @@ def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
 
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
-    light = [
-        (rotate, 5.0),
-        (random_resized_crop, Crop(size, 0.7, 1.1)),
-        (flip, 0.5),
-        (brightness, 0.1),
-        (contrast, 0.1),
-        (gamma, 0.1),
-    ]
     medium = [
         (random_resized_crop, Crop(size, 0.08)),
         (flip, 0.5),
@@ -1168,10 +1151,10 @@ def preset(name: str, size: int) -> list[tuple]:
         (gamma, 0.4),
     ]
     robust = [(exchange_border, 0.7), *medium, (noise, 0.05)]
-    return {"none": [], "light": light, "medium": medium, "robust": robust}[name]
+    return {"none": [], "medium": medium, "robust": robust}[name]
 
 
-PRESETS = ("none", "light", "medium", "robust")
+PRESETS = ("none", "medium", "robust")
 
 
 def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Tensor]:
@@ -1202,15 +1185,14 @@ def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> T
     Returns:
         float32 [batch, 1, size, size] in [0, 1].
     """
-    x = images.unsqueeze(1).float().div_(255)
+    x = to_float(images)
     for (operation, strength), u in zip(operations, numbers):
         x = operation(x, u, strength)
     return x
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """What the model sees: float32 [batch, 1, height, width] from uint8 [batch, height, width] or augment's output."""
-    x = images.unsqueeze(1).float().div_(255) if images.dtype == torch.uint8 else images
+def normalise(x: Tensor, mean: float, std: float) -> Tensor:
+    """What the model sees: float32 [batch, 1, side, side] from augment's or to_float's output, which is overwritten."""
     return x.sub_(mean).div_(std)
 
 
@@ -1219,12 +1201,9 @@ def hide_margin(images: Tensor, margin: float) -> Tensor:
 
     What stands there tells of the device and the technique rather than of the lungs.
     """
-    width = round(images.shape[-1] * margin)
-    inside = slice(width, images.shape[-1] - width)
-    mean = images.mean((1, 2), keepdim=True, dtype=torch.float32)
-    hidden = mean.round().to(torch.uint8).expand_as(images).clone()
-    hidden[:, inside, inside] = images[:, inside, inside]
-    return hidden
+    side = images.shape[-1]
+    mean = images.mean((1, 2), keepdim=True, dtype=torch.float32).round().to(torch.uint8)
+    return torch.where(border_ring(side, round(side * margin), images.device), mean, images)
 
 
 def to_input(images: Tensor, pre: dict) -> Tensor:
@@ -1232,7 +1211,7 @@ def to_input(images: Tensor, pre: dict) -> Tensor:
 
     pre: mean, std and margin, as a checkpoint has them.
     """
-    return normalise(hide_margin(images, pre["margin"]), pre["mean"], pre["std"])
+    return normalise(to_float(hide_margin(images, pre["margin"])), pre["mean"], pre["std"])
 
 
 # --- stress and shortcuts ---
@@ -1240,11 +1219,10 @@ def to_input(images: Tensor, pre: dict) -> Tensor:
 
 def draw_partners(records: list[Record]) -> Tensor | None:
     """For each record the position of one with another label, drawn from its path: int64 [n]; None with one label."""
-    if len({r.label for r in records}) < 2:
+    labels = np.array([r.label for r in records])
+    others = {label: np.flatnonzero(labels != label) for label in np.unique(labels)}
+    if len(others) < 2:
         return None
-    others = {}
-    for label in {r.label for r in records}:
-        others[label] = [i for i, r in enumerate(records) if r.label != label]
     partners = []
     for r in records:
         choice = others[r.label]
@@ -1252,22 +1230,16 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int) -> Tensor:
+def border_ring(size: int, width: int, device="cpu") -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
-    ring = torch.ones(size, size, dtype=torch.bool)
-    ring[width : size - width, width : size - width] = False
-    return ring
+    inside = size - 2 * width
+    return F.pad(torch.zeros(inside, inside, device=device), [width] * 4, value=1).bool()
 
 
 def border_features(images: Tensor) -> Tensor:
     """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
-    thumbnails = F.adaptive_avg_pool2d(images.cpu().unsqueeze(1).float() / 255, 32)[:, 0]
+    thumbnails = F.adaptive_avg_pool2d(to_float(images.cpu()), 32)[:, 0]
     return thumbnails[:, border_ring(32, 3)]
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
-    return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
@@ -1284,7 +1256,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     from torchvision.transforms.v2 import functional as TF  # takes as long to import as a small folder to classify
 
     size = images.shape[-1]
-    x = images.unsqueeze(1).float() / 255
+    x = to_float(images)
 
     for factor in (0.65, 1.4):
         yield f"brightness x {factor}", to_uint8(TF.adjust_brightness(x, factor))
@@ -1293,7 +1265,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
         yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
     yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i, 30) for i in images.numpy()]))
     kernel = 2 * max(4, math.ceil(size / 56)) + 1  # to four standard deviations
-    yield "blur", to_uint8(TF.gaussian_blur(x, [kernel, kernel], [size / 224, size / 224]))
+    yield "blur", to_uint8(TF.gaussian_blur(x, kernel, size / 224))
     edge = round(size * 0.075)
     inner = size - 2 * edge
     yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
@@ -1415,6 +1387,7 @@ def _smooth(rng, bumps):
 
 # --- check ---
 
+COPIES = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
 FILE_MEASURES = ("width", "height", "aspect", "bytes per pixel")  # those of Inspected that no pixel has a part in
 
 
@@ -1452,7 +1425,9 @@ def check(root: Path) -> dict:
         else:
             unreadable.append({"path": record.path, "reason": found})
     images = list(itertools.chain(*folders.values()))
-    duplicates = _find_duplicates(images)
+    duplicates = {}
+    for kind, attribute in COPIES.items():
+        duplicates[kind] = find_copies([i.record for i in images], [i.digest for i in images], attribute)
     shared = shared_patients(records)
     audited = [i for i in images if i.record.split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
@@ -1512,20 +1487,6 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     return Inspected(record, info, measures, f"{pixels.shape} {digest(pixels)}", border)
 
 
-def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
-    """Groups of paths with the same pixels, by what is not the same."""
-    by_digest = defaultdict(list)
-    for image in images:
-        by_digest[image.digest].append(image.record)
-    kinds = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
-    duplicates = {kind: [] for kind in kinds}
-    for group in by_digest.values():
-        for kind, attribute in kinds.items():
-            if len({getattr(r, attribute) for r in group}) > 1:
-                duplicates[kind].append([r.path for r in group])
-    return duplicates
-
-
 def _summarise(images: list[Inspected]) -> dict:
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
@@ -1551,34 +1512,33 @@ def _audit(images: list[Inspected]) -> list[dict]:
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    patients = defaultdict(set)
-    for i in images:
-        patients[i.record.label].add(i.record.patient)
+    labels = np.array([i.record.label for i in images])
+    patients = np.array([i.record.patient for i in images])
+    measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in images]
+    depths = [i.info.depth for i in images]
+    modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
+    sources = {
+        "the border alone, without any lung,": np.array([i.border for i in images]),
+        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([measures, depths, modes]),
+    }
+    count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
+    enough = [label for label in count if count[label] >= 10]
     rows = []
-    enough = [label for label in patients if len(patients[label]) >= 10]
-    for a, b in itertools.combinations(enough, 2):
-        pair = [i for i in images if i.record.label in (a, b)]
-        is_b = np.array([i.record.label == b for i in pair])
-        border = np.stack([i.border for i in pair])
-        measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in pair]
-        modes = np.unique([i.info.mode for i in pair], return_inverse=True)[1]
-        file = np.column_stack([measures, [i.info.depth for i in pair], modes])
-        for source, features in (
-            ("the border alone, without any lung,", border),
-            ("the file alone (size, bytes per pixel, mode, depth)", file),
-        ):
-            scores = cross_val_predict(
-                HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
-                features,
-                is_b,
-                groups=[i.record.patient for i in pair],
-                cv=StratifiedGroupKFold(5),
-                method="predict_proba",
-            )
-            auroc = float(roc_auc_score(is_b, scores[:, 1]))
-            half = 1.96 * auroc_error(auroc, len(patients[b]), len(patients[a]))
-            ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
-            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+    for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
+        pair = np.isin(labels, (a, b))
+        is_b = labels[pair] == b
+        scores = cross_val_predict(
+            HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
+            sources[source][pair],
+            is_b,
+            groups=patients[pair],
+            cv=StratifiedGroupKFold(5),
+            method="predict_proba",
+        )
+        auroc = float(roc_auc_score(is_b, scores[:, 1]))
+        half = 1.96 * auroc_error(auroc, count[b], count[a])
+        ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
+        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
 
 
