@@ -290,14 +290,15 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
     The patient is None for names of no known scheme.
     """
-    subtypes = {"bacteria": "bacterial", "virus": "viral"}
-    if m := re.match(r"person(\d+)_(bacteria|virus)_\d", name):
-        return f"{m[2]}-{int(m[1])}", subtypes[m[2]], m[2]
-    if m := re.match(r"((?:NORMAL2-)?IM)-(\d+)-\d", name):
-        return f"{m[1]}-{int(m[2])}", "", m[1]
-    if m := re.match(r"(NORMAL|BACTERIA|VIRUS)-(\d+)-\d", name):
-        return m[2], subtypes.get(m[1].lower(), ""), m[1]
-    return None, "", ""
+    m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
+    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
+    if m is None:
+        return None, "", ""
+    series = m["series"]
+    subtype = {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), "")
+    if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients in one go
+        return m["number"], subtype, series
+    return f"{series}-{int(m['number'])}", subtype, series
 
 
 def is_hidden(name: str) -> bool:
@@ -307,8 +308,7 @@ def is_hidden(name: str) -> bool:
 
 def is_dicom(path: Path) -> bool:
     """By its first bytes, where the ending allows it: such files often have none, or a number."""
-    suffix = path.suffix.lower()
-    if suffix not in ("", ".dcm") and not suffix[1:].isdigit():
+    if not re.fullmatch(r"(\.dcm|\.\d+)?", path.suffix.lower()):
         return False
     with contextlib.suppress(OSError):
         if path.is_file():  # a named pipe would wait for ever
@@ -408,7 +408,7 @@ def read_metadata(root: Path) -> Table:
         try:
             text = table.read_text(encoding="utf-8-sig")
             header = text.split("\n", 1)[0]
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), restval="")
             columns, lines = reader.fieldnames or [], list(reader)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(
@@ -427,7 +427,7 @@ def read_metadata(root: Path) -> Table:
         for row in lines:
             if any(row.pop(None, [])):
                 raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
-            name = (row.pop("file_name") or "").replace("\\", "/")
+            name = row.pop("file_name").replace("\\", "/")
             if not name and not any(row.values()):
                 continue
             path = posixpath.normpath(posixpath.join(folder, name))
@@ -435,7 +435,7 @@ def read_metadata(root: Path) -> Table:
                 raise UserError(f"{table}: {name} is not within the folder; file_name is relative to that of the table")
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
-            row = {key: (value or "").strip() for key, value in row.items()}
+            row = {key: value.strip() for key, value in row.items()}
             told = row.get("split") if "label" in columns else None
             row["split"] = split_of(told or path.split("/")[0])
             if "label" in columns and row["split"] is None:
@@ -507,8 +507,7 @@ def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     rows = {path: row for path, row in table.items() if row["split"] == split}
     if any("label" in row for row in table.values()):
         there = [path for path in rows if os.path.isfile(os.path.join(root, path))]
-        labels = {path: rows[path].get("label", "") for path in there}
-        labels = dict(sorted(labels.items(), key=lambda pair: (pair[1], pair[0])))
+        labels = {path: rows[path].get("label", "") for path in sorted(there)}
     else:
         labels = label_by_folder(root, split)
     if table:
@@ -516,6 +515,7 @@ def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
     warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
     records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
+    records.sort(key=operator.attrgetter("label"))
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():
@@ -611,21 +611,18 @@ def draw_folds(records: list[Record], folds: int) -> list[int]:
     Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
     from their keys, those with most images first, each to the fold with the fewest images of the stratum so far.
     """
-    images, strata = Counter(), defaultdict(set)
+    images, kinds = Counter(), defaultdict(set)
     for r in records:
         images[r.patient] += 1
-        strata[r.patient].add((r.label, r.subtype, r.series))
-    by_stratum = defaultdict(list)
-    for patient, kinds in strata.items():
-        by_stratum[tuple(sorted(kinds))].append(patient)
-    fold_of, total = {}, [0] * folds
-    for stratum in sorted(by_stratum):
-        count = [0] * folds
-        for patient in sorted(by_stratum[stratum], key=lambda p: (-images[p], seed_from(p))):
-            fold = min(range(folds), key=lambda k: (count[k], total[k]))
-            fold_of[patient] = fold
-            count[fold] += images[patient]
-            total[fold] += images[patient]
+        kinds[r.patient].add((r.label, r.subtype, r.series))
+    strata = {patient: tuple(sorted(kinds[patient])) for patient in kinds}
+    fold_of, count, total = {}, Counter(), Counter()
+    for patient in sorted(strata, key=lambda p: (strata[p], -images[p], seed_from(p))):
+        stratum = strata[patient]
+        fold = min(range(folds), key=lambda k: (count[stratum, k], total[k]))
+        fold_of[patient] = fold
+        count[stratum, fold] += images[patient]
+        total[fold] += images[patient]
     return [fold_of[r.patient] for r in records]
 
 
@@ -699,6 +696,10 @@ class ImageInfo:
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
 
+    def __post_init__(self) -> None:  # so that nothing too large is decoded
+        if self.width * self.height > MAX_PIXELS:
+            raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
+
 
 def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
     """Any image as grey levels: the one function that opens images, for training, evaluation and prediction.
@@ -739,7 +740,6 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
 
 def _read(source, size):
     image, info = _open(source)
-    _refuse_large(info)
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     image.load()
@@ -758,7 +758,7 @@ def _read(source, size):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
+        image = image.convert("RGB")
         thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
@@ -780,11 +780,6 @@ def _open(source):
         if source.mode[0] not in "IF" and ";16" in str(source.tile):
             raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
     return source, ImageInfo(*source.size, source.mode)
-
-
-def _refuse_large(info: ImageInfo) -> None:
-    if info.width * info.height > MAX_PIXELS:
-        raise ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
 def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
@@ -843,7 +838,6 @@ def _open_dicom(file):
         raise ImageError("a DICOM file without an image")
     bits = dataset.BitsStored
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
-    _refuse_large(info)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # as large again
     if values.ndim == 3:
@@ -1230,7 +1224,7 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int, device="cpu") -> Tensor:
+def border_ring(size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
     inside = size - 2 * width
     return F.pad(torch.zeros(inside, inside, device=device), [width] * 4, value=1).bool()
@@ -1434,8 +1428,9 @@ def check(root: Path) -> dict:
 
     for sides, patients in shared.items():
         problems.append(f"{len(patients)} patients are in both {sides}, such as {patients[0]}")
+    labels = {r.label for r in records}
     for split in dict.fromkeys(r.split for r in records):
-        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
+        missing = labels - {r.label for r in records if r.split == split}
         if missing:
             problems.append(f"{split}/ has no image of {', '.join(sorted(missing))}")
     for kind, groups in duplicates.items():
@@ -1588,8 +1583,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
-        UserError: no connection, no end after so many hours, another checksum, a damaged archive, or one that would
-            write outside of folder.
+        UserError: no connection, no end after so many hours, another checksum, or a damaged archive.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
@@ -1601,7 +1595,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
             call_within(3600 * hours, _fetch, url, archive)  # a server can drip its answer, headers too
             if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
-            _unpack(archive, unpacked)
+            shutil.unpack_archive(archive, unpacked)  # a known one, by its checksum
             os.replace(unpacked / "chest_xray", target)
         except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
             raise UserError(
@@ -1620,15 +1614,6 @@ def _fetch(url: str, path: Path) -> None:
         tqdm.wrapattr(f, "write", desc="downloading", unit="B", unit_scale=True, leave=False, disable=None) as counted,
     ):
         shutil.copyfileobj(response, counted)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """The images of chest_xray/SPLIT/CLASS/; extractall writes nothing outside of folder."""
-    with zipfile.ZipFile(archive) as z:
-        wanted = re.compile(r"chest_xray/(train|val|test)/\w+/[^/]+\.jpeg")
-        z.extractall(folder, filter(wanted.fullmatch, z.namelist()))
-    if not (folder / "chest_xray" / "train").is_dir():
-        raise ValueError("it does not hold chest_xray/train")
 
 
 def make_parser() -> Parser:
