@@ -44,13 +44,13 @@ import textwrap
 import time
 import urllib.request
 import warnings
-import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -210,16 +210,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
 
-def read_quota(group: Path) -> float:
-    """The cores that a control group (cgroup), of either version, may use; infinity where it has no quota."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            quota, period = " ".join((group / name).read_text() for name in names).split()
-            if int(quota) > 0:
-                return int(quota) / int(period)
-    return math.inf
-
-
 def call_within(seconds: float, work, *arguments):
     """work(*arguments), in a thread that is left behind at the limit, since networks know ways to wait for ever.
 
@@ -233,22 +223,7 @@ def call_within(seconds: float, work, *arguments):
         raise TimeoutError from None
 
 
-def count_cores(system: Path = Path("/")) -> int:
-    """The cores that this process may use: its affinity, and the smallest quota of its control group and its parents.
-
-    A container may show the path of its group on the host: what is not there has no quota.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups here
-        for line in (system / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not {"", "cpu"}.isdisjoint(controllers.split(",")):  # version 2 names no controllers
-                group = system / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.lstrip("/")
-                cores = min(cores, *map(read_quota, [group, *group.parents]))
-    return math.ceil(cores)
-
-
-CORES = count_cores()
+CORES = joblib.cpu_count()  # that this process may use: its affinity and its container's quota count
 
 
 def parallel(work, items: list, name: str):
@@ -1066,13 +1041,10 @@ def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
     """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
     distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
-    width = (area.sqrt() * distortion).clamp(max=1)
-    height = (area.sqrt() / distortion).clamp(max=1)
-    left = signed(u[:, 2]) * (1 - width)
-    top = signed(u[:, 3]) * (1 - height)
+    sides = torch.stack([area.sqrt() * distortion, area.sqrt() / distortion]).clamp(max=1)  # width and height
+    middles = signed(u[:, 2:4].T) * (1 - sides)
     centres = (torch.arange(crop.size, device=x.device) * 2 + 1) / crop.size - 1
-    columns = width[:, None] * centres + left[:, None]
-    rows = height[:, None] * centres + top[:, None]
+    columns, rows = sides[:, :, None] * centres + middles[:, :, None]
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
     grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
     return F.grid_sample(x, grid, align_corners=False)
@@ -1382,7 +1354,6 @@ def _smooth(rng, bumps):
 # --- check ---
 
 COPIES = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
-FILE_MEASURES = ("width", "height", "aspect", "bytes per pixel")  # those of Inspected that no pixel has a part in
 
 
 @dataclass(slots=True)
@@ -1391,7 +1362,8 @@ class Inspected:
 
     record: Record
     info: ImageInfo
-    measures: dict[str, float]  # FILE_MEASURES, and mean and standard deviation of the grey levels
+    measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
+    file: list[float]  # what is known without any grey level
     digest: str  # of shape and pixels
     border: np.ndarray  # uint8 [348], see border_features
 
@@ -1411,17 +1383,16 @@ def check(root: Path) -> dict:
     records = scan_all(root)
     if not records:
         raise UserError(f"{root} has none of the folders train/, val/, test/")
-    folders = {f"{r.split}/{r.label}": [] for r in records}
-    unreadable, problems, remarks = [], [], []
+    folders, unreadable, problems, remarks = defaultdict(list), [], [], []
     for record, found in zip(records, parallel(functools.partial(_inspect, root), records, "checking")):
+        readable = folders[f"{record.split}/{record.label}"]  # there even where it stays empty
         if isinstance(found, Inspected):
-            folders[f"{record.split}/{record.label}"].append(found)
+            readable.append(found)
         else:
             unreadable.append({"path": record.path, "reason": found})
     images = list(itertools.chain(*folders.values()))
-    duplicates = {}
-    for kind, attribute in COPIES.items():
-        duplicates[kind] = find_copies([i.record for i in images], [i.digest for i in images], attribute)
+    read, digests = [i.record for i in images], [i.digest for i in images]
+    duplicates = {kind: find_copies(read, digests, attribute) for kind, attribute in COPIES.items()}
     shared = shared_patients(records)
     audited = [i for i in images if i.record.split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
@@ -1474,25 +1445,28 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
         "height": info.height,
         "aspect": info.width / info.height,
         "bytes per pixel": record.bytes / pixels.size,
-        "brightness": float(pixels.mean()),
-        "contrast": float(pixels.std()),
     }
+    file = [*measures.values(), info.depth]
+    measures |= {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
-    return Inspected(record, info, measures, f"{pixels.shape} {digest(pixels)}", border)
+    return Inspected(record, info, measures, file, f"{pixels.shape} {digest(pixels)}", border)
 
 
 def _summarise(images: list[Inspected]) -> dict:
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
-    summary = {"images": len(images), "patients": len({r.patient for r in records})}
-    summary["unknown patients"] = sum(not r.known_patient for r in records)
-    for name in images[0].measures:
-        percentiles = np.percentile([i.measures[name] for i in images], (5, 50, 95))
-        summary[name] = percentiles.round(3).tolist()
+    measures = np.array([list(i.measures.values()) for i in images])
+    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T.round(3).tolist()
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
-    return {**summary, **Counter(subtypes + modes)}
+    return {
+        "images": len(images),
+        "patients": len({r.patient for r in records}),
+        "unknown patients": sum(not r.known_patient for r in records),
+        **dict(zip(images[0].measures, percentiles)),
+        **Counter(subtypes + modes),
+    }
 
 
 def _audit(images: list[Inspected]) -> list[dict]:
@@ -1509,31 +1483,30 @@ def _audit(images: list[Inspected]) -> list[dict]:
 
     labels = np.array([i.record.label for i in images])
     patients = np.array([i.record.patient for i in images])
-    measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in images]
-    depths = [i.info.depth for i in images]
     modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
     sources = {
         "the border alone, without any lung,": np.array([i.border for i in images]),
-        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([measures, depths, modes]),
+        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([[i.file for i in images], modes]),
     }
     count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
     enough = [label for label in count if count[label] >= 10]
     rows = []
-    for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
+    for a, b in itertools.combinations(enough, 2):
         pair = np.isin(labels, (a, b))
         is_b = labels[pair] == b
-        scores = cross_val_predict(
-            HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
-            sources[source][pair],
-            is_b,
-            groups=patients[pair],
-            cv=StratifiedGroupKFold(5),
-            method="predict_proba",
-        )
-        auroc = float(roc_auc_score(is_b, scores[:, 1]))
-        half = 1.96 * auroc_error(auroc, count[b], count[a])
-        ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
-        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+        for source, features in sources.items():
+            scores = cross_val_predict(
+                HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
+                features[pair],
+                is_b,
+                groups=patients[pair],
+                cv=StratifiedGroupKFold(5),
+                method="predict_proba",
+            )
+            auroc = float(roc_auc_score(is_b, scores[:, 1]))
+            half = 1.96 * auroc_error(auroc, count[b], count[a])
+            ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
+            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
 
 
@@ -1597,7 +1570,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
                 raise ValueError("the checksum is another one")
             shutil.unpack_archive(archive, unpacked)  # a known one, by its checksum
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise UserError(
                 f"the download failed, is damaged or took more than {hours:g} hours ({e!r}); try again, or by hand: "
                 f"fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "
