@@ -226,7 +226,7 @@ def call_within(seconds: float, work, *arguments):
 CORES = joblib.cpu_count()  # that this process may use: its affinity and its container's quota count
 
 
-def parallel(work, items: list, name: str):
+def parallel(work, items, name: str):
     """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
     with (
         ThreadPoolExecutor(CORES) as pool,
@@ -308,13 +308,13 @@ def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = Path(top).resolve()
+        real = os.path.realpath(top)
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
-        for name in sorted(f for f in files if not is_hidden(f)):
+        subfolders[:] = sorted(itertools.filterfalse(is_hidden, subfolders))
+        for name in sorted(itertools.filterfalse(is_hidden, files)):
             path = Path(top, name)
             if is_image(path):
                 yield path
@@ -580,6 +580,11 @@ def seed_from(*numbers) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
+def generator_from(*numbers) -> torch.Generator:
+    """PyTorch's random numbers, on the CPU, as a function of several numbers or names."""
+    return torch.Generator().manual_seed(seed_from(*numbers))
+
+
 def draw_folds(records: list[Record], folds: int) -> list[int]:
     """The fold, 0 to folds - 1, of each record: a function of the records and folds alone.
 
@@ -724,7 +729,7 @@ def _read(source, size):
     orientation = image.getexif().get(0x0112, 1)
     if orientation != 1:
         image = ImageOps.exif_transpose(image)
-    if orientation in (5, 6, 7, 8):
+    if orientation in range(5, 9):
         info.width, info.height = info.height, info.width
     if deep:
         image = _scale(np.asarray(image), black, white)
@@ -733,7 +738,7 @@ def _read(source, size):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
         thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
@@ -759,14 +764,13 @@ def _open(source):
 
 def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
     """8-bit image from any samples, in parts, as floats of the whole would take gigabytes; black may lie above white."""
-    levels = np.empty(samples.shape, np.uint8)
-    parts = 1 + samples.size // 2**20
-    for part, part_of_levels in zip(np.array_split(samples, parts), np.array_split(levels, parts)):  # views
+    levels = []
+    for part in np.array_split(samples, 1 + samples.size // 2**20):
         scaled = (part - black) * (255 / (white - black))
         if not np.isfinite(scaled).all():
             raise ImageError("holds values that are not finite")
-        part_of_levels[:] = scaled.clip(0, 255).round()
-    return Image.fromarray(levels)
+        levels.append(scaled.clip(0, 255).round().astype(np.uint8))
+    return Image.fromarray(np.concatenate(levels))
 
 
 def find_range(image: Image.Image) -> tuple[float, float]:
@@ -918,14 +922,13 @@ def open_cache(path: Path, root: Path, records: list[Record], size: int) -> Imag
     pixels, notes = np.split(stored, [len(records) * size**2])
     digests, depths, reasons = zip(*json.loads(notes.tobytes()))
     pixels = pixels.reshape(-1, size, size)
-    with ThreadPoolExecutor(CORES) as pool:
-        if tuple(pool.map(digest, pixels)) != digests:
-            raise ValueError("damaged")
+    if tuple(parallel(digest, pixels, "checking")) != digests:
+        raise ValueError("damaged")
     failed = {i: reason for i, reason in enumerate(reasons) if reason}
     for i in failed:
         if not decode(root / records[i].path, size)[2]:
             raise ValueError("readable now")
-    counts = Counter(depth for depth in depths if depth)
+    counts = Counter(filter(None, depths))
     if len(counts) > 1:
         mixed = " and ".join(f"of {depth} bits ({counts[depth]})" for depth in sorted(counts))
         warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
@@ -1129,16 +1132,13 @@ def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Ten
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
     another operation changes what an operation draws for an image.
     """
-    draws = []
-    for operation, _ in operations:
-        generator = torch.Generator().manual_seed(seed_from(seed, epoch, operation.__name__))
-        draws.append(torch.rand(count, NUMBERS, generator=generator))
-    return draws
+    names = [operation.__name__ for operation, _ in operations]
+    return [torch.rand(count, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
 
 
 def shuffle(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
+    return torch.randperm(count, generator=generator_from(seed, epoch, "order"))
 
 
 def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
@@ -1236,7 +1236,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     inner = size - 2 * edge
     yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
     for sd in (0.02, 0.05):
-        normals = [torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed_from(p))) for p in paths]
+        normals = [torch.randn(1, size, size, generator=generator_from(path)) for path in paths]
         yield f"noise {sd}", to_uint8(x + sd * torch.stack(normals))
     if partners is not None:
         yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
@@ -1364,7 +1364,7 @@ class Inspected:
     info: ImageInfo
     measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
     file: list[float]  # what is known without any grey level
-    digest: str  # of shape and pixels
+    pixels: tuple  # their shape and digest
     border: np.ndarray  # uint8 [348], see border_features
 
 
@@ -1391,8 +1391,8 @@ def check(root: Path) -> dict:
         else:
             unreadable.append({"path": record.path, "reason": found})
     images = list(itertools.chain(*folders.values()))
-    read, digests = [i.record for i in images], [i.digest for i in images]
-    duplicates = {kind: find_copies(read, digests, attribute) for kind, attribute in COPIES.items()}
+    read, pixels = [i.record for i in images], [i.pixels for i in images]
+    duplicates = {kind: find_copies(read, pixels, attribute) for kind, attribute in COPIES.items()}
     shared = shared_patients(records)
     audited = [i for i in images if i.record.split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
@@ -1450,7 +1450,7 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     measures |= {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
-    return Inspected(record, info, measures, file, f"{pixels.shape} {digest(pixels)}", border)
+    return Inspected(record, info, measures, file, (pixels.shape, digest(pixels)), border)
 
 
 def _summarise(images: list[Inspected]) -> dict:
