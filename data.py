@@ -670,7 +670,7 @@ IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
 class ImageInfo:
     """What a file tells beside its grey levels."""
 
-    width: int  # as displayed
+    width: int  # as stored, before EXIF rotation
     height: int
     mode: str  # Pillow's, or the DICOM photometric interpretation
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
@@ -723,15 +723,11 @@ def _read(source, size):
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     image.load()
-    deep = image.mode[0] in "IF"
-    if deep:
-        black, white = find_range(image)
-    orientation = image.getexif().get(0x0112, 1)
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
-    if orientation in range(5, 9):
-        info.width, info.height = info.height, info.width
-    if deep:
+    stored = image
+    if stored.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(stored)
+    if image.mode[0] in "IF":
+        black, white = find_range(stored)  # which has the file's tags
         image = _scale(np.asarray(image), black, white)
         info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
@@ -1077,11 +1073,6 @@ def gamma(x: Tensor, u: Tensor, strength: float) -> Tensor:
     return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
 
 
-def half(u: Tensor) -> Tensor:
-    """[batch, 1, 1, 1] from uniform numbers [batch]: zero for half of the images, uniform in [0, 1) for the others."""
-    return column(signed(u).clamp(min=0))
-
-
 def exchange_border(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """A ring of 4 to 18 % of the sides comes from the image before in the batch.
 
@@ -1107,7 +1098,8 @@ def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
     normals = standard_normals(2**20 + pixels, x.device)
     start = (u[:, 1] * 2**20).long()
     windows = normals.unfold(0, pixels, 1)[start]  # unfold is a view: only these windows are copied
-    return torch.addcmul(x, windows.view_as(x), strength * half(u[:, 0])).clamp_(0, 1)
+    deviation = strength * signed(u[:, 0]).clamp(min=0)  # 0 for half of the images
+    return torch.addcmul(x, windows.view_as(x), column(deviation)).clamp_(0, 1)
 
 
 def preset(name: str, size: int) -> list[tuple]:
@@ -1440,10 +1432,11 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     pixels, info, reason = decode(root / record.path, None)
     if reason:
         return reason
+    height, width = pixels.shape
     measures = {
-        "width": info.width,
-        "height": info.height,
-        "aspect": info.width / info.height,
+        "width": width,
+        "height": height,
+        "aspect": width / height,
         "bytes per pixel": record.bytes / pixels.size,
     }
     file = [*measures.values(), info.depth]

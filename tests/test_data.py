@@ -501,9 +501,8 @@ def test_exif_rotation_is_applied(tmp_path, orientation, kind):
     if kind == "PNG":
         stored = deepened(12, stored)
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x", kind, quality=98, exif=exif)
-    pixels, info = data.read_image(tmp_path / "x", None)
-    assert (info.width, info.height) == (90, 60) and pixels.shape == (60, 90)
-    assert np.abs(pixels.astype(int) - PICTURE).mean() < 1.5
+    pixels, _ = data.read_image(tmp_path / "x", None)
+    assert pixels.shape == (60, 90) and np.abs(pixels.astype(int) - PICTURE).mean() < 1.5
 
 
 def test_large_jpegs_are_decoded_small_without_loss(tmp_path, monkeypatch):
