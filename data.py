@@ -383,7 +383,8 @@ def read_metadata(root: Path) -> Table:
         try:
             text = table.read_text(encoding="utf-8-sig")
             header = text.split("\n", 1)[0]
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count), restval="")
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
             columns, lines = reader.fieldnames or [], list(reader)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(
@@ -561,7 +562,9 @@ def named_patients(records: list[Record]) -> set[str]:
 
 def count_seen(records: list[Record], digests: Tensor, pixels: Tensor, patients: list[str]) -> tuple[int, int]:
     """How many of the images, by their digests, and of their known patients are among those pixels and patients."""
-    return int(torch.isin(digests, pixels).sum()), len(named_patients(records) & set(patients))
+    seen_images = torch.isin(digests, pixels).sum()
+    seen_patients = named_patients(records) & set(patients)
+    return int(seen_images), len(seen_patients)
 
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
@@ -884,8 +887,9 @@ def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
     key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
     kind = "test" if records[0].split == "test" else "train"
     name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
-    return [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = hash_lines([str(root.resolve())])[:16]
+    return [root / ".cache" / name, user_cache / "pneumonia" / folder / name]
 
 
 def build_cache(path: Path, root: Path, records: list[Record], size: int) -> None:
@@ -1015,7 +1019,7 @@ def to_float(images: Tensor) -> Tensor:
 
 def to_uint8(x: Tensor) -> Tensor:
     """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
-    return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
+    return x[:, 0].mul(255).round_().clamp_(0, 255).byte()
 
 
 def column(values: Tensor) -> Tensor:
@@ -1040,7 +1044,8 @@ def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
     """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
     distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
-    sides = torch.stack([area.sqrt() * distortion, area.sqrt() / distortion]).clamp(max=1)  # width and height
+    side = area.sqrt()
+    sides = torch.stack([side * distortion, side / distortion]).clamp(max=1)  # width and height
     middles = signed(u[:, 2:4].T) * (1 - sides)
     centres = (torch.arange(crop.size, device=x.device) * 2 + 1) / crop.size - 1
     columns, rows = sides[:, :, None] * centres + middles[:, :, None]
@@ -1160,8 +1165,9 @@ def hide_margin(images: Tensor, margin: float) -> Tensor:
     What stands there tells of the device and the technique rather than of the lungs.
     """
     side = images.shape[-1]
-    mean = images.mean((1, 2), keepdim=True, dtype=torch.float32).round().to(torch.uint8)
-    return torch.where(border_ring(side, round(side * margin), images.device), mean, images)
+    ring = border_ring(side, round(side * margin), images.device)
+    mean = images.mean((1, 2), keepdim=True, dtype=torch.float32)
+    return torch.where(ring, mean.round().byte(), images)
 
 
 def to_input(images: Tensor, pre: dict) -> Tensor:
@@ -1190,8 +1196,9 @@ def draw_partners(records: list[Record]) -> Tensor | None:
 
 def border_ring(size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
-    inside = size - 2 * width
-    return F.pad(torch.zeros(inside, inside, device=device), [width] * 4, value=1).bool()
+    inner = size - 2 * width
+    inside = torch.zeros(inner, inner, device=device)
+    return F.pad(inside, [width] * 4, value=1).bool()
 
 
 def border_features(images: Tensor) -> Tensor:
@@ -1221,7 +1228,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
         yield f"contrast x {factor}", to_uint8(TF.adjust_contrast(x, factor))
     for exponent in (0.7, 1.4):
         yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
-    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i, 30) for i in images.numpy()]))
+    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i) for i in images.numpy()]))
     kernel = 2 * max(4, math.ceil(size / 56)) + 1  # to four standard deviations
     yield "blur", to_uint8(TF.gaussian_blur(x, kernel, size / 224))
     edge = round(size * 0.075)
@@ -1234,10 +1241,10 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
         yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
 
 
-def recompress(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """A grey image [height, width] through JPEG (Pillow's: torchvision's stress operation is deprecated)."""
+def recompress(pixels: np.ndarray) -> np.ndarray:
+    """A grey image [height, width] through JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
     return np.asarray(Image.open(buffer))
 
 
@@ -1450,14 +1457,14 @@ def _summarise(images: list[Inspected]) -> dict:
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
     measures = np.array([list(i.measures.values()) for i in images])
-    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T.round(3).tolist()
+    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {
         "images": len(images),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
-        **dict(zip(images[0].measures, percentiles)),
+        **dict(zip(images[0].measures, percentiles.round(3).tolist())),
         **Counter(subtypes + modes),
     }
 
