@@ -762,7 +762,7 @@ def _open(source):
 
 
 def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
-    """8-bit image from any samples, in parts, as floats of the whole would take gigabytes; black may lie above white."""
+    """8-bit image from any samples, in parts: floats of the whole would take gigabytes. black may lie above white."""
     levels = []
     for part in np.array_split(samples, 1 + samples.size // 2**20):
         scaled = (part - black) * (255 / (white - black))
@@ -1041,7 +1041,7 @@ class Crop:
 
 
 def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
-    """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
+    """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
     distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
     side = area.sqrt()
@@ -1242,7 +1242,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
 
 
 def recompress(pixels: np.ndarray) -> np.ndarray:
-    """A grey image [height, width] through JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
+    """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
     return np.asarray(Image.open(buffer))
