@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import posixpath
 import re
@@ -491,7 +490,7 @@ def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
     warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
     records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
-    records.sort(key=operator.attrgetter("label"))
+    records.sort(key=lambda r: r.label)
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():
