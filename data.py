@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import operator
 import os
 import posixpath
 import re
@@ -44,13 +43,13 @@ import textwrap
 import time
 import urllib.request
 import warnings
-import zipfile
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -210,16 +209,6 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
 
-def read_quota(group: Path) -> float:
-    """The cores that a control group (cgroup), of either version, may use; infinity where it has no quota."""
-    for names in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
-        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-            quota, period = " ".join((group / name).read_text() for name in names).split()
-            if int(quota) > 0:
-                return int(quota) / int(period)
-    return math.inf
-
-
 def call_within(seconds: float, work, *arguments):
     """work(*arguments), in a thread that is left behind at the limit, since networks know ways to wait for ever.
 
@@ -233,25 +222,10 @@ def call_within(seconds: float, work, *arguments):
         raise TimeoutError from None
 
 
-def count_cores(system: Path = Path("/")) -> int:
-    """The cores that this process may use: its affinity, and the smallest quota of its control group and its parents.
-
-    A container may show the path of its group on the host: what is not there has no quota.
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with contextlib.suppress(OSError, ValueError):  # no control groups here
-        for line in (system / "proc/self/cgroup").read_text().splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not {"", "cpu"}.isdisjoint(controllers.split(",")):  # version 2 names no controllers
-                group = system / "sys/fs/cgroup" / ("cpu" if controllers else "") / path.lstrip("/")
-                cores = min(cores, *map(read_quota, [group, *group.parents]))
-    return math.ceil(cores)
+CORES = joblib.cpu_count()  # that this process may use: its affinity and its container's quota count
 
 
-CORES = count_cores()
-
-
-def parallel(work, items: list, name: str):
+def parallel(work, items, name: str):
     """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
     with (
         ThreadPoolExecutor(CORES) as pool,
@@ -290,14 +264,15 @@ def identify(name: str) -> tuple[str | None, str, str]:
 
     The patient is None for names of no known scheme.
     """
-    subtypes = {"bacteria": "bacterial", "virus": "viral"}
-    if m := re.match(r"person(\d+)_(bacteria|virus)_\d", name):
-        return f"{m[2]}-{int(m[1])}", subtypes[m[2]], m[2]
-    if m := re.match(r"((?:NORMAL2-)?IM)-(\d+)-\d", name):
-        return f"{m[1]}-{int(m[2])}", "", m[1]
-    if m := re.match(r"(NORMAL|BACTERIA|VIRUS)-(\d+)-\d", name):
-        return m[2], subtypes.get(m[1].lower(), ""), m[1]
-    return None, "", ""
+    m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
+    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
+    if m is None:
+        return None, "", ""
+    series = m["series"]
+    subtype = {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), "")
+    if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients in one go
+        return m["number"], subtype, series
+    return f"{series}-{int(m['number'])}", subtype, series
 
 
 def is_hidden(name: str) -> bool:
@@ -307,8 +282,7 @@ def is_hidden(name: str) -> bool:
 
 def is_dicom(path: Path) -> bool:
     """By its first bytes, where the ending allows it: such files often have none, or a number."""
-    suffix = path.suffix.lower()
-    if suffix not in ("", ".dcm") and not suffix[1:].isdigit():
+    if not re.fullmatch(r"(\.dcm|\.\d+)?", path.suffix.lower()):
         return False
     with contextlib.suppress(OSError):
         if path.is_file():  # a named pipe would wait for ever
@@ -326,24 +300,20 @@ def refuse_folder(error: OSError) -> None:
     raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
 
 
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder, others=()):
+def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders; no link is followed to one of
-    the others (real paths), into it or above it.
+    passed_over counts the other files by ending; onerror is told of unreadable folders.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
-        real = Path(top).resolve()
-        if os.path.islink(top) and any(p.is_relative_to(real) or real.is_relative_to(p) for p in others):
-            warn(f"the link {top} leads to images of another class or split: not followed")
-            seen.add(real)
+        real = os.path.realpath(top)
         if real in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(s for s in subfolders if not is_hidden(s))
-        for name in sorted(f for f in files if not is_hidden(f)):
+        subfolders[:] = sorted(itertools.filterfalse(is_hidden, subfolders))
+        for name in sorted(itertools.filterfalse(is_hidden, files)):
             path = Path(top, name)
             if is_image(path):
                 yield path
@@ -412,7 +382,8 @@ def read_metadata(root: Path) -> Table:
         try:
             text = table.read_text(encoding="utf-8-sig")
             header = text.split("\n", 1)[0]
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=max(",;\t", key=header.count))
+            delimiter = max(",;\t", key=header.count)
+            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
             columns, lines = reader.fieldnames or [], list(reader)
         except (OSError, UnicodeDecodeError, csv.Error) as e:
             raise UserError(
@@ -431,7 +402,7 @@ def read_metadata(root: Path) -> Table:
         for row in lines:
             if any(row.pop(None, [])):
                 raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
-            name = (row.pop("file_name") or "").replace("\\", "/")
+            name = row.pop("file_name").replace("\\", "/")
             if not name and not any(row.values()):
                 continue
             path = posixpath.normpath(posixpath.join(folder, name))
@@ -439,7 +410,7 @@ def read_metadata(root: Path) -> Table:
                 raise UserError(f"{table}: {name} is not within the folder; file_name is relative to that of the table")
             if path in rows:
                 raise UserError(f"{table}: {path} stands there twice")
-            row = {key: (value or "").strip() for key, value in row.items()}
+            row = {key: value.strip() for key, value in row.items()}
             told = row.get("split") if "label" in columns else None
             row["split"] = split_of(told or path.split("/")[0])
             if "label" in columns and row["split"] is None:
@@ -452,17 +423,12 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     patient, subtype, series = identify(os.path.basename(path))
-    if not row.get("patient") and patient is None and is_dicom(Path(file)):
-        patient = dicom_patient(file)
-    try:
-        info = os.stat(file)
-    except OSError:  # a broken link is named when it is read
-        info = os.lstat(file)
+    info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is named when it is read
     return Record(
         path=path,
         label=label,
         split=split,
-        patient=row.get("patient") or patient or path,
+        patient=row.get("patient") or patient or dicom_patient(Path(file)) or path,
         subtype=row.get("subtype") or subtype,
         series=series,
         bytes=info.st_size,
@@ -483,18 +449,20 @@ def label_by_folder(root: Path, split: str) -> dict[str, str]:
     folder = split_folder(root, split)
     if not folder.is_dir():
         raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    labels, passed_over = {}, Counter()
-    entries = {path for path in folder.iterdir() if not is_hidden(path.name)}
-    classes = {path: path.resolve() for path in root.glob("*/*/") if split_of(path.parent.name)}
-    if loose := sum(map(is_image, entries - classes.keys())):
-        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
-    for place in sorted(entries & classes.keys()):
-        others = [real for other, real in classes.items() if other != place]
-        files = sorted(walk(place, passed_over, others=others))
+    labels, loose, passed_over = {}, 0, Counter()
+    for place in sorted(folder.iterdir()):
+        if is_hidden(place.name):
+            continue
+        if not place.is_dir():
+            loose += is_image(place)
+            continue
+        files = sorted(walk(place, passed_over))
         if not files:
             warn(f"{place} holds no image")
         for file in files:
             labels[file.relative_to(root).as_posix()] = place.name
+    if loose:
+        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
     if passed_over:
         counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
         warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
@@ -514,8 +482,7 @@ def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     rows = {path: row for path, row in table.items() if row["split"] == split}
     if any("label" in row for row in table.values()):
         there = [path for path in rows if os.path.isfile(os.path.join(root, path))]
-        labels = {path: rows[path].get("label", "") for path in there}
-        labels = dict(sorted(labels.items(), key=lambda pair: (pair[1], pair[0])))
+        labels = {path: rows[path].get("label", "") for path in sorted(there)}
     else:
         labels = label_by_folder(root, split)
     if table:
@@ -523,6 +490,7 @@ def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
     warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
     warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
     records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
+    records.sort(key=lambda r: r.label)
     classes = sorted({r.label for r in records})
     for name in classes:
         if not name.isprintable():
@@ -593,7 +561,9 @@ def named_patients(records: list[Record]) -> set[str]:
 
 def count_seen(records: list[Record], digests: Tensor, pixels: Tensor, patients: list[str]) -> tuple[int, int]:
     """How many of the images, by their digests, and of their known patients are among those pixels and patients."""
-    return int(torch.isin(digests, pixels).sum()), len(named_patients(records) & set(patients))
+    seen_images = torch.isin(digests, pixels).sum()
+    seen_patients = named_patients(records) & set(patients)
+    return int(seen_images), len(seen_patients)
 
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
@@ -612,27 +582,29 @@ def seed_from(*numbers) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
+def generator_from(*numbers) -> torch.Generator:
+    """PyTorch's random numbers, on the CPU, as a function of several numbers or names."""
+    return torch.Generator().manual_seed(seed_from(*numbers))
+
+
 def draw_folds(records: list[Record], folds: int) -> list[int]:
     """The fold, 0 to folds - 1, of each record: a function of the records and folds alone.
 
     Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
     from their keys, those with most images first, each to the fold with the fewest images of the stratum so far.
     """
-    images, strata = Counter(), defaultdict(set)
+    images, kinds = Counter(), defaultdict(set)
     for r in records:
         images[r.patient] += 1
-        strata[r.patient].add((r.label, r.subtype, r.series))
-    by_stratum = defaultdict(list)
-    for patient, kinds in strata.items():
-        by_stratum[tuple(sorted(kinds))].append(patient)
-    fold_of, total = {}, [0] * folds
-    for stratum in sorted(by_stratum):
-        count = [0] * folds
-        for patient in sorted(by_stratum[stratum], key=lambda p: (-images[p], seed_from(p))):
-            fold = min(range(folds), key=lambda k: (count[k], total[k]))
-            fold_of[patient] = fold
-            count[fold] += images[patient]
-            total[fold] += images[patient]
+        kinds[r.patient].add((r.label, r.subtype, r.series))
+    strata = {patient: tuple(sorted(kinds[patient])) for patient in kinds}
+    fold_of, count, total = {}, Counter(), Counter()
+    for patient in sorted(strata, key=lambda p: (strata[p], -images[p], seed_from(p))):
+        stratum = strata[patient]
+        fold = min(range(folds), key=lambda k: (count[stratum, k], total[k]))
+        fold_of[patient] = fold
+        count[stratum, fold] += images[patient]
+        total[fold] += images[patient]
     return [fold_of[r.patient] for r in records]
 
 
@@ -700,12 +672,15 @@ IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
 class ImageInfo:
     """What a file tells beside its grey levels."""
 
-    width: int  # as displayed
+    width: int  # as stored, before EXIF rotation
     height: int
     mode: str  # Pillow's, or the DICOM photometric interpretation
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
-    patient: str | None = None  # hash of the DICOM PatientID
+
+    def __post_init__(self) -> None:  # so that nothing too large is decoded
+        if self.width * self.height > MAX_PIXELS:
+            raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
 def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
@@ -747,20 +722,15 @@ def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
 
 def _read(source, size):
     image, info = _open(source)
-    _refuse_large(info)
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     image.load()
-    deep = image.mode[0] in "IF"
-    if deep:
-        black, white = find_range(image)
-    orientation = image.getexif().get(0x0112, 1)
-    if orientation != 1:
-        image = ImageOps.exif_transpose(image)
-    if orientation in (5, 6, 7, 8):
-        info.width, info.height = info.height, info.width
-    if deep:
-        image = _scale(_bands(image), image.size[::-1], black, white)
+    stored = image
+    if stored.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(stored)
+    if image.mode[0] in "IF":
+        black, white = find_range(stored)  # which has the file's tags
+        image = _scale(np.asarray(image), black, white)
         info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -790,28 +760,15 @@ def _open(source):
     return source, ImageInfo(*source.size, source.mode)
 
 
-def _refuse_large(info: ImageInfo) -> None:
-    if info.width * info.height > MAX_PIXELS:
-        raise ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
-
-
-def _bands(image: Image.Image):
-    """Yield the rows of an image as arrays of about a million pixels: the whole as one would take gigabytes."""
-    rows = 1 + 2**20 // image.width
-    for top in range(0, image.height, rows):
-        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-
-
-def _scale(bands, shape: tuple[int, int], black: float, white: float) -> Image.Image:
-    """8-bit image from bands of any samples; black may lie above white."""
-    levels, top = np.empty(shape, np.uint8), 0
-    for band in bands:
-        scaled = (band - black) * (255 / (white - black))
+def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
+    """8-bit image from any samples, in parts: floats of the whole would take gigabytes. black may lie above white."""
+    levels = []
+    for part in np.array_split(samples, 1 + samples.size // 2**20):
+        scaled = (part - black) * (255 / (white - black))
         if not np.isfinite(scaled).all():
             raise ImageError("holds values that are not finite")
-        levels[top : top + len(band)] = scaled.clip(0, 255).round()
-        top += len(band)
-    return Image.fromarray(levels)
+        levels.append(scaled.clip(0, 255).round().astype(np.uint8))
+    return Image.fromarray(np.concatenate(levels))
 
 
 def find_range(image: Image.Image) -> tuple[float, float]:
@@ -858,8 +815,6 @@ def _open_dicom(file):
         raise ImageError("a DICOM file without an image")
     bits = dataset.BitsStored
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
-    _refuse_large(info)
-    info.patient = hash_patient(dataset)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # as large again
     if values.ndim == 3:
@@ -882,23 +837,22 @@ def _open_dicom(file):
         black, white = center - width / 2, center + width / 2 - 1
     if info.mode == "MONOCHROME1":
         black, white = white, black
-    bands = np.array_split(values, 1 + values.size // 2**20)
-    return _scale(bands, values.shape, (black - intercept) / slope, (white - intercept) / slope), info
-
-
-def hash_patient(dataset) -> str | None:
-    """What stands for the PatientID of a DICOM header, since no part of a header is written anywhere."""
-    patient = str(dataset.get("PatientID") or "").strip()
-    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+    return _scale(values, (black - intercept) / slope, (white - intercept) / slope), info
 
 
 def dicom_patient(path: Path) -> str | None:
-    """The patient of a DICOM file as ImageInfo has it; None where its header tells none, or can't be read."""
-    with contextlib.suppress(Exception):
-        from pydicom import dcmread
+    """What stands for the PatientID of a DICOM file, since no part of a header is written anywhere.
 
-        return hash_patient(dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"]))
-    return None
+    None where the header tells none, can't be read, or the file is of another kind.
+    """
+    patient = ""
+    with contextlib.suppress(Exception):
+        if is_dicom(path):
+            from pydicom import dcmread
+
+            header = dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
+            patient = str(header.get("PatientID") or "").strip()
+    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
 
 
 # --- cache ---
@@ -927,84 +881,87 @@ def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, 
     return pixels, info, ""
 
 
-def decode_all(f, root: Path, records: list[Record], size: int) -> None:
-    """Write to a binary file the pixels of all records and, as JSON, digest, depth and reason of failure of each."""
+def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
+    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
+    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
+    kind = "test" if records[0].split == "test" else "train"
+    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    folder = hash_lines([str(root.resolve())])[:16]
+    return [root / ".cache" / name, user_cache / "pneumonia" / folder / name]
+
+
+def build_cache(path: Path, root: Path, records: list[Record], size: int) -> None:
+    """Write the pixels of all records and, as JSON, digest, depth and reason of failure of each.
+
+    Other caches of the same split and size go, and so does what a build that was killed left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
     notes = []
-    for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
-        notes.append([digest(pixels), info and info.depth, reason])
-        f.write(pixels)
-    f.write(json.dumps(notes).encode())
+    with replacing(path) as f:
+        for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
+            notes.append([digest(pixels), info and info.depth, reason])
+            f.write(pixels)
+        f.write(json.dumps(notes).encode())
+    split_and_size, _, _ = path.name.rsplit("-", 2)
+    for old in path.parent.glob(f"*{split_and_size}-*"):
+        with contextlib.suppress(OSError):  # another process was faster, or uses it
+            if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
+                old.unlink()
 
 
-def take_images(stored: np.ndarray, root: Path, records: list[Record], size: int) -> Images:
-    """What decode_all wrote, checked; images of several depths are said.
+def open_cache(path: Path, root: Path, records: list[Record], size: int) -> Images:
+    """What build_cache wrote, checked; images of several depths are said.
 
     Raises:
-        ValueError: the bytes are not those that were written, or a file that could not be read then can be now.
+        ValueError, TypeError: the bytes are not those that were written, or a file that could not be read then can be.
+        OSError: no such cache.
     """
+    stored = np.memmap(path, mode="c")  # copy-on-write, since torch wants to be able to write
     pixels, notes = np.split(stored, [len(records) * size**2])
     digests, depths, reasons = zip(*json.loads(notes.tobytes()))
     pixels = pixels.reshape(-1, size, size)
-    with ThreadPoolExecutor(CORES) as pool:
-        if tuple(pool.map(digest, pixels)) != digests:
-            raise ValueError("damaged")
+    if tuple(parallel(digest, pixels, "checking")) != digests:
+        raise ValueError("damaged")
     failed = {i: reason for i, reason in enumerate(reasons) if reason}
     for i in failed:
         if not decode(root / records[i].path, size)[2]:
             raise ValueError("readable now")
-    counts = Counter(depth for depth in depths if depth)
+    counts = Counter(filter(None, depths))
     if len(counts) > 1:
         mixed = " and ".join(f"of {depth} bits ({counts[depth]})" for depth in sorted(counts))
         warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
     return Images(torch.from_numpy(pixels), torch.tensor(digests), failed)
 
 
-def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
-    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
-    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
-    kind = "test" if records[0].split == "test" else "train"
-    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "pneumonia")
-    return [root / ".cache" / name, user_cache / hash_lines([str(root.resolve())])[:16] / name]
-
-
-def remove_outdated(path: Path) -> None:
-    """Other caches of the same split and size, and what a build that was killed left behind."""
-    split, size, _ = path.name.split("-", 2)
-    for old in path.parent.glob(f"*{split}-{size}-*"):
-        with contextlib.suppress(OSError):  # another process was faster, or uses it
-            if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
-                old.unlink()
-
-
 def load_images(root: Path, records: list[Record], size: int) -> Images:
-    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, where that can't be
-    written in the user's cache folder, else in memory.
+    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, or where that can't
+    be written in the user's cache folder.
 
     Args:
         records: from scan or find_training; the file is rebuilt when a path, size or time of one of them changes.
         size: side of the square images.
+
+    Raises:
+        UserError: neither place can be written.
     """
     paths = cache_paths(root, records, size)
     for path in paths:
         try:
-            return take_images(np.memmap(path, mode="c"), root, records, size)  # copy-on-write: torch wants writable
+            return open_cache(path, root, records, size)
         except (ValueError, TypeError) as e:
             warn(f"the image cache {path} is outdated or damaged ({e}): decoding again")
         except OSError:
             pass  # not there, or just replaced
-    for path, otherwise in zip(paths, ("trying the user's cache folder", "keeping the images in memory")):
+    for path in paths:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as f:
-                decode_all(f, root, records, size)
-            remove_outdated(path)
-            return take_images(np.memmap(path, mode="c"), root, records, size)
+            build_cache(path, root, records, size)
+            return open_cache(path, root, records, size)
         except OSError as e:
-            warn(f"no image cache in {path.parent} ({e.strerror or e}); {otherwise}")
-    memory = io.BytesIO()
-    decode_all(memory, root, records, size)
-    return take_images(np.frombuffer(memory.getbuffer(), np.uint8), root, records, size)
+            reason = f"no image cache in {path.parent} ({e.strerror or e})"
+            if path == paths[0]:
+                warn(f"{reason}; trying the user's cache folder")
+    raise UserError(f"{reason}; set XDG_CACHE_HOME to a folder that can be written")
 
 
 def hash_lines(lines) -> str:
@@ -1020,13 +977,18 @@ def fingerprint(records: list[Record], digests: Tensor) -> str:
     return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
 
 
+def find_copies(records: list[Record], digests: list, attribute: str) -> list[list[str]]:
+    """Groups of paths whose pixels are the same, by their digests, and whose records differ in the attribute."""
+    paths, found = defaultdict(list), defaultdict(set)
+    for record, digest_of_pixels in zip(records, digests):
+        paths[digest_of_pixels].append(record.path)
+        found[digest_of_pixels].add(getattr(record, attribute))
+    return [paths[d] for d in paths if len(found[d]) > 1]
+
+
 def warn_contradictions(records: list[Record], digests: Tensor) -> None:
     """Say loudly where the same pixels stand there with several labels."""
-    labels = defaultdict(set)
-    for r, d in zip(records, digests.tolist()):
-        labels[d].add(r.label)
-    several = sum(len(found) > 1 for found in labels.values())
-    if several:
+    if several := len(find_copies(records, digests.tolist(), "label")):
         warn(f"{several} images stand there with several labels: python data.py check --json lists them")
 
 
@@ -1049,6 +1011,16 @@ def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]
 NUMBERS = 4  # random numbers that an operation has for each image
 
 
+def to_float(images: Tensor) -> Tensor:
+    """float32 [n, 1, side, side] in [0, 1] from uint8 [n, side, side]."""
+    return images.unsqueeze(1).float().div_(255)
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
+    return x[:, 0].mul(255).round_().clamp_(0, 255).byte()
+
+
 def column(values: Tensor) -> Tensor:
     """[batch] as [batch, 1, 1, 1], to go with images."""
     return values.view(-1, 1, 1, 1)
@@ -1065,31 +1037,19 @@ class Crop:
 
     size: int  # side of the result in pixels
     scale: float  # smallest part of the area that is kept
-    ratio: float = 4 / 3  # largest aspect distortion
 
 
 def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
-    """A window of random area, aspect and place, resampled bilinearly to crop.size (Szegedy et al. 2015)."""
+    """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly (Szegedy et al. 2015)."""
     area = 1 - u[:, 0] * (1 - crop.scale)
-    distortion = torch.exp(signed(u[:, 1]) * math.log(crop.ratio) / 2)
-    width = (area.sqrt() * distortion).clamp(max=1)
-    height = (area.sqrt() / distortion).clamp(max=1)
-    left = signed(u[:, 2]) * (1 - width)
-    top = signed(u[:, 3]) * (1 - height)
+    distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
+    side = area.sqrt()
+    sides = torch.stack([side * distortion, side / distortion]).clamp(max=1)  # width and height
+    middles = signed(u[:, 2:4].T) * (1 - sides)
     centres = (torch.arange(crop.size, device=x.device) * 2 + 1) / crop.size - 1
-    columns = width[:, None] * centres + left[:, None]
-    rows = height[:, None] * centres + top[:, None]
+    columns, rows = sides[:, :, None] * centres + middles[:, :, None]
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
     grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
-    return F.grid_sample(x, grid, align_corners=False)
-
-
-def rotate(x: Tensor, u: Tensor, degrees: float) -> Tensor:
-    """By up to so many degrees either way; what lies outside of the image is 0."""
-    angle = signed(u[:, 0]) * math.radians(degrees)
-    zero = torch.zeros_like(angle)
-    rows = [angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), list(x.shape), align_corners=False)
     return F.grid_sample(x, grid, align_corners=False)
 
 
@@ -1117,11 +1077,6 @@ def gamma(x: Tensor, u: Tensor, strength: float) -> Tensor:
     return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
 
 
-def half(u: Tensor) -> Tensor:
-    """[batch, 1, 1, 1] from uniform numbers [batch]: zero for half of the images, uniform in [0, 1) for the others."""
-    return column(signed(u).clamp(min=0))
-
-
 def exchange_border(x: Tensor, u: Tensor, probability: float) -> Tensor:
     """A ring of 4 to 18 % of the sides comes from the image before in the batch.
 
@@ -1147,19 +1102,12 @@ def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
     normals = standard_normals(2**20 + pixels, x.device)
     start = (u[:, 1] * 2**20).long()
     windows = normals.unfold(0, pixels, 1)[start]  # unfold is a view: only these windows are copied
-    return torch.addcmul(x, windows.view_as(x), strength * half(u[:, 0])).clamp_(0, 1)
+    deviation = strength * signed(u[:, 0]).clamp(min=0)  # 0 for half of the images
+    return torch.addcmul(x, windows.view_as(x), column(deviation)).clamp_(0, 1)
 
 
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
-    light = [
-        (rotate, 5.0),
-        (random_resized_crop, Crop(size, 0.7, 1.1)),
-        (flip, 0.5),
-        (brightness, 0.1),
-        (contrast, 0.1),
-        (gamma, 0.1),
-    ]
     medium = [
         (random_resized_crop, Crop(size, 0.08)),
         (flip, 0.5),
@@ -1168,10 +1116,10 @@ def preset(name: str, size: int) -> list[tuple]:
         (gamma, 0.4),
     ]
     robust = [(exchange_border, 0.7), *medium, (noise, 0.05)]
-    return {"none": [], "light": light, "medium": medium, "robust": robust}[name]
+    return {"none": [], "medium": medium, "robust": robust}[name]
 
 
-PRESETS = ("none", "light", "medium", "robust")
+PRESETS = ("none", "medium", "robust")
 
 
 def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Tensor]:
@@ -1180,16 +1128,13 @@ def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Ten
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
     another operation changes what an operation draws for an image.
     """
-    draws = []
-    for operation, _ in operations:
-        generator = torch.Generator().manual_seed(seed_from(seed, epoch, operation.__name__))
-        draws.append(torch.rand(count, NUMBERS, generator=generator))
-    return draws
+    names = [operation.__name__ for operation, _ in operations]
+    return [torch.rand(count, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
 
 
 def shuffle(count: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
+    return torch.randperm(count, generator=generator_from(seed, epoch, "order"))
 
 
 def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
@@ -1202,15 +1147,14 @@ def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> T
     Returns:
         float32 [batch, 1, size, size] in [0, 1].
     """
-    x = images.unsqueeze(1).float().div_(255)
+    x = to_float(images)
     for (operation, strength), u in zip(operations, numbers):
         x = operation(x, u, strength)
     return x
 
 
-def normalise(images: Tensor, mean: float, std: float) -> Tensor:
-    """What the model sees: float32 [batch, 1, height, width] from uint8 [batch, height, width] or augment's output."""
-    x = images.unsqueeze(1).float().div_(255) if images.dtype == torch.uint8 else images
+def normalise(x: Tensor, mean: float, std: float) -> Tensor:
+    """What the model sees: float32 [batch, 1, side, side] from augment's or to_float's output, which is overwritten."""
     return x.sub_(mean).div_(std)
 
 
@@ -1219,12 +1163,10 @@ def hide_margin(images: Tensor, margin: float) -> Tensor:
 
     What stands there tells of the device and the technique rather than of the lungs.
     """
-    width = round(images.shape[-1] * margin)
-    inside = slice(width, images.shape[-1] - width)
+    side = images.shape[-1]
+    ring = border_ring(side, round(side * margin), images.device)
     mean = images.mean((1, 2), keepdim=True, dtype=torch.float32)
-    hidden = mean.round().to(torch.uint8).expand_as(images).clone()
-    hidden[:, inside, inside] = images[:, inside, inside]
-    return hidden
+    return torch.where(ring, mean.round().byte(), images)
 
 
 def to_input(images: Tensor, pre: dict) -> Tensor:
@@ -1232,7 +1174,7 @@ def to_input(images: Tensor, pre: dict) -> Tensor:
 
     pre: mean, std and margin, as a checkpoint has them.
     """
-    return normalise(hide_margin(images, pre["margin"]), pre["mean"], pre["std"])
+    return normalise(to_float(hide_margin(images, pre["margin"])), pre["mean"], pre["std"])
 
 
 # --- stress and shortcuts ---
@@ -1240,11 +1182,10 @@ def to_input(images: Tensor, pre: dict) -> Tensor:
 
 def draw_partners(records: list[Record]) -> Tensor | None:
     """For each record the position of one with another label, drawn from its path: int64 [n]; None with one label."""
-    if len({r.label for r in records}) < 2:
+    labels = np.array([r.label for r in records])
+    others = {label: np.flatnonzero(labels != label) for label in np.unique(labels)}
+    if len(others) < 2:
         return None
-    others = {}
-    for label in {r.label for r in records}:
-        others[label] = [i for i, r in enumerate(records) if r.label != label]
     partners = []
     for r in records:
         choice = others[r.label]
@@ -1252,22 +1193,17 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int) -> Tensor:
+def border_ring(size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
-    ring = torch.ones(size, size, dtype=torch.bool)
-    ring[width : size - width, width : size - width] = False
-    return ring
+    inner = size - 2 * width
+    inside = torch.zeros(inner, inner, device=device)
+    return F.pad(inside, [width] * 4, value=1).bool()
 
 
 def border_features(images: Tensor) -> Tensor:
     """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
-    thumbnails = F.adaptive_avg_pool2d(images.cpu().unsqueeze(1).float() / 255, 32)[:, 0]
+    thumbnails = F.adaptive_avg_pool2d(to_float(images.cpu()), 32)[:, 0]
     return thumbnails[:, border_ring(32, 3)]
-
-
-def to_uint8(x: Tensor) -> Tensor:
-    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
-    return x[:, 0].mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
@@ -1284,30 +1220,30 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     from torchvision.transforms.v2 import functional as TF  # takes as long to import as a small folder to classify
 
     size = images.shape[-1]
-    x = images.unsqueeze(1).float() / 255
+    x = to_float(images)
 
     for factor in (0.65, 1.4):
         yield f"brightness x {factor}", to_uint8(TF.adjust_brightness(x, factor))
         yield f"contrast x {factor}", to_uint8(TF.adjust_contrast(x, factor))
     for exponent in (0.7, 1.4):
         yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
-    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i, 30) for i in images.numpy()]))
+    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i) for i in images.numpy()]))
     kernel = 2 * max(4, math.ceil(size / 56)) + 1  # to four standard deviations
-    yield "blur", to_uint8(TF.gaussian_blur(x, [kernel, kernel], [size / 224, size / 224]))
+    yield "blur", to_uint8(TF.gaussian_blur(x, kernel, size / 224))
     edge = round(size * 0.075)
     inner = size - 2 * edge
     yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
     for sd in (0.02, 0.05):
-        normals = [torch.randn(1, size, size, generator=torch.Generator().manual_seed(seed_from(p))) for p in paths]
+        normals = [torch.randn(1, size, size, generator=generator_from(path)) for path in paths]
         yield f"noise {sd}", to_uint8(x + sd * torch.stack(normals))
     if partners is not None:
         yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
 
 
-def recompress(pixels: np.ndarray, quality: int) -> np.ndarray:
-    """A grey image [height, width] through JPEG (Pillow's: torchvision's stress operation is deprecated)."""
+def recompress(pixels: np.ndarray) -> np.ndarray:
+    """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=quality)
+    Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
     return np.asarray(Image.open(buffer))
 
 
@@ -1405,7 +1341,7 @@ def _smooth(rng, bumps):
 
 # --- check ---
 
-FILE_MEASURES = ("width", "height", "aspect", "bytes per pixel")  # those of Inspected that no pixel has a part in
+COPIES = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
 
 
 @dataclass(slots=True)
@@ -1414,8 +1350,9 @@ class Inspected:
 
     record: Record
     info: ImageInfo
-    measures: dict[str, float]  # FILE_MEASURES, and mean and standard deviation of the grey levels
-    digest: str  # of shape and pixels
+    measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
+    file: list[float]  # what is known without any grey level
+    pixels: tuple  # their shape and digest
     border: np.ndarray  # uint8 [348], see border_features
 
 
@@ -1434,23 +1371,25 @@ def check(root: Path) -> dict:
     records = scan_all(root)
     if not records:
         raise UserError(f"{root} has none of the folders train/, val/, test/")
-    folders = {f"{r.split}/{r.label}": [] for r in records}
-    unreadable, problems, remarks = [], [], []
+    folders, unreadable, problems, remarks = defaultdict(list), [], [], []
     for record, found in zip(records, parallel(functools.partial(_inspect, root), records, "checking")):
+        readable = folders[f"{record.split}/{record.label}"]  # there even where it stays empty
         if isinstance(found, Inspected):
-            folders[f"{record.split}/{record.label}"].append(found)
+            readable.append(found)
         else:
             unreadable.append({"path": record.path, "reason": found})
     images = list(itertools.chain(*folders.values()))
-    duplicates = _find_duplicates(images)
+    read, pixels = [i.record for i in images], [i.pixels for i in images]
+    duplicates = {kind: find_copies(read, pixels, attribute) for kind, attribute in COPIES.items()}
     shared = shared_patients(records)
     audited = [i for i in images if i.record.split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
 
     for sides, patients in shared.items():
         problems.append(f"{len(patients)} patients are in both {sides}, such as {patients[0]}")
+    labels = {r.label for r in records}
     for split in dict.fromkeys(r.split for r in records):
-        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
+        missing = labels - {r.label for r in records if r.split == split}
         if missing:
             problems.append(f"{split}/ has no image of {', '.join(sorted(missing))}")
     for kind, groups in duplicates.items():
@@ -1489,44 +1428,34 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
     pixels, info, reason = decode(root / record.path, None)
     if reason:
         return reason
+    height, width = pixels.shape
     measures = {
-        "width": info.width,
-        "height": info.height,
-        "aspect": info.width / info.height,
+        "width": width,
+        "height": height,
+        "aspect": width / height,
         "bytes per pixel": record.bytes / pixels.size,
-        "brightness": float(pixels.mean()),
-        "contrast": float(pixels.std()),
     }
+    file = [*measures.values(), info.depth]
+    measures |= {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
-    return Inspected(record, info, measures, f"{pixels.shape} {digest(pixels)}", border)
-
-
-def _find_duplicates(images: list[Inspected]) -> dict[str, list[list[str]]]:
-    """Groups of paths with the same pixels, by what is not the same."""
-    by_digest = defaultdict(list)
-    for image in images:
-        by_digest[image.digest].append(image.record)
-    kinds = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
-    duplicates = {kind: [] for kind in kinds}
-    for group in by_digest.values():
-        for kind, attribute in kinds.items():
-            if len({getattr(r, attribute) for r in group}) > 1:
-                duplicates[kind].append([r.path for r in group])
-    return duplicates
+    return Inspected(record, info, measures, file, (pixels.shape, digest(pixels)), border)
 
 
 def _summarise(images: list[Inspected]) -> dict:
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
-    summary = {"images": len(images), "patients": len({r.patient for r in records})}
-    summary["unknown patients"] = sum(not r.known_patient for r in records)
-    for name in images[0].measures:
-        percentiles = np.percentile([i.measures[name] for i in images], (5, 50, 95))
-        summary[name] = percentiles.round(3).tolist()
+    measures = np.array([list(i.measures.values()) for i in images])
+    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
-    return {**summary, **Counter(subtypes + modes)}
+    return {
+        "images": len(images),
+        "patients": len({r.patient for r in records}),
+        "unknown patients": sum(not r.known_patient for r in records),
+        **dict(zip(images[0].measures, percentiles.round(3).tolist())),
+        **Counter(subtypes + modes),
+    }
 
 
 def _audit(images: list[Inspected]) -> list[dict]:
@@ -1541,32 +1470,30 @@ def _audit(images: list[Inspected]) -> list[dict]:
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    patients = defaultdict(set)
-    for i in images:
-        patients[i.record.label].add(i.record.patient)
+    labels = np.array([i.record.label for i in images])
+    patients = np.array([i.record.patient for i in images])
+    modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
+    sources = {
+        "the border alone, without any lung,": np.array([i.border for i in images]),
+        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([[i.file for i in images], modes]),
+    }
+    count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
+    enough = [label for label in count if count[label] >= 10]
     rows = []
-    enough = [label for label in patients if len(patients[label]) >= 10]
     for a, b in itertools.combinations(enough, 2):
-        pair = [i for i in images if i.record.label in (a, b)]
-        is_b = np.array([i.record.label == b for i in pair])
-        border = np.stack([i.border for i in pair])
-        measures = [operator.itemgetter(*FILE_MEASURES)(i.measures) for i in pair]
-        modes = np.unique([i.info.mode for i in pair], return_inverse=True)[1]
-        file = np.column_stack([measures, [i.info.depth for i in pair], modes])
-        for source, features in (
-            ("the border alone, without any lung,", border),
-            ("the file alone (size, bytes per pixel, mode, depth)", file),
-        ):
+        pair = np.isin(labels, (a, b))
+        is_b = labels[pair] == b
+        for source, features in sources.items():
             scores = cross_val_predict(
                 HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
-                features,
+                features[pair],
                 is_b,
-                groups=[i.record.patient for i in pair],
+                groups=patients[pair],
                 cv=StratifiedGroupKFold(5),
                 method="predict_proba",
             )
             auroc = float(roc_auc_score(is_b, scores[:, 1]))
-            half = 1.96 * auroc_error(auroc, len(patients[b]), len(patients[a]))
+            half = 1.96 * auroc_error(auroc, count[b], count[a])
             ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
             rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
@@ -1618,8 +1545,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
-        UserError: no connection, no end after so many hours, another checksum, a damaged archive, or one that would
-            write outside of folder.
+        UserError: no connection, no end after so many hours, another checksum, or a damaged archive.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
@@ -1631,9 +1557,9 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float 
             call_within(3600 * hours, _fetch, url, archive)  # a server can drip its answer, headers too
             if sha256(archive) != checksum:
                 raise ValueError("the checksum is another one")
-            _unpack(archive, unpacked)
+            shutil.unpack_archive(archive, unpacked)  # a known one, by its checksum
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, http.client.HTTPException, zipfile.BadZipFile) as e:
+        except (OSError, ValueError, http.client.HTTPException) as e:
             raise UserError(
                 f"the download failed, is damaged or took more than {hours:g} hours ({e!r}); try again, or by hand: "
                 f"fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "
@@ -1650,15 +1576,6 @@ def _fetch(url: str, path: Path) -> None:
         tqdm.wrapattr(f, "write", desc="downloading", unit="B", unit_scale=True, leave=False, disable=None) as counted,
     ):
         shutil.copyfileobj(response, counted)
-
-
-def _unpack(archive: Path, folder: Path) -> None:
-    """The images of chest_xray/SPLIT/CLASS/; extractall writes nothing outside of folder."""
-    with zipfile.ZipFile(archive) as z:
-        wanted = re.compile(r"chest_xray/(train|val|test)/\w+/[^/]+\.jpeg")
-        z.extractall(folder, filter(wanted.fullmatch, z.namelist()))
-    if not (folder / "chest_xray" / "train").is_dir():
-        raise ValueError("it does not hold chest_xray/train")
 
 
 def make_parser() -> Parser:
