@@ -187,7 +187,7 @@ def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
     if math.isnan(value) or values.shape[1] == 1:
         return result
     values = (values - low) / (1 - low)
-    share = (value - low) / (1 - low)
+    share = values[:, 0].mean()
     ends = clopper_pearson(share, patients)
     if 0 < share < 1:
         bounds = share / 6, 1 - (1 - share) / 6
@@ -622,15 +622,14 @@ def pool(runs: list[Scored]) -> Scored:
     arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
     own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]}
     has_border = all(s.border is not None for s in runs)
+    arrays = {name: np.concatenate([getattr(s, name) for s in runs]) for name in ("logits", "temperature", "threshold")}
     return replace(
         first,
         source=", ".join(s.source for s in runs),
         sha256=data.hash_lines(s.sha256 for s in runs),
         records=records,
         patients=patient_numbers(r.patient for r in records),
-        logits=np.concatenate([s.logits for s in runs]),
-        temperature=np.concatenate([s.temperature for s in runs]),
-        threshold=np.concatenate([s.threshold for s in runs]),
+        **arrays,
         rule=first.rule if all(s.rule == first.rule for s in runs) else own,
         left_out=[item for s in runs for item in s.left_out],
         border=np.concatenate([s.border for s in runs]) if has_border else None,
@@ -753,7 +752,7 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
     if s.border is not None:
         result["shortcut"] = shortcut(s, bootstrap)
     if s.stressed:
-        result["stress"] = {stress: name_figures(row) for stress, row in stress_table(s).items()}
+        result["stress"] = stress_report([s])
     return result
 
 
@@ -787,9 +786,8 @@ def thirds(values: list[str]) -> list[str]:
     What stands for a missing value, such as NA, becomes empty.
     """
     values = ["" if value.lower() in MISSING else value for value in values]
-    kinds = set(values) - {""}
     try:
-        numbers = {kind: float(kind) for kind in kinds}
+        numbers = {value: float(value) for value in values if value}
     except ValueError:
         return values
     distinct = set(numbers.values())
@@ -797,8 +795,8 @@ def thirds(values: list[str]) -> list[str]:
         return values
     low, high = np.quantile([numbers[value] for value in values if value], (1 / 3, 2 / 3))
     names = {"": ""}
-    for kind, x in numbers.items():
-        names[kind] = f"> {high:g}" if x > high else f"<= {high if x > low else low:g}"
+    for value, x in numbers.items():
+        names[value] = f"> {high:g}" if x > high else f"<= {high if x > low else low:g}"
     return [names[value] for value in values]
 
 
@@ -833,20 +831,19 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     }
 
 
-def stress_table(s: Scored) -> dict[str, np.ndarray]:
-    """UNDER_STRESS of each stressed copy at the threshold in force, their mean and worst; NaN where undefined."""
-    once = np.ones((1, len(s.records)))
-    rows = {}
-    for stress, logits in s.stressed.items():
-        metrics = binary_metrics(*replace(s, logits=logits).binary, once)
-        rows[stress] = np.array([metrics[name][0] for name in UNDER_STRESS])
-    table = np.array(list(rows.values()))
-    return {**rows, "mean": table.mean(0), "worst": table.min(0)}
-
-
-def name_figures(row: np.ndarray) -> dict[str, float | None]:
-    """A row of stress_table for JSON."""
-    return dict(zip(UNDER_STRESS, map(number, row)))
+def stress_report(runs: list[Scored]) -> dict:
+    """UNDER_STRESS of each stressed copy at the threshold in force, their mean and worst; means over the runs."""
+    tables = []
+    for s in runs:
+        once = np.ones((1, len(s.records)))
+        rows = []
+        for logits in s.stressed.values():
+            metrics = binary_metrics(*replace(s, logits=logits).binary, once)
+            rows.append([metrics[name][0] for name in UNDER_STRESS])
+        tables.append([*rows, np.mean(rows, axis=0), np.min(rows, axis=0)])
+    names = [*runs[0].stressed, "mean", "worst"]
+    means = np.mean(tables, axis=0)
+    return {name: dict(zip(UNDER_STRESS, map(number, row))) for name, row in zip(names, means)}
 
 
 def mistakes(s: Scored, count: int) -> list[dict]:
@@ -969,8 +966,9 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     return {"value": float(value), "ci95": ends, "p": float(max(p, exact_p))}
 
 
-def holm(p: list[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979)."""
+def holm(p: list[float | None]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979); NaN where they are None, which all are or none."""
+    p = np.array(p, float)
     adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
     ranks = np.argsort(np.argsort(p))
     return np.minimum(adjusted, 1)[ranks].tolist()
@@ -980,8 +978,8 @@ def worst_of(runs: list[Scored]) -> dict:
     """What a comparison says of stress and shortcuts: means over the runs, null where one of them has none."""
     result = {"stress": None, "shortcut": None}
     if all(s.stressed for s in runs):
-        tables = [stress_table(s) for s in runs]
-        result["stress"] = {how: name_figures(sum(t[how] for t in tables) / len(runs)) for how in ("mean", "worst")}
+        stress = stress_report(runs)
+        result["stress"] = {"mean": stress["mean"], "worst": stress["worst"]}
     if all(s.border is not None for s in runs):
         worst = [shortcut(s, Bootstrap(0))["worst"] for s in runs]
         result["shortcut"] = number(np.mean(np.array(worst, float)))  # None is NaN
@@ -1011,8 +1009,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entries.append(entry)
     for metric in COMPARED:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
-        p_values = np.array([gap["p"] for gap in gaps], float)  # NaN where it is None, which it is for all or for none
-        for entry, gap, p in zip(entries[1:], gaps, holm(p_values)):
+        for entry, gap, p in zip(entries[1:], gaps, holm([gap["p"] for gap in gaps])):
             entry["difference"][metric] = {**gap, "p_holm": number(p)}
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
