@@ -108,7 +108,8 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: i
     classes = range(probabilities.shape[1])
     if len(classes) == 2:
         classes = [positive_index]
-    return float(np.mean([ranking(labels == c, probabilities[:, c], once)["auroc"] for c in classes]))
+    aurocs = [ranking(labels == c, probabilities[:, c], once)["auroc"] for c in classes]
+    return float(np.mean(aurocs))
 
 
 # --- intervals ---
@@ -118,7 +119,7 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: i
 class Bootstrap:
     """Draws of patients with replacement, each with all of their images."""
 
-    draws: int = 2000
+    draws: int
     seed: int = 0
 
     def values(self, metrics, patients: np.ndarray) -> dict[str, np.ndarray]:
@@ -131,7 +132,8 @@ class Bootstrap:
         blocks = [metrics(np.ones((1, len(patients))))]
         for start in range(0, self.draws, block):
             rows = min(block, self.draws - start)
-            drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+            drawn = rng.integers(count, size=(rows, count))
+            drawn += count * np.arange(rows)[:, None]  # so that one bincount counts each row apart
             weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
             blocks.append(metrics(weights[:, patients].astype(float)))
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
@@ -152,7 +154,7 @@ def clopper_pearson(share: float, n: int) -> list[float]:
     k = share * n
     low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
     high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
-    return [float(low), float(high)]
+    return [low, high]
 
 
 def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> tuple[float, float]:
@@ -180,7 +182,7 @@ def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
     Where there is none (the value lies at an end, or no draw differs), it is Clopper and Pearson's on the number of
     patients in the metric's denominator. tests/coverage_simulation.py tells how often it holds the truth.
     """
-    value = float(values[:, 0].mean())
+    value = values[:, 0].mean()
     result = {"value": number(value), "ci95": None}
     if len(values) > 1:
         result["sd"] = number(values[:, 0].std(ddof=1))
@@ -196,7 +198,7 @@ def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
         if sd > 1e-9:
             half = stdtrit(freedom, 0.975) * sd
             ends = expit([logit(share) - half, logit(share) + half])
-    result["ci95"] = [float(low + (1 - low) * end) for end in ends]
+    result["ci95"] = [low + (1 - low) * end for end in ends]
     return result
 
 
@@ -252,24 +254,29 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     gaps = np.abs(np.bincount(bins, p - positive))
     exact = np.abs(z) >= -logit(EXACT) * 0.999
     result = {
-        "brier": float(np.mean((p - positive) ** 2)),
-        "nll": float(-np.mean(log_expit(np.where(positive, z, -z)))),
-        "ece": float(gaps.sum() / len(p)),
+        "brier": np.mean((p - positive) ** 2),
+        "nll": -np.mean(log_expit(np.where(positive, z, -z))),
+        "ece": gaps.sum() / len(p),
         "slope": None,
         "intercept": None,
         "exact": int(exact.sum()),
     }
     y, z = positive[~exact], z[~exact]
-    high, low = z[y], z[~y]
-    overlap = len(high) and len(low) and high.min() < low.max() and low.min() < high.max()
-    if overlap:  # else no slope is finite
+    if overlap(z[y], z[~y]):
         scale = max(z.std(), 1e-12)
         standardised = (z[:, None] - z.mean()) / scale
         fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, y)
+        result["slope"] = fit.coef_[0, 0] / scale
         bound = np.abs(z).max() + 50
-        result["slope"] = float(fit.coef_[0, 0] / scale)
-        result["intercept"] = float(brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound))
+        result["intercept"] = brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound)
     return result
+
+
+def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether some of a lie below some of b and the other way round: else no logistic regression has a finite slope."""
+    if not len(a) or not len(b):
+        return False
+    return a.min() < b.max() and b.min() < a.max()
 
 
 def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
@@ -277,10 +284,11 @@ def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray,
     bins = np.minimum((p * 10).astype(int), 9)
     points = []
     for b in np.unique(bins):
-        inside = positive[bins == b]
-        everyone = np.ones_like(inside)  # of whom, called positive, a share is: the frequency is a PPV
-        observed = binary_estimates(inside, None, everyone, patients[bins == b], bootstrap)["ppv"]
-        points.append({"predicted": float(p[bins == b].mean()), "observed": observed, "images": len(inside)})
+        inside = bins == b
+        all_of_them = inside[inside]  # of whom, called positive, a share is: the frequency is a PPV
+        metrics = binary_estimates(positive[inside], None, all_of_them, patients[inside], bootstrap)
+        predicted = p[inside].mean()
+        points.append({"predicted": predicted, "observed": metrics["ppv"], "images": len(all_of_them)})
     return points
 
 
@@ -292,8 +300,8 @@ def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
     rows = []
     for t in np.arange(1, 100) / 100:
         worth = np.where(positive, 1, -t / (1 - t))  # of treating each image
-        model = worth * (p >= t)
-        rows.append({"threshold": float(t), "model": float(model.mean()), "all": float(worth.mean())})
+        treated = np.where(p >= t, worth, 0)
+        rows.append({"threshold": t, "model": treated.mean(), "all": worth.mean()})
     return rows
 
 
@@ -470,8 +478,9 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     """
     seen, arguments = ckpt["data"], ckpt["arguments"]
     root = data.find_root(args.data or seen["root"])
-    parts = arguments["folds"], arguments["fold"]
-    records, images, index, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
+    records, images, index, left_out = read_split(
+        root, args.split, arguments["folds"], arguments["fold"], ckpt["input_size"]
+    )
     if args.split != "test" and not args.data and data.fingerprint(records, images.digests) != seen["fingerprint"]:
         raise UserError(f"the images in {root} are not those that {path} was trained on, or it is of an older version")
     data.check_classes(records, ckpt["classes"], str(root))
@@ -699,8 +708,9 @@ def describe(s: Scored) -> dict:
     run = None
     if s.run is not None:
         run = {k: s.run[k] for k in ("arguments", "environment", "weights", "epoch", "epochs", "finished")}
-        run["data"] = s.run["data"]["root"]
-        run["images"] = {"train": s.run["data"]["images"], "val": len(s.run["data"]["val_pixels"])}
+        seen = s.run["data"]
+        run["data"] = seen["root"]
+        run["images"] = {"train": seen["images"], "val": len(seen["val_pixels"])}
     return {
         "checkpoint": s.source,
         "sha256": s.sha256,
@@ -715,7 +725,7 @@ def describe(s: Scored) -> dict:
             "demo": s.demo,
             "fingerprint": s.fingerprint,
             **counts(s.patients),
-            "prevalence": float((s.labels == s.positive_index).mean()) if len(s.classes) == 2 else None,
+            "prevalence": (s.labels == s.positive_index).mean() if len(s.classes) == 2 else None,
             "left_out": s.left_out,
             "leaks": s.leaks,
         },
@@ -742,7 +752,7 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
         "calibration": {
             **calibration(positive, s.z / s.temperature),
-            "temperature": float(temperatures[0]) if len(temperatures) == 1 else None,
+            "temperature": temperatures[0] if len(temperatures) == 1 else None,
             "before_temperature": calibration(positive, s.z),
             "curve": calibration_curve(positive, score, s.patients, bootstrap),
         },
@@ -817,17 +827,16 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images tells without any lung, and how the model does where that misleads."""
     positive = s.labels == s.positive_index
     border = s.border > 0
-    groups, values = {}, []
-    for c, metric in ((1 - s.positive_index, "specificity"), (s.positive_index, "sensitivity")):
+    groups, shares = {}, []
+    for c in (1 - s.positive_index, s.positive_index):
         mask = (s.labels == c) & (border != positive)
         if mask.any():
-            group = group_estimates(s, mask, bootstrap)
-            groups[s.classes[c]] = group
-            values.append(group[metric]["value"])
+            groups[s.classes[c]] = group_estimates(s, mask, bootstrap)
+            shares.append((s.predicted[mask] == c).mean())
     return {
         "border_auroc": binary_estimates(positive, s.border, border, s.patients, bootstrap)["auroc"],
         "groups": groups,
-        "worst": min(values, default=None),
+        "worst": min(shares, default=None),
     }
 
 
@@ -859,7 +868,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
                 "path": r.path,
                 "label": r.label,
                 "prediction": s.classes[s.predicted[i]],
-                "probability": float(s.probabilities[i, of]),
+                "probability": s.probabilities[i, of],
             }
         )
     return rows
@@ -921,7 +930,8 @@ def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
 
 def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
     each = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
-    return Measured(runs, {name: np.stack([values[name] for values in each]) for name in each[0]})
+    values = {name: np.stack([one[name] for one in each]) for name in each[0]}
+    return Measured(runs, values)
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -932,9 +942,12 @@ def sign_flip_p(differences: np.ndarray) -> float:
     sizes = np.abs(differences[differences != 0])
     chance = np.ones(1)  # of each sum from -total to total
     for size in sizes:
-        chance = (np.pad(chance, (2 * size, 0)) + np.pad(chance, (0, 2 * size))) / 2
+        up = np.pad(chance, (2 * size, 0))
+        down = np.pad(chance, (0, 2 * size))
+        chance = (up + down) / 2
     sums = np.arange(len(chance)) - sizes.sum()
-    return float(min(1.0, chance[np.abs(sums) >= abs(differences.sum())].sum()))
+    as_far = np.abs(sums) >= abs(differences.sum())
+    return min(1.0, chance[as_far].sum())
 
 
 def right_answers(model: Measured) -> np.ndarray:
@@ -962,8 +975,7 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     sd, freedom = deviation(drawn, [mine[:, 0], theirs[:, 0]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
-    ends = [float(value - half), float(value + half)]
-    return {"value": float(value), "ci95": ends, "p": float(max(p, exact_p))}
+    return {"value": value, "ci95": [value - half, value + half], "p": max(p, exact_p)}
 
 
 def holm(p: list[float | None]) -> list[float]:
@@ -1009,7 +1021,8 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entries.append(entry)
     for metric in COMPARED:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
-        for entry, gap, p in zip(entries[1:], gaps, holm([gap["p"] for gap in gaps])):
+        adjusted = holm([gap["p"] for gap in gaps])
+        for entry, gap, p in zip(entries[1:], gaps, adjusted):
             entry["difference"][metric] = {**gap, "p_holm": number(p)}
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
