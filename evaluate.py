@@ -382,6 +382,10 @@ class Scored:
     images_per_second: float | None = None
     run: dict | None = None  # the checkpoint
 
+    @property
+    def is_binary(self) -> bool:
+        return len(self.classes) == 2
+
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """int64 [images]: positions in classes."""
@@ -400,7 +404,7 @@ class Scored:
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """int64 [images]: positions in classes."""
-        if len(self.classes) > 2:
+        if not self.is_binary:
             return self.probabilities.argmax(1)
         is_positive = self.probabilities[:, self.positive_index] >= self.threshold
         return np.where(is_positive, self.positive_index, 1 - self.positive_index)
@@ -528,11 +532,12 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
 
 def find_leaks(records: list[data.Record], digests: Tensor, seen: dict) -> dict[str, int]:
     """How many images and patients the model was trained on, and on how many it was chosen; seen: of a checkpoint."""
-    images, patients = data.count_seen(records, digests, seen["pixels"], seen["patients"])
-    val_images, val_patients = 0, 0
-    if records[0].split != "val":  # which is what the choice was made on
-        val_images, val_patients = data.count_seen(records, digests, seen["val_pixels"], seen["val_patients"])
-    return {"images": images, "patients": patients, "val_images": val_images, "val_patients": val_patients}
+    trained = data.count_seen(records, digests, seen["pixels"], seen["patients"])
+    chosen = data.count_seen(records, digests, seen["val_pixels"], seen["val_patients"])
+    if records[0].split == "val":
+        chosen = 0, 0  # these images are what the choice was made on
+    names = ("images", "patients", "val_images", "val_patients")
+    return dict(zip(names, (*trained, *chosen)))
 
 
 def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
@@ -678,9 +683,9 @@ def align(s: Scored, first: Scored) -> Scored:
 def describe_environment(device: torch.device) -> dict:
     """Versions, device and git commit, for the record."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
+        folder = Path(__file__).resolve().parent
         done = subprocess.run(git, cwd=folder, check=False, capture_output=True, text=True, timeout=5)
         commit = done.stdout.strip() or None
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
@@ -725,7 +730,7 @@ def describe(s: Scored) -> dict:
             "demo": s.demo,
             "fingerprint": s.fingerprint,
             **counts(s.patients),
-            "prevalence": (s.labels == s.positive_index).mean() if len(s.classes) == 2 else None,
+            "prevalence": (s.labels == s.positive_index).mean() if s.is_binary else None,
             "left_out": s.left_out,
             "leaks": s.leaks,
         },
@@ -736,7 +741,7 @@ def describe(s: Scored) -> dict:
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything that the files say about one model."""
-    figures = report_two if len(s.classes) == 2 else report_more
+    figures = report_two if s.is_binary else report_more
     return {**describe(s), **figures(s, bootstrap), "failures": mistakes(s, 10)}
 
 
@@ -861,7 +866,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
     wrong = np.flatnonzero(s.predicted != s.labels)
     rows = []
     for i in wrong[np.argsort(of_truth[wrong], kind="stable")][:count]:
-        of = s.positive_index if len(s.classes) == 2 else s.predicted[i]
+        of = s.positive_index if s.is_binary else s.predicted[i]
         r = s.records[i]
         rows.append(
             {
@@ -876,7 +881,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
 
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; every figure of the report follows from it."""
-    if len(s.classes) == 2:
+    if s.is_binary:
         columns = {"logit": s.z, "probability": s.probabilities[:, s.positive_index]}
     else:
         columns = {f"logit_{name}": logits for name, logits in zip(s.classes, s.logits.T)}
@@ -885,10 +890,16 @@ def to_rows(s: Scored) -> list[dict]:
     demo = {"demo": "phantom"} if s.demo else {}
     rows = []
     for i, r in enumerate(s.records):
-        row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
-        for name, values in columns.items():
-            row[name] = float(values[i])
-        rows.append({**row, "prediction": s.classes[s.predicted[i]], **demo})
+        row = {
+            "path": r.path,
+            "patient": r.patient,
+            "subtype": r.subtype,
+            "label": r.label,
+            **{name: values[i] for name, values in columns.items()},
+            "prediction": s.classes[s.predicted[i]],
+            **demo,
+        }
+        rows.append(row)
     return rows
 
 
@@ -909,7 +920,7 @@ class Measured:
         result = {}
         for name, values in self.values.items():
             behind = patients_behind(name, positive, predicted, s.patients)
-            if len(s.classes) > 2:
+            if not s.is_binary:
                 behind = patients_of_rarest(s.labels, s.patients)
             result[name] = with_interval(values, behind)
         return result
@@ -917,7 +928,7 @@ class Measured:
 
 def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
     """The main metrics of two classes; of more accuracy, and means over each class against the rest; each [draws]."""
-    if len(s.classes) == 2:
+    if s.is_binary:
         metrics = binary_metrics(*s.binary, weights)
         return {name: metrics[name] for name in ("auroc", "accuracy", "sensitivity", "specificity")}
     each = [binary_metrics(*s.against_rest(c), weights) for c in range(len(s.classes))]
