@@ -217,9 +217,10 @@ def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, pa
         "npv": ~predicted,
         "f1": positive | predicted,
     }
-    if metric in denominators:
-        return len(np.unique(patients[denominators[metric]]))
-    return patients_of_rarest(positive, patients)
+    group = denominators.get(metric)
+    if group is None:
+        return patients_of_rarest(positive, patients)
+    return len(np.unique(patients[group]))
 
 
 def patients_of_rarest(labels: np.ndarray, patients: np.ndarray) -> int:
@@ -252,24 +253,25 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     p = expit(z)
     bins = np.minimum((p * 10).astype(int), 9)
     gaps = np.abs(np.bincount(bins, p - positive))
+    log_likelihood = log_expit(np.where(positive, z, -z))
     exact = np.abs(z) >= -logit(EXACT) * 0.999
-    result = {
-        "brier": np.mean((p - positive) ** 2),
-        "nll": -np.mean(log_expit(np.where(positive, z, -z))),
-        "ece": gaps.sum() / len(p),
-        "slope": None,
-        "intercept": None,
-        "exact": int(exact.sum()),
-    }
+    slope, intercept = None, None
     y, z = positive[~exact], z[~exact]
     if overlap(z[y], z[~y]):
         scale = max(z.std(), 1e-12)
         standardised = (z[:, None] - z.mean()) / scale
         fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, y)
-        result["slope"] = fit.coef_[0, 0] / scale
+        slope = fit.coef_[0, 0] / scale
         bound = np.abs(z).max() + 50
-        result["intercept"] = brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound)
-    return result
+        intercept = brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound)
+    return {
+        "brier": np.mean((p - positive) ** 2),
+        "nll": -log_likelihood.mean(),
+        "ece": gaps.sum() / len(p),
+        "slope": slope,
+        "intercept": intercept,
+        "exact": int(exact.sum()),
+    }
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
@@ -992,9 +994,10 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
 def holm(p: list[float | None]) -> list[float]:
     """p-values adjusted for their number (Holm 1979); NaN where they are None, which all are or none."""
     p = np.array(p, float)
-    adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
-    ranks = np.argsort(np.argsort(p))
-    return np.minimum(adjusted, 1)[ranks].tolist()
+    order = np.argsort(p)
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return adjusted.clip(max=1).tolist()
 
 
 def worst_of(runs: list[Scored]) -> dict:
