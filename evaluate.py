@@ -107,7 +107,7 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: i
     once = np.ones((1, len(labels)))
     classes = range(probabilities.shape[1])
     if len(classes) == 2:
-        classes = [positive_index]
+        classes = [positive_index]  # the other one's is the same
     aurocs = [ranking(labels == c, probabilities[:, c], once)["auroc"] for c in classes]
     return float(np.mean(aurocs))
 
@@ -287,10 +287,10 @@ def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray,
     points = []
     for b in np.unique(bins):
         inside = bins == b
-        all_of_them = inside[inside]  # of whom, called positive, a share is: the frequency is a PPV
-        metrics = binary_estimates(positive[inside], None, all_of_them, patients[inside], bootstrap)
-        predicted = p[inside].mean()
-        points.append({"predicted": predicted, "observed": metrics["ppv"], "images": len(all_of_them)})
+        everyone = np.ones_like(positive[inside])  # of whom, called positive, a share is: the frequency is a PPV
+        metrics = binary_estimates(positive[inside], None, everyone, patients[inside], bootstrap)
+        point = {"predicted": p[inside].mean(), "observed": metrics["ppv"], "images": len(everyone)}
+        points.append(point)
     return points
 
 
@@ -813,7 +813,8 @@ def thirds(values: list[str]) -> list[str]:
     low, high = np.quantile([numbers[value] for value in values if value], (1 / 3, 2 / 3))
     names = {"": ""}
     for value, x in numbers.items():
-        names[value] = f"> {high:g}" if x > high else f"<= {high if x > low else low:g}"
+        bound = high if x > low else low
+        names[value] = f"> {high:g}" if x > high else f"<= {bound:g}"
     return [names[value] for value in values]
 
 
