@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -89,41 +89,27 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
     negatives = np.add.reduceat(weights * ~positive[order], starts, axis=1)
     tp = np.cumsum(positives, 1)
     fp = np.cumsum(negatives, 1)
-    precision = np.where(tp + fp > 0, tp / (tp + fp), 0)
+    precision = tp / (tp + fp)  # NaN, and no part of the sum, as long as no image of a draw has come
     all_positives, all_negatives = tp[:, -1], fp[:, -1]
     auroc = (negatives * (tp - positives / 2)).sum(1) / (all_positives * all_negatives)
-    auprc = (positives * precision).sum(1) / all_positives
+    auprc = np.nansum(positives * precision, axis=1) / all_positives
     return {"auroc": auroc, "auprc": np.where(all_negatives > 0, auprc, np.nan)}
 
 
 def binary_metrics(positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, weights: np.ndarray) -> dict:
     """Every metric of two classes, each [draws]; without scores those of the predictions alone."""
-    metrics = {} if score is None else ranking(positive, score, weights)
-    metrics.update(rates(positive, predicted, weights))
-    return metrics
-
-
-def macro_metrics(labels: np.ndarray, p: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict:
-    """Accuracy, and means over each class against the rest, each [draws].
-
-    labels, predicted: int [images]; p: probabilities [images, classes].
-    """
-    each = [binary_metrics(labels == c, p[:, c], predicted == c, weights) for c in range(p.shape[1])]
-    return {
-        "auroc": np.mean([metrics["auroc"] for metrics in each], axis=0),
-        "accuracy": weights @ (labels == predicted) / weights.sum(1),
-        "balanced_accuracy": np.mean([metrics["sensitivity"] for metrics in each], axis=0),
-    }
+    ranks = {} if score is None else ranking(positive, score, weights)
+    return {**ranks, **rates(positive, predicted, weights)}
 
 
 def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: int) -> float:
     """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
     once = np.ones((1, len(labels)))
-    if probabilities.shape[1] == 2:
-        metrics = ranking(labels == positive_index, probabilities[:, positive_index], once)
-    else:
-        metrics = macro_metrics(labels, probabilities, labels, once)
-    return float(metrics["auroc"][0])
+    classes = range(probabilities.shape[1])
+    if len(classes) == 2:
+        classes = [positive_index]  # the other one's is the same
+    aurocs = [ranking(labels == c, probabilities[:, c], once)["auroc"] for c in classes]
+    return float(np.mean(aurocs))
 
 
 # --- intervals ---
@@ -133,28 +119,34 @@ def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: i
 class Bootstrap:
     """Draws of patients with replacement, each with all of their images."""
 
-    draws: int = 2000
+    draws: int
     seed: int = 0
 
     def values(self, metrics, patients: np.ndarray) -> dict[str, np.ndarray]:
         """What metrics(weights [block, images]) returns for each name, [1 + draws]: of the images as they are, then
-        of each draw; patients: int [images], from 0 on."""
+        of each draw; patients: int [images], any numbers."""
         rng = np.random.default_rng(self.seed)
-        count = int(patients.max()) + 1
+        unique, patients = np.unique(patients, return_inverse=True)
+        count = len(unique)
         block = max(1, BLOCK // len(patients))  # bounds the memory, whatever the numbers of images and of draws
         blocks = [metrics(np.ones((1, len(patients))))]
         for start in range(0, self.draws, block):
             rows = min(block, self.draws - start)
-            drawn = rng.integers(count, size=(rows, count)) + count * np.arange(rows)[:, None]
+            drawn = rng.integers(count, size=(rows, count))
+            drawn += count * np.arange(rows)[:, None]  # so that one bincount counts each row apart
             weights = np.bincount(drawn.ravel(), minlength=rows * count).reshape(rows, count)
             blocks.append(metrics(weights[:, patients].astype(float)))
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
 
 
-def patient_numbers(names) -> np.ndarray:
-    """int64 [images]: equal names get equal numbers, from 0 on."""
+def patient_numbers(patients) -> np.ndarray:
+    """int64 [images]: equal patients get equal numbers, from 0 on, in the order in which they appear."""
     numbers = {}
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
+    return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients])
+
+
+def counts(patients: np.ndarray) -> dict[str, int]:
+    return {"images": len(patients), "patients": len(np.unique(patients))}
 
 
 def clopper_pearson(share: float, n: int) -> list[float]:
@@ -162,7 +154,7 @@ def clopper_pearson(share: float, n: int) -> list[float]:
     k = share * n
     low = betaincinv(k, n - k + 1, 0.025) if k > 0 else 0.0
     high = betaincinv(k + 1, n - k, 0.975) if k < n else 1.0
-    return [float(low), float(high)]
+    return [low, high]
 
 
 def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> tuple[float, float]:
@@ -183,17 +175,21 @@ def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> 
 
 
 def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
-    """{"value", "ci95"} of a mean over runs, in [low, 1], from its bootstrap: values [runs, 1 + draws].
+    """{"value", "ci95"} of a mean over runs, in [low, 1], from its bootstrap: values [runs, 1 + draws]; of several runs
+    their standard deviation, "sd", too.
 
     The interval is symmetric on the logit scale, where a draw keeps a sixth of the value's distance from either end.
     Where there is none (the value lies at an end, or no draw differs), it is Clopper and Pearson's on the number of
     patients in the metric's denominator. tests/coverage_simulation.py tells how often it holds the truth.
     """
-    value = float(values[:, 0].mean())
+    value = values[:, 0].mean()
+    result = {"value": number(value), "ci95": None}
+    if len(values) > 1:
+        result["sd"] = number(values[:, 0].std(ddof=1))
     if math.isnan(value) or values.shape[1] == 1:
-        return {"value": number(value), "ci95": None}
+        return result
     values = (values - low) / (1 - low)
-    share = (value - low) / (1 - low)
+    share = values[:, 0].mean()
     ends = clopper_pearson(share, patients)
     if 0 < share < 1:
         bounds = share / 6, 1 - (1 - share) / 6
@@ -202,7 +198,8 @@ def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
         if sd > 1e-9:
             half = stdtrit(freedom, 0.975) * sd
             ends = expit([logit(share) - half, logit(share) + half])
-    return {"value": value, "ci95": [float(low + (1 - low) * end) for end in ends]}
+    result["ci95"] = [low + (1 - low) * end for end in ends]
+    return result
 
 
 def number(value: float) -> float | None:
@@ -220,16 +217,21 @@ def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, pa
         "npv": ~predicted,
         "f1": positive | predicted,
     }
-    if metric in denominators:
-        return len(np.unique(patients[denominators[metric]]))
-    return min(len(np.unique(patients[positive])), len(np.unique(patients[~positive])))
+    group = denominators.get(metric)
+    if group is None:
+        return patients_of_rarest(positive, patients)
+    return len(np.unique(patients[group]))
+
+
+def patients_of_rarest(labels: np.ndarray, patients: np.ndarray) -> int:
+    """How many patients the class with the fewest has, of those that are there."""
+    return min(len(np.unique(patients[labels == c])) for c in np.unique(labels))
 
 
 def binary_estimates(
     positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap
 ) -> dict[str, dict]:
     """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
-    patients = np.unique(patients, return_inverse=True)[1]
     result = {}
     drawn = bootstrap.values(functools.partial(binary_metrics, positive, score, predicted), patients)
     for name, values in drawn.items():
@@ -251,29 +253,32 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     p = expit(z)
     bins = np.minimum((p * 10).astype(int), 9)
     gaps = np.abs(np.bincount(bins, p - positive))
+    log_likelihood = log_expit(np.where(positive, z, -z))
     exact = np.abs(z) >= -logit(EXACT) * 0.999
-    result = {
-        "brier": float(np.mean((p - positive) ** 2)),
-        "nll": float(-np.mean(log_expit(np.where(positive, z, -z)))),
-        "ece": float(gaps.sum() / len(p)),
-        "slope": None,
-        "intercept": None,
-        "exact": int(exact.sum()),
-    }
+    slope, intercept = None, None
     y, z = positive[~exact], z[~exact]
     if overlap(z[y], z[~y]):
         scale = max(z.std(), 1e-12)
         standardised = (z[:, None] - z.mean()) / scale
         fit = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, y)
+        slope = fit.coef_[0, 0] / scale
         bound = np.abs(z).max() + 50
-        result["slope"] = float(fit.coef_[0, 0] / scale)
-        result["intercept"] = float(brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound))
-    return result
+        intercept = brentq(lambda shift: np.mean(expit(z + shift) - y), -bound, bound)
+    return {
+        "brier": np.mean((p - positive) ** 2),
+        "nll": -log_likelihood.mean(),
+        "ece": gaps.sum() / len(p),
+        "slope": slope,
+        "intercept": intercept,
+        "exact": int(exact.sum()),
+    }
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether some of a lie below some of b and the other way round: else no logistic regression has a finite slope."""
-    return len(a) > 0 and len(b) > 0 and a.min() < b.max() and b.min() < a.max()
+    if not len(a) or not len(b):
+        return False
+    return a.min() < b.max() and b.min() < a.max()
 
 
 def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
@@ -281,10 +286,11 @@ def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray,
     bins = np.minimum((p * 10).astype(int), 9)
     points = []
     for b in np.unique(bins):
-        inside = positive[bins == b]
-        everyone = np.ones_like(inside)  # of whom, called positive, a share is: the frequency is a PPV
-        observed = binary_estimates(inside, None, everyone, patients[bins == b], bootstrap)["ppv"]
-        points.append({"predicted": float(p[bins == b].mean()), "observed": observed, "images": len(inside)})
+        inside = bins == b
+        everyone = np.ones_like(positive[inside])  # of whom, called positive, a share is: the frequency is a PPV
+        metrics = binary_estimates(positive[inside], None, everyone, patients[inside], bootstrap)
+        point = {"predicted": p[inside].mean(), "observed": metrics["ppv"], "images": len(everyone)}
+        points.append(point)
     return points
 
 
@@ -295,11 +301,9 @@ def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
     """
     rows = []
     for t in np.arange(1, 100) / 100:
-        cost = t / (1 - t)
-        treated = p >= t
-        model = (positive & treated).mean() - cost * (~positive & treated).mean()
-        everyone = positive.mean() - cost * (~positive).mean()
-        rows.append({"threshold": float(t), "model": float(model), "all": float(everyone)})
+        worth = np.where(positive, 1, -t / (1 - t))  # of treating each image
+        treated = np.where(p >= t, worth, 0)
+        rows.append({"threshold": t, "model": treated.mean(), "all": worth.mean()})
     return rows
 
 
@@ -314,12 +318,12 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     It is one of TEMPERATURES where no minimum lies between them: the logits separate the classes, or tell nothing.
 
     Args:
-        logits: float [images, classes]; labels: int [images].
+        logits: float64 [images, classes]; labels: int [images].
     """
 
     def loss(log_t: float) -> float:
-        log_p = log_softmax(logits.astype(np.float64) / math.exp(log_t), axis=1)
-        return float(-np.mean(log_p[np.arange(len(labels)), labels]))
+        log_p = log_softmax(logits / math.exp(log_t), axis=1)
+        return -np.mean(log_p[np.arange(len(labels)), labels])
 
     low, high = np.log(TEMPERATURES)
     inside = minimize_scalar(loss, bounds=(low, high), method="bounded").x
@@ -346,14 +350,11 @@ def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
     fpr, tpr, score = (values[1:] for values in curve)  # the first score is infinite
     wanted = tpr - fpr if rule == "youden" else tpr >= float(rule.split("=")[1]) - 1e-12
     i = int(np.argmax(wanted))
-    below = score[i + 1] if i + 1 < len(score) else score[i] - 1e-6  # rounding must not put the lowest score under it
-    return float(expit((score[i] + below) / 2))
+    score = np.append(score, score[-1] - 1e-6)  # rounding must not put the lowest one under the threshold
+    return float(expit((score[i] + score[i + 1]) / 2))
 
 
 # --- scoring ---
-
-
-ARRAYS = ("logits", "temperature", "threshold", "border")
 
 
 @dataclass
@@ -365,35 +366,32 @@ class Scored:
     model: str  # timm's name, or that of the file
     classes: list[str]
     positive_index: int  # position in classes
-    split: str
     root: str
-    demo: bool
     records: list[data.Record]
+    patients: np.ndarray  # int64 [images], see patient_numbers
     logits: np.ndarray  # float64 [images, classes]
     temperature: np.ndarray  # float64 [images]: of the run that scored the image
     threshold: np.ndarray  # float64 [images], on the probability of the positive one of two classes
     rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
-    left_out: list[dict]  # path and reason
-    border: np.ndarray  # float64 [images]: logit of the classifier that sees the border alone; NaN where there is none
-    stressed: dict[str, np.ndarray]  # logits of changed copies, like logits
+    split: str = "predictions"
+    demo: bool = False
+    left_out: list[dict] = field(default_factory=list)  # path and reason
+    border: np.ndarray | None = None  # float64 [images]: logit of the classifier that sees the border alone
+    stressed: dict[str, np.ndarray] = field(default_factory=dict)  # logits of changed copies, like logits
     leaks: dict | None = None  # see find_leaks
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
     images_per_second: float | None = None
     run: dict | None = None  # the checkpoint
 
+    @property
+    def is_binary(self) -> bool:
+        return len(self.classes) == 2
+
     @functools.cached_property
     def labels(self) -> np.ndarray:
         """int64 [images]: positions in classes."""
         return np.array([self.classes.index(r.label) for r in self.records])
-
-    @functools.cached_property
-    def patients(self) -> np.ndarray:
-        return patient_numbers(r.patient for r in self.records)
-
-    @property
-    def counts(self) -> dict[str, int]:
-        return {"images": len(self.records), "patients": len(np.unique(self.patients))}
 
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
@@ -405,22 +403,22 @@ class Scored:
         """Logit of the positive one of two classes, before temperature."""
         return binary_logit(self.logits, self.positive_index)
 
-    @property
-    def score(self) -> np.ndarray:
-        """Probability of the positive class."""
-        return self.probabilities[:, self.positive_index]
-
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """int64 [images]: positions in classes."""
-        if len(self.classes) > 2:
+        if not self.is_binary:
             return self.probabilities.argmax(1)
-        return np.where(self.score >= self.threshold, self.positive_index, 1 - self.positive_index)
+        is_positive = self.probabilities[:, self.positive_index] >= self.threshold
+        return np.where(is_positive, self.positive_index, 1 - self.positive_index)
+
+    def against_rest(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Whether each image is of class c, the probability of that, and whether it is predicted."""
+        return self.labels == c, self.probabilities[:, c], self.predicted == c
 
     @property
     def binary(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of two classes: whether each image is positive, its probability, and whether it is predicted positive."""
-        return self.labels == self.positive_index, self.score, self.predicted == self.positive_index
+        """The same of the positive class."""
+        return self.against_rest(self.positive_index)
 
     @property
     def arguments(self) -> dict:
@@ -432,15 +430,6 @@ class Scored:
         if self.run is None or self.run["finished"]:
             return ""
         return f"UNFINISHED: epoch {self.run['epochs']} of {self.arguments['epochs']}"
-
-    def take(self, index: np.ndarray) -> "Scored":
-        """The images at index, int64."""
-        return replace(
-            self,
-            records=[self.records[i] for i in index],
-            stressed={name: logits[index] for name, logits in self.stressed.items()},
-            **{name: getattr(self, name)[index] for name in ARRAYS},
-        )
 
 
 def infer_stressed(
@@ -495,8 +484,9 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     """
     seen, arguments = ckpt["data"], ckpt["arguments"]
     root = data.find_root(args.data or seen["root"])
-    parts = arguments["folds"], arguments["fold"]
-    records, images, index, left_out = read_split(root, args.split, *parts, ckpt["input_size"])
+    records, images, index, left_out = read_split(
+        root, args.split, arguments["folds"], arguments["fold"], ckpt["input_size"]
+    )
     if args.split != "test" and not args.data and data.fingerprint(records, images.digests) != seen["fingerprint"]:
         raise UserError(f"the images in {root} are not those that {path} was trained on, or it is of an older version")
     data.check_classes(records, ckpt["classes"], str(root))
@@ -511,44 +501,45 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     finite = np.isfinite(logits).all(1)
     if not finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[finite.argmin()].path}: it is damaged")
-    border = np.full(len(index), math.nan)
+    border = None
     if ckpt["border"] is not None:
         batches = models.in_batches(images.pixels, index)
         border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in batches])
     rule = rule_in_force(args, ckpt["threshold"])
-    threshold = math.nan if rule["value"] is None else rule["value"]
     return Scored(
         source=path,
         sha256=data.sha256(models.in_run_folder(path)),
         model=ckpt["model"],
         classes=ckpt["classes"],
         positive_index=ckpt["classes"].index(ckpt["positive"]),
-        split=args.split,
         root=str(root),
-        demo=data.is_demo(root) or seen["demo"],
         records=records,
+        patients=patient_numbers(r.patient for r in records),
+        logits=logits,
         temperature=np.full(len(records), ckpt["temperature"]),
-        threshold=np.full(len(records), threshold),
+        threshold=np.full(len(records), rule["value"], float),  # NaN where there is none
         rule=rule,
+        split=args.split,
+        demo=data.is_demo(root) or seen["demo"],
         left_out=left_out,
+        border=border,
+        stressed=infer_stressed(model, images.pixels, index, records, ckpt) if args.stress else {},
         leaks=find_leaks(records, digests, seen),
         fingerprint=data.fingerprint(records, digests),
-        run=ckpt,
-        logits=logits,
-        stressed=infer_stressed(model, images.pixels, index, records, ckpt) if args.stress else {},
-        border=border,
         parameters=models.parameters(model),
         images_per_second=len(index) / seconds,
+        run=ckpt,
     )
 
 
 def find_leaks(records: list[data.Record], digests: Tensor, seen: dict) -> dict[str, int]:
     """How many images and patients the model was trained on, and on how many it was chosen; seen: of a checkpoint."""
-    images, patients = data.count_seen(records, digests, seen["pixels"], seen["patients"])
-    val_images, val_patients = 0, 0
-    if records[0].split != "val":  # which is what the choice was made on
-        val_images, val_patients = data.count_seen(records, digests, seen["val_pixels"], seen["val_patients"])
-    return {"images": images, "patients": patients, "val_images": val_images, "val_patients": val_patients}
+    trained = data.count_seen(records, digests, seen["pixels"], seen["patients"])
+    chosen = data.count_seen(records, digests, seen["val_pixels"], seen["val_patients"])
+    if records[0].split == "val":
+        chosen = 0, 0  # these images are what the choice was made on
+    names = ("images", "patients", "val_images", "val_patients")
+    return dict(zip(names, (*trained, *chosen)))
 
 
 def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
@@ -557,7 +548,8 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
     Raises:
         UserError: with the reason.
     """
-    problem = f"{path} needs a header with the columns path, label, probability, and one row per image"
+    needed = ("path", "label", "probability")
+    problem = f"{path} needs a header with the columns {', '.join(needed)}, and one row per image"
     records, p = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
@@ -568,15 +560,14 @@ def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
             if {"flags", "error"} <= set(columns):
                 raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
             for row in reader:
-                path_of_image, label, probability = (row.get(name) for name in ("path", "label", "probability"))
-                if None in (path_of_image, label, probability) or None in row:  # too few cells or too many
+                if None in row or None in map(row.get, needed):  # too many cells or too few
                     raise UserError(problem)
-                patient, subtype, series = data.identify(Path(path_of_image).name)
-                patient = row.get("patient") or patient or path_of_image
+                patient, subtype, series = data.identify(Path(row["path"]).name)
+                patient = row.get("patient") or patient or row["path"]
                 subtype = row.get("subtype") or subtype
-                label = sys.intern(label)  # a million rows share two
-                records.append(data.Record(path_of_image, label, "predictions", patient, subtype, series, 0, 0))
-                p.append(float(probability))
+                label = sys.intern(row["label"])  # a million rows share two
+                records.append(data.Record(row["path"], label, "predictions", patient, subtype, series, 0, 0))
+                p.append(float(row["probability"]))
     except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} can't be read: {e}") from None
     except ValueError:
@@ -613,17 +604,13 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         model=Path(path).stem,
         classes=classes,
         positive_index=positive_index,
-        split="predictions",
         root=path,
-        demo=False,
         records=records,
+        patients=patient_numbers(r.patient for r in records),
         logits=logits,
         temperature=np.ones(len(p)),
         threshold=np.full(len(p), rule["value"]),
         rule=rule,
-        left_out=[],
-        border=np.full(len(p), math.nan),
-        stressed={},
     )
 
 
@@ -635,7 +622,7 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
         groups[json.dumps(common, sort_keys=True)].append(s)
     result = []
     for runs in groups.values():
-        distinct = {str([s.arguments.get(name) for name in names]) for s in runs}
+        distinct = {json.dumps(s.arguments, sort_keys=True) for s in runs}
         result += [runs] if len(distinct) == len(runs) else [[s] for s in runs]
     return result
 
@@ -645,20 +632,24 @@ def pool(runs: list[Scored]) -> Scored:
     first = runs[0]
     if len(runs) == 1:
         return first
-    paths = [r.path for s in runs for r in s.records]
-    if len(set(paths)) < len(paths):
+    records = [r for s in runs for r in s.records]
+    if len({r.path for r in records}) < len(records):
         raise UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
     arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
     own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]}
+    has_border = all(s.border is not None for s in runs)
+    arrays = {name: np.concatenate([getattr(s, name) for s in runs]) for name in ("logits", "temperature", "threshold")}
     return replace(
         first,
         source=", ".join(s.source for s in runs),
         sha256=data.hash_lines(s.sha256 for s in runs),
-        records=[r for s in runs for r in s.records],
+        records=records,
+        patients=patient_numbers(r.patient for r in records),
+        **arrays,
         rule=first.rule if all(s.rule == first.rule for s in runs) else own,
         left_out=[item for s in runs for item in s.left_out],
+        border=np.concatenate([s.border for s in runs]) if has_border else None,
         stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
-        **{name: np.concatenate([getattr(s, name) for s in runs]) for name in ARRAYS},
         leaks={name: sum(s.leaks[name] for s in runs) for name in first.leaks},
         fingerprint=data.hash_lines(s.fingerprint for s in runs),
         run={**first.run, "arguments": arguments, "finished": all(s.run["finished"] for s in runs)},
@@ -666,7 +657,7 @@ def pool(runs: list[Scored]) -> Scored:
 
 
 def align(s: Scored, first: Scored) -> Scored:
-    """The same in the order of the first one's images, whose patients count.
+    """The same with the patients of the first one, since a foreign CSV may not know them.
 
     Raises:
         UserError: the two did not score the same task.
@@ -675,17 +666,17 @@ def align(s: Scored, first: Scored) -> Scored:
     if (s.classes, s.positive_index) != (first.classes, first.positive_index):
         names = " and ".join(", ".join(c.classes) for c in (s, first))
         raise UserError(f"{both} tell other classes apart ({names}): they can't be compared")
-    place = {r.path: i for i, r in enumerate(s.records)}
-    odd = place.keys() ^ {r.path for r in first.records}
+    place = {r.path: i for i, r in enumerate(first.records)}
+    odd = place.keys() ^ {r.path for r in s.records}
     if odd:
         raise UserError(f"{both} do not score the same images ({len(odd)} paths differ, such as {min(odd)})")
-    aligned = s.take(np.array([place[r.path] for r in first.records]))
     same_size = s.run and first.run and s.run["input_size"] == first.run["input_size"]
     if s.split == "test" and same_size and s.fingerprint != first.fingerprint:
         raise UserError(f"{both} saw other pixels under the same names ({s.root}, {first.root}): name one --data")
-    if (aligned.labels != first.labels).any():
+    index = [place[r.path] for r in s.records]
+    if (s.labels != first.labels[index]).any():
         raise UserError(f"{both} do not agree on the labels")
-    return replace(aligned, records=first.records)
+    return replace(s, patients=first.patients[index])
 
 
 # --- provenance ---
@@ -694,9 +685,9 @@ def align(s: Scored, first: Scored) -> Scored:
 def describe_environment(device: torch.device) -> dict:
     """Versions, device and git commit, for the record."""
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = Path(__file__).resolve().parent
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
+        folder = Path(__file__).resolve().parent
         done = subprocess.run(git, cwd=folder, check=False, capture_output=True, text=True, timeout=5)
         commit = done.stdout.strip() or None
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
@@ -724,8 +715,9 @@ def describe(s: Scored) -> dict:
     run = None
     if s.run is not None:
         run = {k: s.run[k] for k in ("arguments", "environment", "weights", "epoch", "epochs", "finished")}
-        run["data"] = s.run["data"]["root"]
-        run["images"] = {"train": s.run["data"]["images"], "val": len(s.run["data"]["val_pixels"])}
+        seen = s.run["data"]
+        run["data"] = seen["root"]
+        run["images"] = {"train": seen["images"], "val": len(seen["val_pixels"])}
     return {
         "checkpoint": s.source,
         "sha256": s.sha256,
@@ -739,8 +731,8 @@ def describe(s: Scored) -> dict:
             "root": s.root,
             "demo": s.demo,
             "fingerprint": s.fingerprint,
-            **s.counts,
-            "prevalence": float((s.labels == s.positive_index).mean()) if len(s.classes) == 2 else None,
+            **counts(s.patients),
+            "prevalence": (s.labels == s.positive_index).mean() if s.is_binary else None,
             "left_out": s.left_out,
             "leaks": s.leaks,
         },
@@ -751,7 +743,7 @@ def describe(s: Scored) -> dict:
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything that the files say about one model."""
-    figures = report_two if len(s.classes) == 2 else report_more
+    figures = report_two if s.is_binary else report_more
     return {**describe(s), **figures(s, bootstrap), "failures": mistakes(s, 10)}
 
 
@@ -767,17 +759,17 @@ def report_two(s: Scored, bootstrap: Bootstrap) -> dict:
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
         "calibration": {
             **calibration(positive, s.z / s.temperature),
-            "temperature": float(temperatures[0]) if len(temperatures) == 1 else None,
+            "temperature": temperatures[0] if len(temperatures) == 1 else None,
             "before_temperature": calibration(positive, s.z),
             "curve": calibration_curve(positive, score, s.patients, bootstrap),
         },
         "decision_curve": decision_curve(positive, score),
         "subgroups": subgroups(s, bootstrap),
     }
-    if np.isfinite(s.border).all():
+    if s.border is not None:
         result["shortcut"] = shortcut(s, bootstrap)
     if s.stressed:
-        result["stress"] = stress_report(s)
+        result["stress"] = stress_report([s])
     return result
 
 
@@ -785,8 +777,7 @@ def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
     """The figures of more than two classes."""
     aurocs, sensitivities = {}, {}
     for c, name in enumerate(s.classes):
-        label, score, predicted = s.labels == c, s.probabilities[:, c], s.predicted == c
-        estimates = binary_estimates(label, score, predicted, s.patients, bootstrap)
+        estimates = binary_estimates(*s.against_rest(c), s.patients, bootstrap)
         aurocs[name] = estimates["auroc"]
         sensitivities[name] = estimates["sensitivity"]
     return {
@@ -799,10 +790,11 @@ def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
 
 def group_estimates(s: Scored, mask: np.ndarray, bootstrap: Bootstrap) -> dict:
     """Counts, and of AUROC, sensitivity and specificity what is defined, of the images in a mask."""
-    part = s.take(np.flatnonzero(mask))
-    metrics = binary_estimates(*part.binary, part.patients, bootstrap)
+    part = [values[mask] for values in s.binary]
+    patients = patient_numbers(s.patients[mask])  # the draws are those of a report on these images alone
+    metrics = binary_estimates(*part, patients, bootstrap)
     defined = {name: metrics[name] for name in MAIN if metrics[name]["value"] is not None}
-    return {**part.counts, **defined}
+    return {**counts(patients), **defined}
 
 
 def thirds(values: list[str]) -> list[str]:
@@ -811,17 +803,19 @@ def thirds(values: list[str]) -> list[str]:
     What stands for a missing value, such as NA, becomes empty.
     """
     values = ["" if value.lower() in MISSING else value for value in values]
-    kinds = set(values) - {""}
     try:
-        numbers = {float(kind) for kind in kinds}
+        numbers = {value: float(value) for value in values if value}
     except ValueError:
         return values
-    if len(numbers) <= 3 or not np.isfinite(list(numbers)).all():
+    distinct = set(numbers.values())
+    if len(distinct) <= 3 or not all(map(math.isfinite, distinct)):
         return values
-    low, high = np.quantile([float(value) for value in values if value], (1 / 3, 2 / 3))
-    names = [f"<= {low:g}", f"<= {high:g}", f"> {high:g}"]
-    places = np.digitize([float(value or 0) for value in values], (low, high), right=True)
-    return [names[place] if value else "" for place, value in zip(places, values)]
+    low, high = np.quantile([numbers[value] for value in values if value], (1 / 3, 2 / 3))
+    names = {"": ""}
+    for value, x in numbers.items():
+        bound = high if x > low else low
+        names[value] = f"> {high:g}" if x > high else f"<= {bound:g}"
+    return [names[value] for value in values]
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
@@ -841,30 +835,32 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images tells without any lung, and how the model does where that misleads."""
     positive = s.labels == s.positive_index
     border = s.border > 0
-    groups, values = {}, []
-    for c, metric in ((1 - s.positive_index, "specificity"), (s.positive_index, "sensitivity")):
+    groups, shares = {}, []
+    for c in (1 - s.positive_index, s.positive_index):
         mask = (s.labels == c) & (border != positive)
         if mask.any():
             groups[s.classes[c]] = group_estimates(s, mask, bootstrap)
-            values.append(groups[s.classes[c]][metric]["value"])
+            shares.append((s.predicted[mask] == c).mean())
     return {
         "border_auroc": binary_estimates(positive, s.border, border, s.patients, bootstrap)["auroc"],
         "groups": groups,
-        "worst": min(values, default=None),
+        "worst": min(shares, default=None),
     }
 
 
-def stress_report(s: Scored) -> dict:
-    """AUROC, sensitivity and specificity of each stressed copy at the threshold in force; their mean and worst."""
-    once = np.ones((1, len(s.records)))
-    rows = {}
-    for stress, logits in s.stressed.items():
-        metrics = binary_metrics(*replace(s, logits=logits).binary, once)
-        rows[stress] = [metrics[name][0] for name in UNDER_STRESS]
-    table = np.array(list(rows.values()))
-    rows["mean"] = table.mean(0)
-    rows["worst"] = table.min(0)
-    return {stress: dict(zip(UNDER_STRESS, map(number, row))) for stress, row in rows.items()}
+def stress_report(runs: list[Scored]) -> dict:
+    """UNDER_STRESS of each stressed copy at the threshold in force, their mean and worst; means over the runs."""
+    tables = []
+    for s in runs:
+        once = np.ones((1, len(s.records)))
+        rows = []
+        for logits in s.stressed.values():
+            metrics = binary_metrics(*replace(s, logits=logits).binary, once)
+            rows.append([metrics[name][0] for name in UNDER_STRESS])
+        tables.append([*rows, np.mean(rows, axis=0), np.min(rows, axis=0)])
+    names = [*runs[0].stressed, "mean", "worst"]
+    means = np.mean(tables, axis=0)
+    return {name: dict(zip(UNDER_STRESS, map(number, row))) for name, row in zip(names, means)}
 
 
 def mistakes(s: Scored, count: int) -> list[dict]:
@@ -873,13 +869,14 @@ def mistakes(s: Scored, count: int) -> list[dict]:
     wrong = np.flatnonzero(s.predicted != s.labels)
     rows = []
     for i in wrong[np.argsort(of_truth[wrong], kind="stable")][:count]:
-        of = s.positive_index if len(s.classes) == 2 else s.predicted[i]
+        of = s.positive_index if s.is_binary else s.predicted[i]
+        r = s.records[i]
         rows.append(
             {
-                "path": s.records[i].path,
-                "label": s.records[i].label,
+                "path": r.path,
+                "label": r.label,
                 "prediction": s.classes[s.predicted[i]],
-                "probability": float(s.probabilities[i, of]),
+                "probability": s.probabilities[i, of],
             }
         )
     return rows
@@ -887,20 +884,24 @@ def mistakes(s: Scored, count: int) -> list[dict]:
 
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; every figure of the report follows from it."""
-    if len(s.classes) == 2:
-        columns = {"logit": s.z, "probability": s.score}
+    if s.is_binary:
+        columns = {"logit": s.z, "probability": s.probabilities[:, s.positive_index]}
     else:
         columns = {f"logit_{name}": logits for name, logits in zip(s.classes, s.logits.T)}
         for name, probabilities in zip(s.classes, s.probabilities.T):
             columns[f"probability_{name}"] = probabilities
+    demo = {"demo": "phantom"} if s.demo else {}
     rows = []
     for i, r in enumerate(s.records):
-        row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
-        for name, values in columns.items():
-            row[name] = float(values[i])
-        row["prediction"] = s.classes[s.predicted[i]]
-        if s.demo:
-            row["demo"] = "phantom"
+        row = {
+            "path": r.path,
+            "patient": r.patient,
+            "subtype": r.subtype,
+            "label": r.label,
+            **{name: values[i] for name, values in columns.items()},
+            "prediction": s.classes[s.predicted[i]],
+            **demo,
+        }
         rows.append(row)
     return rows
 
@@ -916,34 +917,35 @@ class Measured:
     values: dict[str, np.ndarray]  # of each metric [runs, 1 + draws], see Bootstrap.values
 
     def estimates(self) -> dict[str, dict]:
-        """{metric: {"value", "ci95"}} of the mean over the runs, with several their standard deviation too."""
+        """{metric: see with_interval} of the mean over the runs."""
+        s = self.runs[0]
+        positive, _, predicted = s.binary
         result = {}
         for name, values in self.values.items():
-            result[name] = with_interval(values, self.patients_behind(name))
-            if len(values) > 1:
-                result[name]["sd"] = float(values[:, 0].std(ddof=1))
+            behind = patients_behind(name, positive, predicted, s.patients)
+            if not s.is_binary:
+                behind = patients_of_rarest(s.labels, s.patients)
+            result[name] = with_interval(values, behind)
         return result
-
-    def patients_behind(self, metric: str) -> int:
-        """As for two classes; of more those of the rarest class."""
-        s = self.runs[0]
-        if len(s.classes) == 2:
-            positive, _, predicted = s.binary
-            return patients_behind(metric, positive, predicted, s.patients)
-        return min(len(np.unique(s.patients[s.labels == c])) for c in np.unique(s.labels))
 
 
 def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """The main metrics of two or of more classes, each [draws]."""
-    if len(s.classes) > 2:
-        return macro_metrics(s.labels, s.probabilities, s.predicted, weights)
-    metrics = binary_metrics(*s.binary, weights)
-    return {name: metrics[name] for name in ("auroc", "accuracy", "sensitivity", "specificity")}
+    """The main metrics of two classes; of more accuracy, and means over each class against the rest; each [draws]."""
+    if s.is_binary:
+        metrics = binary_metrics(*s.binary, weights)
+        return {name: metrics[name] for name in ("auroc", "accuracy", "sensitivity", "specificity")}
+    each = [binary_metrics(*s.against_rest(c), weights) for c in range(len(s.classes))]
+    return {
+        "auroc": np.mean([metrics["auroc"] for metrics in each], axis=0),
+        "accuracy": weights @ (s.labels == s.predicted) / weights.sum(1),
+        "balanced_accuracy": np.mean([metrics["sensitivity"] for metrics in each], axis=0),
+    }
 
 
 def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
     each = [bootstrap.values(functools.partial(task_metrics, s), s.patients) for s in runs]
-    return Measured(runs, {name: np.stack([values[name] for values in each]) for name in each[0]})
+    values = {name: np.stack([one[name] for one in each]) for name in each[0]}
+    return Measured(runs, values)
 
 
 def sign_flip_p(differences: np.ndarray) -> float:
@@ -954,15 +956,17 @@ def sign_flip_p(differences: np.ndarray) -> float:
     sizes = np.abs(differences[differences != 0])
     chance = np.ones(1)  # of each sum from -total to total
     for size in sizes:
-        chance = (np.pad(chance, (2 * size, 0)) + np.pad(chance, (0, 2 * size))) / 2
+        up = np.pad(chance, (2 * size, 0))
+        down = np.pad(chance, (0, 2 * size))
+        chance = (up + down) / 2
     sums = np.arange(len(chance)) - sizes.sum()
-    return float(min(1.0, chance[np.abs(sums) >= abs(differences.sum())].sum()))
+    as_far = np.abs(sums) >= abs(differences.sum())
+    return min(1.0, chance[as_far].sum())
 
 
 def right_answers(model: Measured) -> np.ndarray:
     """How many of its runs' answers are right, int64 [patients]."""
-    right = sum((s.predicted == s.labels).astype(int) for s in model.runs)
-    return np.bincount(model.runs[0].patients, right).astype(int)
+    return sum(np.bincount(s.patients, s.predicted == s.labels) for s in model.runs).astype(int)
 
 
 def difference(model: Measured, reference: Measured, metric: str) -> dict:
@@ -985,36 +989,28 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     sd, freedom = deviation(drawn, [mine[:, 0], theirs[:, 0]], least)
     p = 2 * stdtr(freedom, -abs(value) / sd) if sd > 1e-9 else 1.0
     half = stdtrit(freedom, 0.975) * sd
-    ends = [float(value - half), float(value + half)]
-    return {"value": float(value), "ci95": ends, "p": float(max(p, exact_p))}
+    return {"value": value, "ci95": [value - half, value + half], "p": max(p, exact_p)}
 
 
-def holm(p: list[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979)."""
+def holm(p: list[float | None]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979); NaN where they are None, which all are or none."""
+    p = np.array(p, float)
     order = np.argsort(p)
-    adjusted = np.maximum.accumulate(np.sort(p) * np.arange(len(p), 0, -1))
-    result = np.empty(len(p))
-    result[order] = np.minimum(adjusted, 1)
-    return result.tolist()
+    adjusted = np.empty_like(p)
+    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
+    return adjusted.clip(max=1).tolist()
 
 
 def worst_of(runs: list[Scored]) -> dict:
-    """What a comparison says of stress and shortcuts: means over the runs."""
+    """What a comparison says of stress and shortcuts: means over the runs, null where one of them has none."""
     result = {"stress": None, "shortcut": None}
     if all(s.stressed for s in runs):
-        reports = [stress_report(s) for s in runs]
-        result["stress"] = {"mean": {}, "worst": {}}
-        for how, means in result["stress"].items():
-            for metric in UNDER_STRESS:
-                means[metric] = mean([r[how][metric] for r in reports])
-    if all(np.isfinite(s.border).all() for s in runs):
-        result["shortcut"] = mean([shortcut(s, Bootstrap(0))["worst"] for s in runs])
+        stress = stress_report(runs)
+        result["stress"] = {"mean": stress["mean"], "worst": stress["worst"]}
+    if all(s.border is not None for s in runs):
+        worst = [shortcut(s, Bootstrap(0))["worst"] for s in runs]
+        result["shortcut"] = number(np.mean(np.array(worst, float)))  # None is NaN
     return result
-
-
-def mean(values: list[float | None]) -> float | None:
-    """None where one of them is undefined."""
-    return number(np.mean(np.array(values, float)))
 
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
@@ -1040,14 +1036,13 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entries.append(entry)
     for metric in COMPARED:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
-        adjusted = holm([1.0 if gap["p"] is None else gap["p"] for gap in gaps])
+        adjusted = holm([gap["p"] for gap in gaps])
         for entry, gap, p in zip(entries[1:], gaps, adjusted):
-            gap["p_holm"] = None if gap["p"] is None else p
-            entry["difference"][metric] = gap
+            entry["difference"][metric] = {**gap, "p_holm": number(p)}
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
         "split": first.split,
-        **first.counts,
+        **counts(first.patients),
         "demo": any(entry["data"]["demo"] for entry in entries),
         "compared": entries,
     }
