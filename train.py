@@ -36,29 +36,21 @@ import models
 from data import UserError, warn
 
 LAST_FORMAT = "training state"
-EPOCH = {
-    "epoch": models.Field(int, 1),
-    "train_loss": models.Field(float),
-    "lr": models.Field(float, 0),
-    "val_loss": models.Field(float, 0),
-    "val_auroc": models.SHARE,
-    "val_accuracy": models.SHARE,
-    "images_per_second": models.Field(float, 0),
-    "selected": models.Field(bool),
-    "seconds": models.Field(float, 0),
-}
-STATE = {
+STATE = {  # of last.pt, but for what a Learner restores
     "arguments": models.FIELDS["arguments"],
-    "demo": models.Field(bool),
     "fingerprint": models.TEXT,
-    "world": models.Field(int, 1),
+    "world": models.COUNT,
     "weights": models.FIELDS["weights"],
     "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
     "epochs": models.Field(list, of=dict),
-    "model": models.FIELDS["state_dict"],
-    "ema": models.FIELDS["state_dict"],
-    "optimizer": models.Field(dict),
-    "scaler": models.Field(dict),
+}
+EPOCH = {  # each of its epochs
+    **models.FIELDS["validation"].keys,
+    "train_loss": models.Field(float),
+    "lr": models.Field(float, 0),
+    "images_per_second": models.Field(float, 0),
+    "selected": models.Field(bool),
+    "seconds": models.Field(float, 0),
 }
 
 
@@ -91,7 +83,7 @@ def epochs_since_best(history: list[dict]) -> int:
 def summarize(history: list[dict]) -> dict:
     """What metrics.json says of the whole run."""
     return {
-        "best_epoch": max((h["epoch"] for h in history if h["selected"]), default=0),
+        "best_epoch": max(h["epoch"] for h in history if h["selected"]),
         "seconds": round(sum(h["seconds"] for h in history), 3),
         "images_per_second": float(np.median([h["images_per_second"] for h in history])),
     }
@@ -127,10 +119,10 @@ def broadcast(value):
 @contextlib.contextmanager
 def master_first(rank: int):
     """The others enter when the master has left: it draws, fetches or decodes, and they find the files."""
-    if dist.is_initialized() and rank > 0:
+    if rank > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and rank == 0:
+    if rank == 0 and dist.is_initialized():
         dist.barrier()
 
 
@@ -169,28 +161,47 @@ class TrainingSet:
     def records_of(self, index: Tensor) -> list[data.Record]:
         return [self.records[i] for i in index.tolist()]
 
+    def patients(self, index: Tensor) -> int:
+        return len({r.patient for r in self.records_of(index)})
+
     def sides(self) -> tuple[int, int]:
         """How many patients of validation are positive, and how many negative; images of one patient are alike."""
         positive = self.labels[self.val] == self.positive_index
         return self.patients(self.val[positive]), self.patients(self.val[~positive])
 
-    def patients(self, index: Tensor) -> int:
-        return len({r.patient for r in self.records_of(index)})
+    @functools.cached_property
+    def checks(self) -> dict:
+        """What a checkpoint knows of the training images: how such images look, and what their border alone tells.
+
+        As long to fit as an epoch's validation: not before the first checkpoint.
+        """
+        train, val = models.in_batches(self.images, self.train), models.in_batches(self.images, self.val)
+        border = None
+        if len(self.classes) == 2:
+            index = self.train[:: 1 + len(self.train) // 20_000]  # more would tell no more, but take a kilobyte each
+            features = torch.cat([data.border_features(batch) for batch in models.in_batches(self.images, index)])
+            border = models.fit_border(features, (self.labels[index] == self.positive_index).numpy())
+        return {"input_check": models.fit_input_check(train, val), "border": border}
 
 
-def read_data(root: Path, records: list[data.Record], size: int, positive: str | None) -> TrainingSet:
-    """Decode the records of find_training, and check that each class is there to train and to validate on."""
+def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
+    """Find, split and decode the images, and check that each class is there to train and to validate on."""
+    root = data.find_root(args.data)
+    data.prepare_demo(root)
+    records = data.find_training(root, args.folds, args.fold)
+    classes = sorted({r.label for r in records})
+    if args.threshold != "stressed" and len(classes) > 2:
+        raise UserError("--threshold is for two classes; leave it out here")
+    positive_index = data.positive_index(classes, args.positive)
     loaded = data.load_images(root, records, size)
     fingerprint = data.fingerprint(records, loaded.digests)  # before what failed is left out, as evaluate.py has it
     for i in loaded.failed:
         records[i].split = "left out"
-    classes = sorted({r.label for r in records})
     index = {}
     for split, purpose in (("train", "training"), ("val", "validation")):
         index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
-        for name in classes:
-            if not any(r.split == split and r.label == name for r in records):
-                raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
+        for name in sorted(set(classes) - {r.label for r in records if r.split == split}):
+            raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
     return TrainingSet(
         root=root,
         records=records,
@@ -200,7 +211,7 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
         train=index["train"],
         val=index["val"],
         classes=classes,
-        positive_index=data.positive_index(classes, positive),
+        positive_index=positive_index,
         left_out=data.report_left_out(records, loaded.failed),
         fingerprint=fingerprint,
     )
@@ -212,8 +223,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     """
     used = torch.cat([d.train, d.val])
     data.warn_contradictions(d.records_of(used), d.digests[used])
-    pixels = d.digests[d.val]
-    copies = int(torch.isin(pixels, d.digests[d.train]).sum())
+    copies = int(torch.isin(d.digests[d.val], d.digests[d.train]).sum())
     if copies:
         warn(
             f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
@@ -222,7 +232,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
     if seen is None:
         return
-    images, patients = data.count_seen(d.records_of(d.val), pixels, seen["pixels"], seen["patients"])
+    images, patients = data.count_seen(d.records_of(d.val), d.digests[d.val], seen["pixels"], seen["patients"])
     if images or patients:
         warn(
             f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
@@ -248,9 +258,9 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
     The incomplete last batch is left out: other images each epoch.
     """
     order = d.train[data.shuffle(len(d.train), feed.seed, epoch)]
+    whole = len(order) - len(order) % feed.batch_size
     draws = data.draw(feed.operations, len(d.images), feed.seed, epoch)
-    for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
-        index = order[start : start + feed.batch_size][feed.share]
+    for index in order[:whole].view(-1, feed.batch_size)[:, feed.share]:
         x = data.hide_margin(d.images[index].to(feed.device, non_blocking=True), feed.pre["margin"])
         numbers = [u[index].to(feed.device, non_blocking=True) for u in draws]
         x = data.augment(x, feed.operations, numbers)
@@ -280,30 +290,20 @@ class Learner:
         }
 
     def restore(self, state: dict) -> None:
-        groups = without_rate(self.optimizer.state_dict())
         try:
-            if without_rate(state["optimizer"]) != groups:
-                raise ValueError("other groups of parameters")
             for name, part in self.stateful().items():
                 part.load_state_dict(state[name])
             for parameter, moments in self.optimizer.state.items():
-                if [moments[k].shape for k in ("exp_avg", "exp_avg_sq", "step")] != [parameter.shape] * 2 + [()]:
+                if moments["exp_avg"].shape != parameter.shape:  # torch does not look
                     raise ValueError("moments of another shape")
-                if not moments["step"] >= 0:
-                    raise ValueError(f"step {moments['step']}")
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 
 
-def without_rate(optimizer: dict) -> str:
-    """The groups of an optimizer's state as JSON, in which tuples are lists, but for the rate, which each step sets."""
-    return json.dumps([{k: v for k, v in group.items() if k != "lr"} for group in optimizer["param_groups"]])
-
-
-def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed: bool) -> tuple[torch.nn.Module, dict]:
+def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict]:
     """The model to train and what is known of its weights; a resumed run brings its own, so that none are fetched."""
     torch.manual_seed(args.seed)
-    if resumed or (args.pretrained is False and args.weights is None):
+    if args.resume is not None or (args.pretrained is False and args.weights is None):
         weights = {"source": "random", "note": "random weights, as asked", "failed": "", "seen": None}
         return models.build(args.model, len(classes), size), weights
     model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
@@ -362,12 +362,10 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: fl
 
 def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.device):
     """The loss, a function of logits and labels; with --balance each class counts the same."""
-    weights = torch.ones(len(d.classes))
-    if args.balance:
-        labels = d.labels[d.train].numpy()
-        balanced = compute_class_weight("balanced", classes=np.arange(len(d.classes)), y=labels)
-        weights = torch.from_numpy(balanced).float()
-    return functools.partial(weighted_loss, weights=weights.to(device), smoothing=args.label_smoothing)
+    rule = "balanced" if args.balance else None
+    weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
+    weights = torch.from_numpy(weights).float().to(device)
+    return functools.partial(weighted_loss, weights=weights, smoothing=args.label_smoothing)
 
 
 def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
@@ -402,9 +400,8 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
     losses = losses.cpu()
-    if not losses.isfinite().all():
-        bad = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
+    for step in (~losses.isfinite()).nonzero():
+        raise UserError(f"the loss is not finite in step {int(step) + 1} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
@@ -476,49 +473,49 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
     """The run's folder, which this process alone uses, and the lock; one that holds a run is never overwritten."""
     if args.resume is not None:
         folder = Path(args.resume)
-        held = lock(folder)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
-            leftover.unlink()
-        return folder, held
-    if args.output is not None:
+    elif args.output is not None:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
     else:
-        folder = new_folder(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"))
+        folder = new_folder(args.model.replace("/", "_"))
     held = lock(folder)
-    if any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
+    if args.resume is not None:
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+            leftover.unlink()
+    elif any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
         raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     return folder, held
 
 
-def new_folder(wanted: Path) -> Path:
-    """Make the folder, or one with a number behind its name where two runs start in one second."""
-    for number in range(1, 100):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+def new_folder(name: str) -> Path:
+    """Make runs/DATE-TIME-NAME; where another run has this second, that of the next."""
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        folder = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
-    raise UserError(f"{wanted} and 98 folders like it exist; choose another --output")
+        time.sleep(0.1)
 
 
-def save_state(path: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
-    """All that --resume needs for an exact continuation."""
-    state = {name: part.state_dict() for name, part in learner.stateful().items()}
-    models.save(
-        {
-            "format": LAST_FORMAT,
-            "format_version": models.FORMAT_VERSION,
-            "arguments": metrics["arguments"],
-            "demo": metrics["data"]["demo"],
-            "fingerprint": metrics["data"]["fingerprint"],
-            "world": world,
-            "weights": metrics["weights"],
-            "seen": seen,
-            "epochs": metrics["epochs"],
-            **state,
-        },
-        path,
-    )
+def save_progress(folder: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
+    """Write last.pt, all that --resume needs for an exact continuation, and metrics.json."""
+    state = {
+        "format": LAST_FORMAT,
+        "format_version": models.FORMAT_VERSION,
+        "arguments": metrics["arguments"],
+        "demo": metrics["data"]["demo"],
+        "fingerprint": metrics["data"]["fingerprint"],
+        "world": world,
+        "weights": metrics["weights"],
+        "seen": seen,
+        "epochs": metrics["epochs"],
+    }
+    for name, part in learner.stateful().items():
+        state[name] = part.state_dict()
+    models.save(state, folder / "last.pt")
+    summary = summarize(metrics["epochs"]) if metrics["epochs"] else {}
+    data.write_json(folder / "metrics.json", {**metrics, **summary})
 
 
 def fixed(arguments: dict) -> dict:
@@ -533,37 +530,33 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
         UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
     """
     state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
-    for number, h in enumerate(state["epochs"], 1):
-        for fault in models.faults(h, EPOCH):
+    history = state["epochs"]
+    for number, h in enumerate(history, 1):
+        for fault in models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}):
             raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
-        if h["epoch"] != number:
-            raise UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
     if fixed(arguments) != fixed(state["arguments"]):
         raise UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
     if state["fingerprint"] != fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
-    if state["epochs"]:
+    if history:
         try:
             checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
         except UserError as e:
             raise UserError(f"{e}; the run can't go on without it, start a new one") from None
-        if fixed(arguments) != fixed(checkpoint["arguments"]):
-            raise UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
-        if checkpoint["epoch"] < summarize(state["epochs"])["best_epoch"]:
-            raise UserError(f"{folder}/ckpt.pt is older than {folder}/last.pt: the run can't go on, start a new one")
-        if arguments["epochs"] < len(state["epochs"]):
-            raise UserError(f"the run has made {len(state['epochs'])} epochs already: --epochs can't be fewer")
-        if arguments["epochs"] != state["arguments"].get("epochs"):
+        is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
+        if is_older or fixed(arguments) != fixed(checkpoint["arguments"]):
+            raise UserError(f"{folder}/ckpt.pt is older than {folder}/last.pt, or of another run: start a new one")
+        if arguments["epochs"] < len(history):
+            raise UserError(f"the run has made {len(history)} epochs already: --epochs can't be fewer")
+        if arguments["epochs"] != state["arguments"]["epochs"]:
             warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
     return state
 
 
-def make_checkpoint(
-    model, d: TrainingSet, pre: dict, metrics: dict, seen: dict | None, checks: dict, chosen: dict
-) -> dict:
-    """All that evaluation and prediction need; checks: from fit_checks; chosen: from calibrate."""
+def make_checkpoint(model, d: TrainingSet, pre: dict, metrics: dict, seen: dict | None, chosen: dict) -> dict:
+    """All that evaluation and prediction need; chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
     pixels = d.digests[d.train]
     if seen is not None:
@@ -589,7 +582,7 @@ def make_checkpoint(
         "positive": d.classes[d.positive_index],
         **pre,
         **chosen,
-        **checks,
+        **d.checks,
         "validation": {k: last[k] for k in ("val_loss", "val_auroc", "val_accuracy")},
         "epoch": last["epoch"],  # that of these weights
         "epochs": last["epoch"],  # how many the run has made; more where the last ones were not selected
@@ -599,19 +592,6 @@ def make_checkpoint(
         "environment": metrics["environment"],
         "weights": metrics["weights"],
     }
-
-
-def fit_checks(d: TrainingSet) -> dict:
-    """What a checkpoint knows of the training images: how such images look, and what their border alone tells."""
-    input_check = models.fit_input_check(models.in_batches(d.images, d.train), models.in_batches(d.images, d.val))
-    border = None
-    if len(d.classes) == 2:
-        index = d.train[:: 1 + len(d.train) // 20_000]  # more would tell no more, but take a kilobyte each
-        features = torch.empty(len(index), models.BORDER_FEATURES)  # a list's pieces would leave the heap in pieces
-        for part, batch in zip(features.split(64), models.in_batches(d.images, index, 64)):
-            part.copy_(data.border_features(batch))
-        border = models.fit_border(features, (d.labels[index] == d.positive_index).numpy())
-    return {"input_check": input_check, "border": border}
 
 
 def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epochs: int, device) -> None:
@@ -627,9 +607,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
         checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
         warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
-    checkpoint["epochs"] = epochs
-    checkpoint["finished"] = True
-    models.save(checkpoint, path)
+    models.save({**checkpoint, "epochs": epochs, "finished": True}, path)
 
 
 # --- the run ---
@@ -638,98 +616,82 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
 def run(args: argparse.Namespace) -> None:
     """Train as the arguments say."""
     rank, world, device = start_processes(args.device)
-    master = rank == 0  # prints, writes and validates
-    print0 = print if master else (lambda *_, **__: None)
+    master = rank == 0  # writes, prints and validates
 
-    # data
+    # data and model
     pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
-    root = data.find_root(args.data)
-    with master_first(rank):
-        data.prepare_demo(root)
-        records = data.find_training(root, args.folds, args.fold)
-    if args.threshold != "stressed" and len({r.label for r in records}) > 2:
-        raise UserError("--threshold is for two classes; leave it out here")
-    folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
+    with master_first(rank):  # it draws, decodes and fetches: the others find the files
+        d = read_data(args, pre["input_size"])
+        folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
+        model, weights = start_model(args, d.classes, pre["input_size"])
     folder = broadcast(folder)
     args.output = str(folder)  # for the line that says how to go on
-    with master_first(rank):
-        d = read_data(root, records, pre["input_size"], args.positive)
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
-    batch_size = min(args.batch_size * world, len(d.train))
-    steps = len(d.train) // batch_size
-
-    # model
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
-    about = d.about()
-    state = None
-    if args.resume is not None:
-        state = broadcast(load_state(folder, arguments, about["fingerprint"], world) if master else None)
-    with master_first(rank):
-        model, weights = start_model(args, d.classes, pre["input_size"], resumed=state is not None)
-    seen = weights.pop("seen")
     crop = training_size(args, pre["input_size"])
     for size in {crop, pre["input_size"]}:
         models.check_size(model, size)
     learner = make_learner(model, args, device)
-    dtype = pick_dtype(args.precision, device)
+    averaged = learner.ema.module
+    seen = weights.pop("seen")
     history = []  # all that a run remembers but what the learner holds
-    if state:
+    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
+    if args.resume is not None:
+        state = broadcast(load_state(folder, arguments, d.fingerprint, world) if master else None)
         learner.restore(state)
         history, weights, seen = state["epochs"], state["weights"], state["seen"]
-    criterion = make_criterion(d, args, device)
+
+    # what an epoch takes
+    batch_size = min(args.batch_size * world, len(d.train))
+    steps = len(d.train) // batch_size
+    warmup = round(args.warmup_epochs * steps)
     feed = Feed(data.preset(args.augment, crop), pre, args.seed, batch_size, slice(rank, None, world), device)
-    checks = None  # as long to fit as an epoch's validation: not before the first step
+    criterion = make_criterion(d, args, device)
+    dtype = pick_dtype(args.precision, device)
     metrics = {
         "arguments": arguments,
         "environment": evaluate.describe_environment(device),
         "finished": False,
-        "data": about,
+        "data": d.about(),
         "weights": weights,
         "epochs": history,  # the list itself: it grows as the run does
     }
-    if master and not state:
-        data.write_csv(folder / "splits.csv", split_rows(d, about["demo"]))
-        save_state(folder / "last.pt", learner, metrics, seen, world)
-        data.write_json(folder / "metrics.json", metrics)
+    if master:
+        data.write_csv(folder / "splits.csv", split_rows(d))
+        save_progress(folder, learner, metrics, seen, world)
         warn_overlap(d, seen)
+        print_start(metrics, d, model, crop, pre["input_size"], device, dtype)
 
-    print_start(print0, metrics, d, model, pre, crop, device, dtype)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
-            print0(f"no better validation AUROC in {args.patience} epochs: stopped")
             break
         start = time.perf_counter()
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
-        first_step, total, warmup = (epoch - 1) * steps, args.epochs * steps, round(args.warmup_epochs * steps)
-        rates = [learning_rate(first_step + step, total, warmup, args.lr) for step in range(steps)]
+        first_step = (epoch - 1) * steps
+        rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
         loader = batches(d, feed, epoch)
         loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
 
-        averaged = learner.ema.module
-        val_metrics, logits = validate(averaged, d, pre) if master else (None, None)
-        val_metrics = broadcast(val_metrics)
+        val_metrics, logits = broadcast(validate(averaged, d, pre) if master else None)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
         h["selected"] = selected_epoch(history, *d.sides()) == epoch
         # It only moves forward: a new best is itself the latest within its own error.
         if master and h["selected"]:
-            checks = checks or fit_checks(d)
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
-            models.save(make_checkpoint(averaged, d, pre, metrics, seen, checks, chosen), folder / "ckpt.pt")
+            models.save(make_checkpoint(averaged, d, pre, metrics, seen, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:
-            save_state(folder / "last.pt", learner, metrics, seen, world)
-            data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
-        print0(ROW.format(**h), "*" if h["selected"] else "", flush=True)
+            save_progress(folder, learner, metrics, seen, world)
+            print(ROW.format(**h), "*" if h["selected"] else "", flush=True)
 
     if master:
         finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
         metrics["finished"] = True
-        data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
-        print_end(folder, history, d)
+        save_progress(folder, learner, metrics, seen, world)
+        print_end(folder, d, args, history)
     if world > 1:
         dist.destroy_process_group()
 
@@ -741,43 +703,47 @@ ROW = (
 HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
 
 
-def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
+def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
     rows = []
     for r in d.records:
-        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split}
-        if demo:
-            row["demo"] = "phantom"
-        rows.append(row)
+        rows.append({"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split})
+        if data.is_demo(d.root):
+            rows[-1]["demo"] = "phantom"
     return rows
 
 
-def print_start(print0, metrics: dict, d: TrainingSet, model, pre: dict, crop: int, device, dtype) -> None:
+def print_start(metrics: dict, d: TrainingSet, model, crop: int, size: int, device, dtype) -> None:
     """What is trained, on what, and what the table's columns are."""
-    name, note = metrics["arguments"]["model"], metrics["weights"]["note"]
-    images, patients = metrics["data"]["images"], metrics["data"]["patients"]
-    count = {split: f"{images[split]} images of {patients[split]} patients" for split in images}
-    print0(f"{name}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
-    print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
+    about = metrics["data"]
+    count = {
+        split: f"{about['images'][split]} images of {about['patients'][split]} patients" for split in about["images"]
+    }
+    print(
+        f"{metrics['arguments']['model']}, {models.parameters(model) / 1e6:.2f} M parameters, {metrics['weights']['note']}"
+    )
+    print(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
     if len(d.classes) == 2:
-        print0(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
-    print0(f"trained at {crop} px, validated at {pre['input_size']} px, on {device}, {dtype}")
-    print0("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
-    print0(
+        print(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
+    print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
+    print("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
+    print(
         "val acc.: at a probability of 0.5, so that it stands at a class's share until the averaged weights have moved"
     )
-    print0(HEADER)
+    print(HEADER)
 
 
-def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
+def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: list[dict]) -> None:
     """Which epoch was selected, what the run took, and what to do next."""
-    run = summarize(history)
+    if len(history) < args.epochs:
+        print(f"no better validation AUROC in {args.patience} epochs: stopped")
+    run, ckpt = summarize(history), folder / "ckpt.pt"
     selected = history[run["best_epoch"] - 1]
     print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
-    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(folder / 'ckpt.pt'))}\n")
+    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
     image = d.root / d.records_of(d.val[:1])[0].path
-    print(data.printable(data.command_line("python", "evaluate.py", folder / "ckpt.pt")))
-    print(data.printable(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image)))
+    for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
+        print(data.printable(data.command_line("python", *words)))
 
 
 # --- command line ---
@@ -834,17 +800,15 @@ def threshold_rule(text: str) -> str:
     return text
 
 
-def to_words(parser: data.Parser, values: dict) -> list[str]:
-    """The command line that gives these values, so that the parser can check them."""
+def to_words(arguments: dict) -> list[str]:
+    """The command line that gives these arguments, so that a parser can check them."""
     words = []
-    for action in parser._actions:
-        value = values.get(action.dest)
-        if value is None:
-            continue
-        if action.nargs == 0:  # a flag, which --no-FLAG may contradict
-            words.append(action.option_strings[0 if value else -1])
-        else:
-            words.append(f"{action.option_strings[0]}={value}")
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words.append(f"--{flag}={value}")
     return words
 
 
@@ -864,10 +828,10 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
             parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd[:5])}")
         reader = make_parser()
         reader.prog = f"train.py: {metrics} is damaged"
-        stored = reader.parse_args(to_words(reader, stored))
-        parser.set_defaults(**vars(stored))
+        stored = vars(reader.parse_args(to_words(stored)))
+        parser.set_defaults(**stored)
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
-        for name, value in vars(stored).items():
+        for name, value in stored.items():
             if name not in MAY_CHANGE and getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
