@@ -9,7 +9,6 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import time
@@ -44,10 +43,8 @@ STATE = {  # of last.pt, but for what a Learner restores
     "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
     "epochs": models.Field(list, of=dict),
 }
-EPOCH = {  # each of its epochs
+EPOCH = {  # of each of its epochs, but for the number and what is only shown
     **models.FIELDS["validation"].keys,
-    "train_loss": models.Field(float),
-    "lr": models.Field(float, 0),
     "images_per_second": models.Field(float, 0),
     "selected": models.Field(bool),
     "seconds": models.Field(float, 0),
@@ -81,7 +78,9 @@ def epochs_since_best(history: list[dict]) -> int:
 
 
 def summarize(history: list[dict]) -> dict:
-    """What metrics.json says of the whole run."""
+    """What metrics.json says of the whole run, once an epoch is made."""
+    if not history:
+        return {}
     return {
         "best_epoch": max(h["epoch"] for h in history if h["selected"]),
         "seconds": round(sum(h["seconds"] for h in history), 3),
@@ -95,11 +94,11 @@ def summarize(history: list[dict]) -> dict:
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): from torchrun's environment, or one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+    if world == 1:
+        return 0, 1, models.pick_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = models.pick_device(name)
-    if world == 1:
-        return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The others wait while the master fetches weights, decodes a new folder and validates.
@@ -280,6 +279,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     frozen: bool  # all but the head, running statistics and dropout included
+    seen: dict | None = None  # patients and pixels that the weights were trained on before this run
 
     def stateful(self) -> dict:
         return {
@@ -296,6 +296,7 @@ class Learner:
             for parameter, moments in self.optimizer.state.items():
                 if moments["exp_avg"].shape != parameter.shape:  # torch does not look
                     raise ValueError("moments of another shape")
+            self.seen = state["seen"]
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
 
@@ -327,8 +328,14 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
         net = torch.compile(net)
     # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
-    decays = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay}
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, foreach=True, **decays)
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
+        foreach=True,
+    )
     half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     return Learner(model, net, ema, optimizer, scaler, args.freeze)
@@ -364,7 +371,7 @@ def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.devic
     """The loss, a function of logits and labels; with --balance each class counts the same."""
     rule = "balanced" if args.balance else None
     weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
-    weights = torch.from_numpy(weights).float().to(device)
+    weights = torch.tensor(weights, dtype=torch.float32, device=device)
     return functools.partial(weighted_loss, weights=weights, smoothing=args.label_smoothing)
 
 
@@ -383,7 +390,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     """
     learner.net.train(not learner.frozen)
     losses = []
-    for step, (rate, (x, y)) in enumerate(zip(rates, loader)):
+    for step, (rate, (x, y)) in enumerate(zip(rates, loader), first_step):
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's factor of each layer
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -393,7 +400,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
         learner.scaler.scale(loss).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        learner.ema.update(learner.model, step=first_step + step)
+        learner.ema.update(learner.model, step=step)
         losses.append(loss.detach())
     losses = torch.stack(losses)
     if dist.is_initialized():
@@ -429,17 +436,17 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
     """
     labels = d.labels[d.val].numpy()
     temperature = evaluate.fit_temperature(logits, labels)
-    if len(d.classes) > 2:
-        return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
-    everything = np.concatenate([logits, *stressed.values()])
-    positive = np.tile(labels == d.positive_index, 1 + len(stressed))
-    z = evaluate.binary_logit(everything, d.positive_index) / temperature
-    rule = "youden" if rule == "stressed" else rule
-    threshold = {
-        "value": evaluate.choose_threshold(rule, positive, z),
-        "rule": rule,
-        "from": "validation and its stressed copies" if stressed else "validation",
-    }
+    threshold = {"value": None, "rule": "largest probability", "from": ""}
+    if len(d.classes) == 2:
+        everything = np.concatenate([logits, *stressed.values()])
+        positive = np.tile(labels == d.positive_index, 1 + len(stressed))
+        z = evaluate.binary_logit(everything, d.positive_index) / temperature
+        rule = "youden" if rule == "stressed" else rule
+        threshold = {
+            "value": evaluate.choose_threshold(rule, positive, z),
+            "rule": rule,
+            "from": "validation and its stressed copies" if stressed else "validation",
+        }
     return {"temperature": temperature, "threshold": threshold}
 
 
@@ -471,18 +478,16 @@ def lock(folder: Path):
 
 def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
     """The run's folder, which this process alone uses, and the lock; one that holds a run is never overwritten."""
-    if args.resume is not None:
-        folder = Path(args.resume)
-    elif args.output is not None:
+    if args.output is None:
+        folder = new_folder(args.model.replace("/", "_"))
+    else:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = new_folder(args.model.replace("/", "_"))
     held = lock(folder)
     if args.resume is not None:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
-    elif any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
+    elif (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
         raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     return folder, held
 
@@ -498,7 +503,7 @@ def new_folder(name: str) -> Path:
         time.sleep(0.1)
 
 
-def save_progress(folder: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
+def save_progress(folder: Path, learner: Learner, metrics: dict, world: int) -> None:
     """Write last.pt, all that --resume needs for an exact continuation, and metrics.json."""
     state = {
         "format": LAST_FORMAT,
@@ -508,23 +513,17 @@ def save_progress(folder: Path, learner: Learner, metrics: dict, seen: dict | No
         "fingerprint": metrics["data"]["fingerprint"],
         "world": world,
         "weights": metrics["weights"],
-        "seen": seen,
+        "seen": learner.seen,
         "epochs": metrics["epochs"],
     }
     for name, part in learner.stateful().items():
         state[name] = part.state_dict()
     models.save(state, folder / "last.pt")
-    summary = summarize(metrics["epochs"]) if metrics["epochs"] else {}
-    data.write_json(folder / "metrics.json", {**metrics, **summary})
+    data.write_json(folder / "metrics.json", {**metrics, **summarize(metrics["epochs"])})
 
 
-def fixed(arguments: dict) -> dict:
-    """Those that --resume can't change."""
-    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
-
-
-def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> dict:
-    """What save_state wrote, for this run and these images.
+def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: int) -> dict:
+    """What save_progress wrote, for this run and these images.
 
     Raises:
         UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
@@ -534,8 +533,6 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
     for number, h in enumerate(history, 1):
         for fault in models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}):
             raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
-    if fixed(arguments) != fixed(state["arguments"]):
-        raise UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
     if state["fingerprint"] != fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
@@ -546,27 +543,33 @@ def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> d
         except UserError as e:
             raise UserError(f"{e}; the run can't go on without it, start a new one") from None
         is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
-        if is_older or fixed(arguments) != fixed(checkpoint["arguments"]):
-            raise UserError(f"{folder}/ckpt.pt is older than {folder}/last.pt, or of another run: start a new one")
-        if arguments["epochs"] < len(history):
+        if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
+            raise UserError(f"{folder}/ckpt.pt is older than last.pt or of another run: start a new one")
+        if args.epochs < len(history):
             raise UserError(f"the run has made {len(history)} epochs already: --epochs can't be fewer")
-        if arguments["epochs"] != state["arguments"]["epochs"]:
+        if args.epochs != state["arguments"]["epochs"]:
             warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
     return state
 
 
-def make_checkpoint(model, d: TrainingSet, pre: dict, metrics: dict, seen: dict | None, chosen: dict) -> dict:
+def fixed(arguments: dict) -> dict:
+    """Those that --resume can't change."""
+    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
+
+
+def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, chosen: dict) -> dict:
     """All that evaluation and prediction need; chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
     pixels = d.digests[d.train]
-    if seen is not None:
-        patients |= set(seen["patients"])
-        pixels = torch.cat([pixels, seen["pixels"]]).unique()
+    if learner.seen is not None:
+        patients |= set(learner.seen["patients"])
+        pixels = torch.cat([pixels, learner.seen["pixels"]]).unique()
     last = metrics["epochs"][-1]
+    about = metrics["data"]
     about_data = {
-        "root": metrics["data"]["root"],
-        "demo": metrics["data"]["demo"],
-        "fingerprint": metrics["data"]["fingerprint"],
+        "root": about["root"],
+        "demo": about["demo"],
+        "fingerprint": about["fingerprint"],
         "images": len(d.train),
         "patients": sorted(patients),  # trained on, by this run and those that its weights come from
         "pixels": pixels,  # digests of the training images, likewise
@@ -577,9 +580,9 @@ def make_checkpoint(model, d: TrainingSet, pre: dict, metrics: dict, seen: dict 
         "format": models.FORMAT,
         "format_version": models.FORMAT_VERSION,
         "model": metrics["arguments"]["model"],
-        "state_dict": model.state_dict(),
+        "state_dict": learner.ema.module.state_dict(),
         "classes": d.classes,
-        "positive": d.classes[d.positive_index],
+        "positive": about["positive"],
         **pre,
         **chosen,
         **d.checks,
@@ -620,26 +623,25 @@ def run(args: argparse.Namespace) -> None:
 
     # data and model
     pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
+    size = pre["input_size"]
     with master_first(rank):  # it draws, decodes and fetches: the others find the files
-        d = read_data(args, pre["input_size"])
+        d = read_data(args, size)
         folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
-        model, weights = start_model(args, d.classes, pre["input_size"])
+        model, weights = start_model(args, d.classes, size)
     folder = broadcast(folder)
     args.output = str(folder)  # for the line that says how to go on
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
-    crop = training_size(args, pre["input_size"])
-    for size in {crop, pre["input_size"]}:
-        models.check_size(model, size)
+    crop = training_size(args, size)
+    models.check_size(model, crop)
+    models.check_size(model, size)
     learner = make_learner(model, args, device)
-    averaged = learner.ema.module
-    seen = weights.pop("seen")
+    learner.seen = weights.pop("seen")
     history = []  # all that a run remembers but what the learner holds
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
     if args.resume is not None:
-        state = broadcast(load_state(folder, arguments, d.fingerprint, world) if master else None)
+        state = broadcast(load_state(folder, args, d.fingerprint, world) if master else None)
         learner.restore(state)
-        history, weights, seen = state["epochs"], state["weights"], state["seen"]
+        history, weights = state["epochs"], state["weights"]
 
     # what an epoch takes
     batch_size = min(args.batch_size * world, len(d.train))
@@ -649,7 +651,7 @@ def run(args: argparse.Namespace) -> None:
     criterion = make_criterion(d, args, device)
     dtype = pick_dtype(args.precision, device)
     metrics = {
-        "arguments": arguments,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
         "environment": evaluate.describe_environment(device),
         "finished": False,
         "data": d.about(),
@@ -658,9 +660,9 @@ def run(args: argparse.Namespace) -> None:
     }
     if master:
         data.write_csv(folder / "splits.csv", split_rows(d))
-        save_progress(folder, learner, metrics, seen, world)
-        warn_overlap(d, seen)
-        print_start(metrics, d, model, crop, pre["input_size"], device, dtype)
+        save_progress(folder, learner, metrics, world)
+        warn_overlap(d, learner.seen)
+        print_start(metrics, d, model, crop, size, device, dtype)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
@@ -674,23 +676,23 @@ def run(args: argparse.Namespace) -> None:
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
 
-        val_metrics, logits = broadcast(validate(averaged, d, pre) if master else None)
+        val_metrics, logits = broadcast(validate(learner.ema.module, d, pre) if master else None)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
         h["selected"] = selected_epoch(history, *d.sides()) == epoch
         # It only moves forward: a new best is itself the latest within its own error.
         if master and h["selected"]:
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
-            models.save(make_checkpoint(averaged, d, pre, metrics, seen, chosen), folder / "ckpt.pt")
+            models.save(make_checkpoint(learner, d, pre, metrics, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:
-            save_progress(folder, learner, metrics, seen, world)
+            save_progress(folder, learner, metrics, world)
             print(ROW.format(**h), "*" if h["selected"] else "", flush=True)
 
     if master:
         finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
         metrics["finished"] = True
-        save_progress(folder, learner, metrics, seen, world)
+        save_progress(folder, learner, metrics, world)
         print_end(folder, d, args, history)
     if world > 1:
         dist.destroy_process_group()
@@ -705,24 +707,20 @@ HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
 
 def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
-    rows = []
-    for r in d.records:
-        rows.append({"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split})
-        if data.is_demo(d.root):
-            rows[-1]["demo"] = "phantom"
-    return rows
+    mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
+    return [
+        {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split, **mark}
+        for r in d.records
+    ]
 
 
 def print_start(metrics: dict, d: TrainingSet, model, crop: int, size: int, device, dtype) -> None:
     """What is trained, on what, and what the table's columns are."""
-    about = metrics["data"]
-    count = {
-        split: f"{about['images'][split]} images of {about['patients'][split]} patients" for split in about["images"]
-    }
-    print(
-        f"{metrics['arguments']['model']}, {models.parameters(model) / 1e6:.2f} M parameters, {metrics['weights']['note']}"
-    )
-    print(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
+    name, note = metrics["arguments"]["model"], metrics["weights"]["note"]
+    images, patients = metrics["data"]["images"], metrics["data"]["patients"]
+    train, val = [f"{images[split]} images of {patients[split]} patients" for split in ("train", "val")]
+    print(f"{name}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
+    print(f"{data.printable(str(d.root))}: {train} to train, {val} to validate")
     if len(d.classes) == 2:
         print(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
     print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
@@ -741,7 +739,7 @@ def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: l
     selected = history[run["best_epoch"] - 1]
     print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
     print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
-    image = d.root / d.records_of(d.val[:1])[0].path
+    image = d.root / d.records[d.val[0]].path
     for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
         print(data.printable(data.command_line("python", *words)))
 
@@ -750,8 +748,8 @@ def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: l
 
 
 def make_parser() -> data.Parser:
-    parser, number, yes_no = data.Parser(prog="train.py"), data.within, argparse.BooleanOptionalAction
-    parser.description = "Fine-tune a timm model on chest radiographs."
+    parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
+    number, yes_no = data.within, argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
@@ -789,7 +787,7 @@ def make_parser() -> data.Parser:
     return parser
 
 
-MAY_CHANGE = ("data", "epochs", "device", "output", "resume")  # what --resume takes from the command line
+MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
 
 
 def threshold_rule(text: str) -> str:
@@ -800,41 +798,26 @@ def threshold_rule(text: str) -> str:
     return text
 
 
-def to_words(arguments: dict) -> list[str]:
-    """The command line that gives these arguments, so that a parser can check them."""
-    words = []
-    for name, value in arguments.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            words.append(f"--{flag}={value}")
-    return words
-
-
 def parse_arguments(parser: data.Parser) -> argparse.Namespace:
     """The arguments; with --resume those of the run, of which the command line may change some."""
     args = parser.parse_args()
     if args.resume is not None:
         if args.output is not None:
             parser.error("--resume names the folder: leave out --output")
-        metrics = Path(args.resume, "metrics.json")
         try:
-            stored = dict(json.loads(metrics.read_text())["arguments"])
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--resume {args.resume} holds no run (no readable {metrics})")
+            stored = models.load(Path(args.resume, "last.pt"), LAST_FORMAT, STATE)["arguments"]
+        except UserError as e:
+            parser.error(f"--resume {args.resume} holds no run ({e})")
         odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
         if odd:
-            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd[:5])}")
-        reader = make_parser()
-        reader.prog = f"train.py: {metrics} is damaged"
-        stored = vars(reader.parse_args(to_words(stored)))
+            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd)}")
         parser.set_defaults(**stored)
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
-        for name, value in stored.items():
-            if name not in MAY_CHANGE and getattr(args, name) != value:
+        for name, value in fixed(stored).items():
+            if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
+        args.output = args.resume
     if args.fold >= args.folds:
         parser.error(f"--fold {args.fold} is none of the {args.folds} folds: they are 0 to {args.folds - 1}")
     return args
@@ -842,9 +825,8 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
-    folder = args.output or args.resume
-    if folder is not None and Path(folder, "metrics.json").exists():
-        return f"go on with: {data.command_line('python', 'train.py', '--resume', folder)}"
+    if args.output is not None and Path(args.output, "last.pt").exists():
+        return f"go on with: {data.command_line('python', 'train.py', '--resume', args.output)}"
     return "nothing was saved yet"
 
 
