@@ -662,7 +662,7 @@ def run(args: argparse.Namespace) -> None:
         data.write_csv(folder / "splits.csv", split_rows(d))
         save_progress(folder, learner, metrics, world)
         warn_overlap(d, learner.seen)
-        print_start(metrics, d, model, crop, size, device, dtype)
+        print_start(args, weights["note"], d, model, crop, size, device, dtype)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
@@ -714,13 +714,14 @@ def split_rows(d: TrainingSet) -> list[dict]:
     ]
 
 
-def print_start(metrics: dict, d: TrainingSet, model, crop: int, size: int, device, dtype) -> None:
-    """What is trained, on what, and what the table's columns are."""
-    name, note = metrics["arguments"]["model"], metrics["weights"]["note"]
-    images, patients = metrics["data"]["images"], metrics["data"]["patients"]
-    train, val = [f"{images[split]} images of {patients[split]} patients" for split in ("train", "val")]
-    print(f"{name}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
-    print(f"{data.printable(str(d.root))}: {train} to train, {val} to validate")
+def print_start(
+    args: argparse.Namespace, note: str, d: TrainingSet, model, crop: int, size: int, device, dtype
+) -> None:
+    """What is trained, on what, and what the table's columns are; note: on the weights."""
+    train = f"{len(d.train)} images of {d.patients(d.train)} patients to train"
+    val = f"{len(d.val)} images of {d.patients(d.val)} patients to validate"
+    print(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
+    print(f"{data.printable(str(d.root))}: {train}, {val}")
     if len(d.classes) == 2:
         print(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
     print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
