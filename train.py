@@ -43,8 +43,8 @@ STATE = {  # of last.pt, but for what a Learner restores
     "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
     "epochs": models.Field(list, of=dict),
 }
-EPOCH = {  # of each of its epochs, but for the number and what is only shown
-    **models.FIELDS["validation"].keys,
+EPOCH = {  # what a run that goes on computes with, of each of its epochs
+    "val_auroc": models.SHARE,
     "images_per_second": models.Field(float, 0),
     "selected": models.Field(bool),
     "seconds": models.Field(float, 0),
@@ -61,14 +61,13 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def selected_epoch(history: list[dict], positives: int, negatives: int) -> int:
-    """The epoch to keep: the latest whose validation AUROC lies within a standard error of the best.
+def is_selected(history: list[dict], positives: int, negatives: int) -> bool:
+    """Whether the last epoch is the one to keep so far: its validation AUROC lies within a standard error of the best.
 
     AUROC saturates here: between epochs that it can't tell apart, the longer trained one is better.
     """
     best = max(h["val_auroc"] for h in history)
-    lowest = best - data.auroc_error(best, positives, negatives)
-    return max(h["epoch"] for h in history if h["val_auroc"] >= lowest)
+    return history[-1]["val_auroc"] >= best - data.auroc_error(best, positives, negatives)
 
 
 def epochs_since_best(history: list[dict]) -> int:
@@ -290,15 +289,20 @@ class Learner:
         }
 
     def restore(self, state: dict) -> None:
+        """Take over what save_progress wrote.
+
+        Raises:
+            UserError: it is of another model, or damaged.
+        """
         try:
             for name, part in self.stateful().items():
                 part.load_state_dict(state[name])
             for parameter, moments in self.optimizer.state.items():
                 if moments["exp_avg"].shape != parameter.shape:  # torch does not look
                     raise ValueError("moments of another shape")
-            self.seen = state["seen"]
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+        except Exception as e:  # noqa: BLE001, what does not fit fails in many ways
             raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
+        self.seen = state["seen"]
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict]:
@@ -557,14 +561,14 @@ def fixed(arguments: dict) -> dict:
     return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
 
 
-def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, chosen: dict) -> dict:
-    """All that evaluation and prediction need; chosen: from calibrate."""
+def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, validation: dict, chosen: dict) -> dict:
+    """All that evaluation and prediction need; validation: from validate, chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
     pixels = d.digests[d.train]
     if learner.seen is not None:
         patients |= set(learner.seen["patients"])
         pixels = torch.cat([pixels, learner.seen["pixels"]]).unique()
-    last = metrics["epochs"][-1]
+    epoch = len(metrics["epochs"])
     about = metrics["data"]
     about_data = {
         "root": about["root"],
@@ -586,9 +590,9 @@ def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, 
         **pre,
         **chosen,
         **d.checks,
-        "validation": {k: last[k] for k in ("val_loss", "val_auroc", "val_accuracy")},
-        "epoch": last["epoch"],  # that of these weights
-        "epochs": last["epoch"],  # how many the run has made; more where the last ones were not selected
+        "validation": validation,
+        "epoch": epoch,  # that of these weights
+        "epochs": epoch,  # how many the run has made; more where the last ones were not selected
         "finished": False,
         "data": about_data,
         "arguments": metrics["arguments"],
@@ -628,8 +632,7 @@ def run(args: argparse.Namespace) -> None:
         d = read_data(args, size)
         folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
         model, weights = start_model(args, d.classes, size)
-    folder = broadcast(folder)
-    args.output = str(folder)  # for the line that says how to go on
+    args.output = broadcast(str(folder))  # for the line that says how to go on
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     crop = training_size(args, size)
@@ -671,19 +674,24 @@ def run(args: argparse.Namespace) -> None:
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
         first_step = (epoch - 1) * steps
         rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
-        loader = batches(d, feed, epoch)
-        loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
+        loader = tqdm(
+            batches(d, feed, epoch),
+            f"epoch {epoch}",
+            steps,
+            leave=False,
+            unit="step",
+            disable=None if master else True,  # None: where nobody looks
+        )
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
 
         val_metrics, logits = broadcast(validate(learner.ema.module, d, pre) if master else None)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
-        h["selected"] = selected_epoch(history, *d.sides()) == epoch
-        # It only moves forward: a new best is itself the latest within its own error.
+        h["selected"] = is_selected(history, *d.sides())
         if master and h["selected"]:
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
-            models.save(make_checkpoint(learner, d, pre, metrics, chosen), folder / "ckpt.pt")
+            models.save(make_checkpoint(learner, d, pre, metrics, val_metrics, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:
             save_progress(folder, learner, metrics, world)
@@ -833,11 +841,11 @@ def how_to_go_on(args: argparse.Namespace) -> str:
 
 def run_or_explain(args: argparse.Namespace) -> None:
     """run; what the compiler can't do, which shows in the first step, is something that the user can fix."""
+    if not args.compile:
+        return run(args)
     try:
-        run(args)
-    except Exception as e:
-        if not args.compile or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
-            raise
+        return run(args)
+    except torch._dynamo.exc.TorchDynamoException as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile does not work here ({reason}); leave it out") from None
 

@@ -75,25 +75,22 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
     assert train.learning_rate(0, 10, 0, 1.0) == 1.0
 
 
-def history(*aurocs):
-    return [{"epoch": i, "val_auroc": auroc} for i, auroc in enumerate(aurocs, 1)]
-
-
 @pytest.mark.parametrize(
     ("aurocs", "selected", "since_best"),
     [
-        ([0.9], 1, 0),
-        ([0.90, 0.95, 0.951], 3, 0),
-        ([0.90, 0.95, 0.951, 0.60], 3, 1),
-        ([0.90, 0.95, 0.951, 0.60, 0.949], 5, 2),  # within a standard error of the best: the longer trained
-        ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], 5, 3),
-        ([0.9, 0.9], 2, 1),
+        ([0.9], True, 0),
+        ([0.90, 0.95, 0.951], True, 0),
+        ([0.90, 0.95, 0.951, 0.60], False, 1),
+        ([0.90, 0.95, 0.951, 0.60, 0.949], True, 2),  # within a standard error of the best: the longer trained
+        ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], False, 3),
+        ([0.9, 0.9], True, 1),
     ],
 )
-def test_which_epoch_is_selected_and_how_long_ago_the_best_was(monkeypatch, aurocs, selected, since_best):
+def test_whether_an_epoch_is_selected_and_how_long_ago_the_best_was(monkeypatch, aurocs, selected, since_best):
     monkeypatch.setattr(data, "auroc_error", lambda auroc, positives, negatives: 0.005)
-    assert train.selected_epoch(history(*aurocs), 10, 10) == selected
-    assert train.epochs_since_best(history(*aurocs)) == since_best
+    history = [{"val_auroc": auroc} for auroc in aurocs]
+    assert train.is_selected(history, 10, 10) == selected
+    assert train.epochs_since_best(history) == since_best
 
 
 def test_the_history_tells_the_best_epoch_and_the_seconds():
