@@ -308,7 +308,7 @@ class Learner:
 def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict]:
     """The model to train and what is known of its weights; a resumed run brings its own, so that none are fetched."""
     torch.manual_seed(args.seed)
-    if args.resume is not None or (args.pretrained is False and args.weights is None):
+    if args.resume is not None or args.pretrained is False:
         weights = {"source": "random", "note": "random weights, as asked", "failed": "", "seen": None}
         return models.build(args.model, len(classes), size), weights
     model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
@@ -400,7 +400,7 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = learner.net(x)
         loss = criterion(logits, y)
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer.zero_grad()
         learner.scaler.scale(loss).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
@@ -410,7 +410,6 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     if dist.is_initialized():
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
-    losses = losses.cpu()
     for step in (~losses.isfinite()).nonzero():
         raise UserError(f"the loss is not finite in step {int(step) + 1} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
@@ -542,10 +541,7 @@ def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: 
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
     if history:
-        try:
-            checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
-        except UserError as e:
-            raise UserError(f"{e}; the run can't go on without it, start a new one") from None
+        checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
         is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
         if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
             raise UserError(f"{folder}/ckpt.pt is older than last.pt or of another run: start a new one")
