@@ -9,7 +9,6 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import time
@@ -36,29 +35,19 @@ import models
 from data import UserError, warn
 
 LAST_FORMAT = "training state"
-EPOCH = {
-    "epoch": models.Field(int, 1),
-    "train_loss": models.Field(float),
-    "lr": models.Field(float, 0),
-    "val_loss": models.Field(float, 0),
-    "val_auroc": models.SHARE,
-    "val_accuracy": models.SHARE,
-    "images_per_second": models.Field(float, 0),
-    "selected": models.Field(bool),
-    "seconds": models.Field(float, 0),
-}
-STATE = {
+STATE = {  # of last.pt, but for what a Learner restores
     "arguments": models.FIELDS["arguments"],
-    "demo": models.Field(bool),
     "fingerprint": models.TEXT,
-    "world": models.Field(int, 1),
+    "world": models.COUNT,
     "weights": models.FIELDS["weights"],
     "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
     "epochs": models.Field(list, of=dict),
-    "model": models.FIELDS["state_dict"],
-    "ema": models.FIELDS["state_dict"],
-    "optimizer": models.Field(dict),
-    "scaler": models.Field(dict),
+}
+EPOCH = {  # what a run that goes on computes with, of each of its epochs
+    "val_auroc": models.SHARE,
+    "images_per_second": models.Field(float, 0),
+    "selected": models.Field(bool),
+    "seconds": models.Field(float, 0),
 }
 
 
@@ -72,14 +61,13 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def selected_epoch(history: list[dict], positives: int, negatives: int) -> int:
-    """The epoch to keep: the latest whose validation AUROC lies within a standard error of the best.
+def is_selected(history: list[dict], positives: int, negatives: int) -> bool:
+    """Whether the last epoch is the one to keep so far: its validation AUROC lies within a standard error of the best.
 
     AUROC saturates here: between epochs that it can't tell apart, the longer trained one is better.
     """
     best = max(h["val_auroc"] for h in history)
-    lowest = best - data.auroc_error(best, positives, negatives)
-    return max(h["epoch"] for h in history if h["val_auroc"] >= lowest)
+    return history[-1]["val_auroc"] >= best - data.auroc_error(best, positives, negatives)
 
 
 def epochs_since_best(history: list[dict]) -> int:
@@ -89,9 +77,11 @@ def epochs_since_best(history: list[dict]) -> int:
 
 
 def summarize(history: list[dict]) -> dict:
-    """What metrics.json says of the whole run."""
+    """What metrics.json says of the whole run, once an epoch is made."""
+    if not history:
+        return {}
     return {
-        "best_epoch": max((h["epoch"] for h in history if h["selected"]), default=0),
+        "best_epoch": max(h["epoch"] for h in history if h["selected"]),
         "seconds": round(sum(h["seconds"] for h in history), 3),
         "images_per_second": float(np.median([h["images_per_second"] for h in history])),
     }
@@ -103,11 +93,11 @@ def summarize(history: list[dict]) -> dict:
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """(rank, number of processes, device): from torchrun's environment, or one process."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+    if world == 1:
+        return 0, 1, models.pick_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = models.pick_device(name)
-    if world == 1:
-        return 0, 1, device
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # The others wait while the master fetches weights, decodes a new folder and validates.
@@ -127,10 +117,10 @@ def broadcast(value):
 @contextlib.contextmanager
 def master_first(rank: int):
     """The others enter when the master has left: it draws, fetches or decodes, and they find the files."""
-    if dist.is_initialized() and rank > 0:
+    if rank > 0:
         dist.barrier()
     yield
-    if dist.is_initialized() and rank == 0:
+    if rank == 0 and dist.is_initialized():
         dist.barrier()
 
 
@@ -169,28 +159,47 @@ class TrainingSet:
     def records_of(self, index: Tensor) -> list[data.Record]:
         return [self.records[i] for i in index.tolist()]
 
+    def patients(self, index: Tensor) -> int:
+        return len({r.patient for r in self.records_of(index)})
+
     def sides(self) -> tuple[int, int]:
         """How many patients of validation are positive, and how many negative; images of one patient are alike."""
         positive = self.labels[self.val] == self.positive_index
         return self.patients(self.val[positive]), self.patients(self.val[~positive])
 
-    def patients(self, index: Tensor) -> int:
-        return len({r.patient for r in self.records_of(index)})
+    @functools.cached_property
+    def checks(self) -> dict:
+        """What a checkpoint knows of the training images: how such images look, and what their border alone tells.
+
+        As long to fit as an epoch's validation: not before the first checkpoint.
+        """
+        train, val = models.in_batches(self.images, self.train), models.in_batches(self.images, self.val)
+        border = None
+        if len(self.classes) == 2:
+            index = self.train[:: 1 + len(self.train) // 20_000]  # more would tell no more, but take a kilobyte each
+            features = torch.cat([data.border_features(batch) for batch in models.in_batches(self.images, index)])
+            border = models.fit_border(features, (self.labels[index] == self.positive_index).numpy())
+        return {"input_check": models.fit_input_check(train, val), "border": border}
 
 
-def read_data(root: Path, records: list[data.Record], size: int, positive: str | None) -> TrainingSet:
-    """Decode the records of find_training, and check that each class is there to train and to validate on."""
+def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
+    """Find, split and decode the images, and check that each class is there to train and to validate on."""
+    root = data.find_root(args.data)
+    data.prepare_demo(root)
+    records = data.find_training(root, args.folds, args.fold)
+    classes = sorted({r.label for r in records})
+    if args.threshold != "stressed" and len(classes) > 2:
+        raise UserError("--threshold is for two classes; leave it out here")
+    positive_index = data.positive_index(classes, args.positive)
     loaded = data.load_images(root, records, size)
     fingerprint = data.fingerprint(records, loaded.digests)  # before what failed is left out, as evaluate.py has it
     for i in loaded.failed:
         records[i].split = "left out"
-    classes = sorted({r.label for r in records})
     index = {}
     for split, purpose in (("train", "training"), ("val", "validation")):
         index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
-        for name in classes:
-            if not any(r.split == split and r.label == name for r in records):
-                raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
+        for name in sorted(set(classes) - {r.label for r in records if r.split == split}):
+            raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
     return TrainingSet(
         root=root,
         records=records,
@@ -200,7 +209,7 @@ def read_data(root: Path, records: list[data.Record], size: int, positive: str |
         train=index["train"],
         val=index["val"],
         classes=classes,
-        positive_index=data.positive_index(classes, positive),
+        positive_index=positive_index,
         left_out=data.report_left_out(records, loaded.failed),
         fingerprint=fingerprint,
     )
@@ -212,8 +221,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
     """
     used = torch.cat([d.train, d.val])
     data.warn_contradictions(d.records_of(used), d.digests[used])
-    pixels = d.digests[d.val]
-    copies = int(torch.isin(pixels, d.digests[d.train]).sum())
+    copies = int(torch.isin(d.digests[d.val], d.digests[d.train]).sum())
     if copies:
         warn(
             f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
@@ -222,7 +230,7 @@ def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
         )
     if seen is None:
         return
-    images, patients = data.count_seen(d.records_of(d.val), pixels, seen["pixels"], seen["patients"])
+    images, patients = data.count_seen(d.records_of(d.val), d.digests[d.val], seen["pixels"], seen["patients"])
     if images or patients:
         warn(
             f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
@@ -248,9 +256,9 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
     The incomplete last batch is left out: other images each epoch.
     """
     order = d.train[data.shuffle(len(d.train), feed.seed, epoch)]
+    whole = len(order) - len(order) % feed.batch_size
     draws = data.draw(feed.operations, len(d.images), feed.seed, epoch)
-    for start in range(0, len(order) - feed.batch_size + 1, feed.batch_size):
-        index = order[start : start + feed.batch_size][feed.share]
+    for index in order[:whole].view(-1, feed.batch_size)[:, feed.share]:
         x = data.hide_margin(d.images[index].to(feed.device, non_blocking=True), feed.pre["margin"])
         numbers = [u[index].to(feed.device, non_blocking=True) for u in draws]
         x = data.augment(x, feed.operations, numbers)
@@ -270,6 +278,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     frozen: bool  # all but the head, running statistics and dropout included
+    seen: dict | None = None  # patients and pixels that the weights were trained on before this run
 
     def stateful(self) -> dict:
         return {
@@ -280,30 +289,26 @@ class Learner:
         }
 
     def restore(self, state: dict) -> None:
-        groups = without_rate(self.optimizer.state_dict())
+        """Take over what save_progress wrote.
+
+        Raises:
+            UserError: it is of another model, or damaged.
+        """
         try:
-            if without_rate(state["optimizer"]) != groups:
-                raise ValueError("other groups of parameters")
             for name, part in self.stateful().items():
                 part.load_state_dict(state[name])
             for parameter, moments in self.optimizer.state.items():
-                if [moments[k].shape for k in ("exp_avg", "exp_avg_sq", "step")] != [parameter.shape] * 2 + [()]:
+                if moments["exp_avg"].shape != parameter.shape:  # torch does not look
                     raise ValueError("moments of another shape")
-                if not moments["step"] >= 0:
-                    raise ValueError(f"step {moments['step']}")
-        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as e:
+        except Exception as e:  # noqa: BLE001, what does not fit fails in many ways
             raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
+        self.seen = state["seen"]
 
 
-def without_rate(optimizer: dict) -> str:
-    """The groups of an optimizer's state as JSON, in which tuples are lists, but for the rate, which each step sets."""
-    return json.dumps([{k: v for k, v in group.items() if k != "lr"} for group in optimizer["param_groups"]])
-
-
-def start_model(args: argparse.Namespace, classes: list[str], size: int, resumed: bool) -> tuple[torch.nn.Module, dict]:
+def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict]:
     """The model to train and what is known of its weights; a resumed run brings its own, so that none are fetched."""
     torch.manual_seed(args.seed)
-    if resumed or (args.pretrained is False and args.weights is None):
+    if args.resume is not None or args.pretrained is False:
         weights = {"source": "random", "note": "random weights, as asked", "failed": "", "seen": None}
         return models.build(args.model, len(classes), size), weights
     model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
@@ -327,8 +332,14 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
         net = torch.compile(net)
     # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
     ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
-    decays = {"weight_decay": args.weight_decay, "layer_decay": args.layer_decay}
-    optimizer = create_optimizer_v2(model, opt="adamw", lr=args.lr, foreach=True, **decays)
+    optimizer = create_optimizer_v2(
+        model,
+        opt="adamw",
+        lr=args.lr,
+        weight_decay=args.weight_decay,
+        layer_decay=args.layer_decay,
+        foreach=True,
+    )
     half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
     scaler = torch.amp.GradScaler(device.type, enabled=half)
     return Learner(model, net, ema, optimizer, scaler, args.freeze)
@@ -362,12 +373,10 @@ def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: fl
 
 def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.device):
     """The loss, a function of logits and labels; with --balance each class counts the same."""
-    weights = torch.ones(len(d.classes))
-    if args.balance:
-        labels = d.labels[d.train].numpy()
-        balanced = compute_class_weight("balanced", classes=np.arange(len(d.classes)), y=labels)
-        weights = torch.from_numpy(balanced).float()
-    return functools.partial(weighted_loss, weights=weights.to(device), smoothing=args.label_smoothing)
+    rule = "balanced" if args.balance else None
+    weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
+    weights = torch.tensor(weights, dtype=torch.float32, device=device)
+    return functools.partial(weighted_loss, weights=weights, smoothing=args.label_smoothing)
 
 
 def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
@@ -385,26 +394,24 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     """
     learner.net.train(not learner.frozen)
     losses = []
-    for step, (rate, (x, y)) in enumerate(zip(rates, loader)):
+    for step, (rate, (x, y)) in enumerate(zip(rates, loader), first_step):
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's factor of each layer
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
             logits = learner.net(x)
         loss = criterion(logits, y)
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer.zero_grad()
         learner.scaler.scale(loss).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        learner.ema.update(learner.model, step=first_step + step)
+        learner.ema.update(learner.model, step=step)
         losses.append(loss.detach())
     losses = torch.stack(losses)
     if dist.is_initialized():
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
-    losses = losses.cpu()
-    if not losses.isfinite().all():
-        bad = int((~losses.isfinite()).nonzero()[0]) + 1
-        raise UserError(f"the loss is not finite in step {bad} of {len(losses)}; try a lower --lr")
+    for step in (~losses.isfinite()).nonzero():
+        raise UserError(f"the loss is not finite in step {int(step) + 1} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
@@ -432,17 +439,17 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
     """
     labels = d.labels[d.val].numpy()
     temperature = evaluate.fit_temperature(logits, labels)
-    if len(d.classes) > 2:
-        return {"temperature": temperature, "threshold": {"value": None, "rule": "largest probability", "from": ""}}
-    everything = np.concatenate([logits, *stressed.values()])
-    positive = np.tile(labels == d.positive_index, 1 + len(stressed))
-    z = evaluate.binary_logit(everything, d.positive_index) / temperature
-    rule = "youden" if rule == "stressed" else rule
-    threshold = {
-        "value": evaluate.choose_threshold(rule, positive, z),
-        "rule": rule,
-        "from": "validation and its stressed copies" if stressed else "validation",
-    }
+    threshold = {"value": None, "rule": "largest probability", "from": ""}
+    if len(d.classes) == 2:
+        everything = np.concatenate([logits, *stressed.values()])
+        positive = np.tile(labels == d.positive_index, 1 + len(stressed))
+        z = evaluate.binary_logit(everything, d.positive_index) / temperature
+        rule = "youden" if rule == "stressed" else rule
+        threshold = {
+            "value": evaluate.choose_threshold(rule, positive, z),
+            "rule": rule,
+            "from": "validation and its stressed copies" if stressed else "validation",
+        }
     return {"temperature": temperature, "threshold": threshold}
 
 
@@ -474,51 +481,75 @@ def lock(folder: Path):
 
 def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
     """The run's folder, which this process alone uses, and the lock; one that holds a run is never overwritten."""
-    if args.resume is not None:
-        folder = Path(args.resume)
-        held = lock(folder)
-        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
-            leftover.unlink()
-        return folder, held
-    if args.output is not None:
+    if args.output is None:
+        folder = new_folder(args.model.replace("/", "_"))
+    else:
         folder = Path(args.output)
         folder.mkdir(parents=True, exist_ok=True)
-    else:
-        folder = new_folder(Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{args.model.replace('/', '_')}"))
     held = lock(folder)
-    if any((folder / name).exists() for name in ("metrics.json", "ckpt.pt")):
+    if args.resume is not None:
+        for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
+            leftover.unlink()
+    elif (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
         raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
     return folder, held
 
 
-def new_folder(wanted: Path) -> Path:
-    """Make the folder, or one with a number behind its name where two runs start in one second."""
-    for number in range(1, 100):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+def new_folder(name: str) -> Path:
+    """Make runs/DATE-TIME-NAME; where another run has this second, that of the next."""
+    Path("runs").mkdir(exist_ok=True)
+    while True:
+        folder = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
-    raise UserError(f"{wanted} and 98 folders like it exist; choose another --output")
+        time.sleep(0.1)
 
 
-def save_state(path: Path, learner: Learner, metrics: dict, seen: dict | None, world: int) -> None:
-    """All that --resume needs for an exact continuation."""
-    state = {name: part.state_dict() for name, part in learner.stateful().items()}
-    models.save(
-        {
-            "format": LAST_FORMAT,
-            "format_version": models.FORMAT_VERSION,
-            "arguments": metrics["arguments"],
-            "demo": metrics["data"]["demo"],
-            "fingerprint": metrics["data"]["fingerprint"],
-            "world": world,
-            "weights": metrics["weights"],
-            "seen": seen,
-            "epochs": metrics["epochs"],
-            **state,
-        },
-        path,
-    )
+def save_progress(folder: Path, learner: Learner, metrics: dict, world: int) -> None:
+    """Write last.pt, all that --resume needs for an exact continuation, and metrics.json."""
+    state = {
+        "format": LAST_FORMAT,
+        "format_version": models.FORMAT_VERSION,
+        "arguments": metrics["arguments"],
+        "demo": metrics["data"]["demo"],
+        "fingerprint": metrics["data"]["fingerprint"],
+        "world": world,
+        "weights": metrics["weights"],
+        "seen": learner.seen,
+        "epochs": metrics["epochs"],
+    }
+    for name, part in learner.stateful().items():
+        state[name] = part.state_dict()
+    models.save(state, folder / "last.pt")
+    data.write_json(folder / "metrics.json", {**metrics, **summarize(metrics["epochs"])})
+
+
+def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: int) -> dict:
+    """What save_progress wrote, for this run and these images.
+
+    Raises:
+        UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
+    """
+    state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
+    history = state["epochs"]
+    for number, h in enumerate(history, 1):
+        for fault in models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}):
+            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
+    if state["fingerprint"] != fingerprint:
+        raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
+    if state["world"] != world:
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
+    if history:
+        checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
+        is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
+        if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
+            raise UserError(f"{folder}/ckpt.pt is older than last.pt or of another run: start a new one")
+        if args.epochs < len(history):
+            raise UserError(f"the run has made {len(history)} epochs already: --epochs can't be fewer")
+        if args.epochs != state["arguments"]["epochs"]:
+            warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
+    return state
 
 
 def fixed(arguments: dict) -> dict:
@@ -526,54 +557,19 @@ def fixed(arguments: dict) -> dict:
     return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
 
 
-def load_state(folder: Path, arguments: dict, fingerprint: str, world: int) -> dict:
-    """What save_state wrote, for this run and these images.
-
-    Raises:
-        UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
-    """
-    state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
-    for number, h in enumerate(state["epochs"], 1):
-        for fault in models.faults(h, EPOCH):
-            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
-        if h["epoch"] != number:
-            raise UserError(f"{folder}/last.pt is damaged: epoch {number} says that it is {h['epoch']}")
-    if fixed(arguments) != fixed(state["arguments"]):
-        raise UserError(f"{folder}/last.pt belongs to a run with other arguments than {folder}/metrics.json")
-    if state["fingerprint"] != fingerprint:
-        raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
-    if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
-    if state["epochs"]:
-        try:
-            checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
-        except UserError as e:
-            raise UserError(f"{e}; the run can't go on without it, start a new one") from None
-        if fixed(arguments) != fixed(checkpoint["arguments"]):
-            raise UserError(f"{folder}/ckpt.pt belongs to a run with other arguments than {folder}/metrics.json")
-        if checkpoint["epoch"] < summarize(state["epochs"])["best_epoch"]:
-            raise UserError(f"{folder}/ckpt.pt is older than {folder}/last.pt: the run can't go on, start a new one")
-        if arguments["epochs"] < len(state["epochs"]):
-            raise UserError(f"the run has made {len(state['epochs'])} epochs already: --epochs can't be fewer")
-        if arguments["epochs"] != state["arguments"].get("epochs"):
-            warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
-    return state
-
-
-def make_checkpoint(
-    model, d: TrainingSet, pre: dict, metrics: dict, seen: dict | None, checks: dict, chosen: dict
-) -> dict:
-    """All that evaluation and prediction need; checks: from fit_checks; chosen: from calibrate."""
+def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, validation: dict, chosen: dict) -> dict:
+    """All that evaluation and prediction need; validation: from validate, chosen: from calibrate."""
     patients = data.named_patients(d.records_of(d.train))
     pixels = d.digests[d.train]
-    if seen is not None:
-        patients |= set(seen["patients"])
-        pixels = torch.cat([pixels, seen["pixels"]]).unique()
-    last = metrics["epochs"][-1]
+    if learner.seen is not None:
+        patients |= set(learner.seen["patients"])
+        pixels = torch.cat([pixels, learner.seen["pixels"]]).unique()
+    epoch = len(metrics["epochs"])
+    about = metrics["data"]
     about_data = {
-        "root": metrics["data"]["root"],
-        "demo": metrics["data"]["demo"],
-        "fingerprint": metrics["data"]["fingerprint"],
+        "root": about["root"],
+        "demo": about["demo"],
+        "fingerprint": about["fingerprint"],
         "images": len(d.train),
         "patients": sorted(patients),  # trained on, by this run and those that its weights come from
         "pixels": pixels,  # digests of the training images, likewise
@@ -584,34 +580,21 @@ def make_checkpoint(
         "format": models.FORMAT,
         "format_version": models.FORMAT_VERSION,
         "model": metrics["arguments"]["model"],
-        "state_dict": model.state_dict(),
+        "state_dict": learner.ema.module.state_dict(),
         "classes": d.classes,
-        "positive": d.classes[d.positive_index],
+        "positive": about["positive"],
         **pre,
         **chosen,
-        **checks,
-        "validation": {k: last[k] for k in ("val_loss", "val_auroc", "val_accuracy")},
-        "epoch": last["epoch"],  # that of these weights
-        "epochs": last["epoch"],  # how many the run has made; more where the last ones were not selected
+        **d.checks,
+        "validation": validation,
+        "epoch": epoch,  # that of these weights
+        "epochs": epoch,  # how many the run has made; more where the last ones were not selected
         "finished": False,
         "data": about_data,
         "arguments": metrics["arguments"],
         "environment": metrics["environment"],
         "weights": metrics["weights"],
     }
-
-
-def fit_checks(d: TrainingSet) -> dict:
-    """What a checkpoint knows of the training images: how such images look, and what their border alone tells."""
-    input_check = models.fit_input_check(models.in_batches(d.images, d.train), models.in_batches(d.images, d.val))
-    border = None
-    if len(d.classes) == 2:
-        index = d.train[:: 1 + len(d.train) // 20_000]  # more would tell no more, but take a kilobyte each
-        features = torch.empty(len(index), models.BORDER_FEATURES)  # a list's pieces would leave the heap in pieces
-        for part, batch in zip(features.split(64), models.in_batches(d.images, index, 64)):
-            part.copy_(data.border_features(batch))
-        border = models.fit_border(features, (d.labels[index] == d.positive_index).numpy())
-    return {"input_check": input_check, "border": border}
 
 
 def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epochs: int, device) -> None:
@@ -627,9 +610,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
         checkpoint.update(calibrate(logits, stressed, d, args.threshold))
     if evaluate.at_bound(checkpoint["temperature"]):
         warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
-    checkpoint["epochs"] = epochs
-    checkpoint["finished"] = True
-    models.save(checkpoint, path)
+    models.save({**checkpoint, "epochs": epochs, "finished": True}, path)
 
 
 # --- the run ---
@@ -638,98 +619,85 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
 def run(args: argparse.Namespace) -> None:
     """Train as the arguments say."""
     rank, world, device = start_processes(args.device)
-    master = rank == 0  # prints, writes and validates
-    print0 = print if master else (lambda *_, **__: None)
+    master = rank == 0  # writes, prints and validates
 
-    # data
+    # data and model
     pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
-    root = data.find_root(args.data)
-    with master_first(rank):
-        data.prepare_demo(root)
-        records = data.find_training(root, args.folds, args.fold)
-    if args.threshold != "stressed" and len({r.label for r in records}) > 2:
-        raise UserError("--threshold is for two classes; leave it out here")
-    folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
-    folder = broadcast(folder)
-    args.output = str(folder)  # for the line that says how to go on
-    with master_first(rank):
-        d = read_data(root, records, pre["input_size"], args.positive)
+    size = pre["input_size"]
+    with master_first(rank):  # it draws, decodes and fetches: the others find the files
+        d = read_data(args, size)
+        folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
+        model, weights = start_model(args, d.classes, size)
+    args.output = broadcast(str(folder))  # for the line that says how to go on
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
+    crop = training_size(args, size)
+    models.check_size(model, crop)
+    models.check_size(model, size)
+    learner = make_learner(model, args, device)
+    learner.seen = weights.pop("seen")
+    history = []  # all that a run remembers but what the learner holds
+    if args.resume is not None:
+        state = broadcast(load_state(folder, args, d.fingerprint, world) if master else None)
+        learner.restore(state)
+        history, weights = state["epochs"], state["weights"]
+
+    # what an epoch takes
     batch_size = min(args.batch_size * world, len(d.train))
     steps = len(d.train) // batch_size
-
-    # model
-    arguments = {k: v for k, v in vars(args).items() if k not in ("output", "resume")}
-    about = d.about()
-    state = None
-    if args.resume is not None:
-        state = broadcast(load_state(folder, arguments, about["fingerprint"], world) if master else None)
-    with master_first(rank):
-        model, weights = start_model(args, d.classes, pre["input_size"], resumed=state is not None)
-    seen = weights.pop("seen")
-    crop = training_size(args, pre["input_size"])
-    for size in {crop, pre["input_size"]}:
-        models.check_size(model, size)
-    learner = make_learner(model, args, device)
-    dtype = pick_dtype(args.precision, device)
-    history = []  # all that a run remembers but what the learner holds
-    if state:
-        learner.restore(state)
-        history, weights, seen = state["epochs"], state["weights"], state["seen"]
-    criterion = make_criterion(d, args, device)
+    warmup = round(args.warmup_epochs * steps)
     feed = Feed(data.preset(args.augment, crop), pre, args.seed, batch_size, slice(rank, None, world), device)
-    checks = None  # as long to fit as an epoch's validation: not before the first step
+    criterion = make_criterion(d, args, device)
+    dtype = pick_dtype(args.precision, device)
     metrics = {
-        "arguments": arguments,
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
         "environment": evaluate.describe_environment(device),
         "finished": False,
-        "data": about,
+        "data": d.about(),
         "weights": weights,
         "epochs": history,  # the list itself: it grows as the run does
     }
-    if master and not state:
-        data.write_csv(folder / "splits.csv", split_rows(d, about["demo"]))
-        save_state(folder / "last.pt", learner, metrics, seen, world)
-        data.write_json(folder / "metrics.json", metrics)
-        warn_overlap(d, seen)
+    if master:
+        data.write_csv(folder / "splits.csv", split_rows(d))
+        save_progress(folder, learner, metrics, world)
+        warn_overlap(d, learner.seen)
+        print_start(args, weights["note"], d, model, crop, size, device, dtype)
 
-    print_start(print0, metrics, d, model, pre, crop, device, dtype)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
-            print0(f"no better validation AUROC in {args.patience} epochs: stopped")
             break
         start = time.perf_counter()
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
-        first_step, total, warmup = (epoch - 1) * steps, args.epochs * steps, round(args.warmup_epochs * steps)
-        rates = [learning_rate(first_step + step, total, warmup, args.lr) for step in range(steps)]
-        loader = batches(d, feed, epoch)
-        loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if master else True)
+        first_step = (epoch - 1) * steps
+        rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
+        loader = tqdm(
+            batches(d, feed, epoch),
+            f"epoch {epoch}",
+            steps,
+            leave=False,
+            unit="step",
+            disable=None if master else True,  # None: where nobody looks
+        )
         train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
 
-        averaged = learner.ema.module
-        val_metrics, logits = validate(averaged, d, pre) if master else (None, None)
-        val_metrics = broadcast(val_metrics)
+        val_metrics, logits = broadcast(validate(learner.ema.module, d, pre) if master else None)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
-        h["selected"] = selected_epoch(history, *d.sides()) == epoch
-        # It only moves forward: a new best is itself the latest within its own error.
+        h["selected"] = is_selected(history, *d.sides())
         if master and h["selected"]:
-            checks = checks or fit_checks(d)
             chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
-            models.save(make_checkpoint(averaged, d, pre, metrics, seen, checks, chosen), folder / "ckpt.pt")
+            models.save(make_checkpoint(learner, d, pre, metrics, val_metrics, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:
-            save_state(folder / "last.pt", learner, metrics, seen, world)
-            data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
-        print0(ROW.format(**h), "*" if h["selected"] else "", flush=True)
+            save_progress(folder, learner, metrics, world)
+            print(ROW.format(**h), "*" if h["selected"] else "", flush=True)
 
     if master:
         finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
         metrics["finished"] = True
-        data.write_json(folder / "metrics.json", {**metrics, **summarize(history)})
-        print_end(folder, history, d)
+        save_progress(folder, learner, metrics, world)
+        print_end(folder, d, args, history)
     if world > 1:
         dist.destroy_process_group()
 
@@ -741,51 +709,52 @@ ROW = (
 HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
 
 
-def split_rows(d: TrainingSet, demo: bool) -> list[dict]:
+def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
-    rows = []
-    for r in d.records:
-        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split}
-        if demo:
-            row["demo"] = "phantom"
-        rows.append(row)
-    return rows
+    mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
+    return [
+        {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split, **mark}
+        for r in d.records
+    ]
 
 
-def print_start(print0, metrics: dict, d: TrainingSet, model, pre: dict, crop: int, device, dtype) -> None:
-    """What is trained, on what, and what the table's columns are."""
-    name, note = metrics["arguments"]["model"], metrics["weights"]["note"]
-    images, patients = metrics["data"]["images"], metrics["data"]["patients"]
-    count = {split: f"{images[split]} images of {patients[split]} patients" for split in images}
-    print0(f"{name}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
-    print0(f"{data.printable(str(d.root))}: {count['train']} to train, {count['val']} to validate")
+def print_start(
+    args: argparse.Namespace, note: str, d: TrainingSet, model, crop: int, size: int, device, dtype
+) -> None:
+    """What is trained, on what, and what the table's columns are; note: on the weights."""
+    train = f"{len(d.train)} images of {d.patients(d.train)} patients to train"
+    val = f"{len(d.val)} images of {d.patients(d.val)} patients to validate"
+    print(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
+    print(f"{data.printable(str(d.root))}: {train}, {val}")
     if len(d.classes) == 2:
-        print0(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
-    print0(f"trained at {crop} px, validated at {pre['input_size']} px, on {device}, {dtype}")
-    print0("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
-    print0(
+        print(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
+    print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
+    print("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
+    print(
         "val acc.: at a probability of 0.5, so that it stands at a class's share until the averaged weights have moved"
     )
-    print0(HEADER)
+    print(HEADER)
 
 
-def print_end(folder: Path, history: list[dict], d: TrainingSet) -> None:
+def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: list[dict]) -> None:
     """Which epoch was selected, what the run took, and what to do next."""
-    run = summarize(history)
+    if len(history) < args.epochs:
+        print(f"no better validation AUROC in {args.patience} epochs: stopped")
+    run, ckpt = summarize(history), folder / "ckpt.pt"
     selected = history[run["best_epoch"] - 1]
     print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
-    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(folder / 'ckpt.pt'))}\n")
-    image = d.root / d.records_of(d.val[:1])[0].path
-    print(data.printable(data.command_line("python", "evaluate.py", folder / "ckpt.pt")))
-    print(data.printable(data.command_line("python", "predict.py", "--ckpt", folder / "ckpt.pt", image)))
+    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
+    image = d.root / d.records[d.val[0]].path
+    for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
+        print(data.printable(data.command_line("python", *words)))
 
 
 # --- command line ---
 
 
 def make_parser() -> data.Parser:
-    parser, number, yes_no = data.Parser(prog="train.py"), data.within, argparse.BooleanOptionalAction
-    parser.description = "Fine-tune a timm model on chest radiographs."
+    parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
+    number, yes_no = data.within, argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
     add("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
@@ -823,7 +792,7 @@ def make_parser() -> data.Parser:
     return parser
 
 
-MAY_CHANGE = ("data", "epochs", "device", "output", "resume")  # what --resume takes from the command line
+MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
 
 
 def threshold_rule(text: str) -> str:
@@ -834,43 +803,26 @@ def threshold_rule(text: str) -> str:
     return text
 
 
-def to_words(parser: data.Parser, values: dict) -> list[str]:
-    """The command line that gives these values, so that the parser can check them."""
-    words = []
-    for action in parser._actions:
-        value = values.get(action.dest)
-        if value is None:
-            continue
-        if action.nargs == 0:  # a flag, which --no-FLAG may contradict
-            words.append(action.option_strings[0 if value else -1])
-        else:
-            words.append(f"{action.option_strings[0]}={value}")
-    return words
-
-
 def parse_arguments(parser: data.Parser) -> argparse.Namespace:
     """The arguments; with --resume those of the run, of which the command line may change some."""
     args = parser.parse_args()
     if args.resume is not None:
         if args.output is not None:
             parser.error("--resume names the folder: leave out --output")
-        metrics = Path(args.resume, "metrics.json")
         try:
-            stored = dict(json.loads(metrics.read_text())["arguments"])
-        except (OSError, ValueError, KeyError, TypeError):
-            parser.error(f"--resume {args.resume} holds no run (no readable {metrics})")
+            stored = models.load(Path(args.resume, "last.pt"), LAST_FORMAT, STATE)["arguments"]
+        except UserError as e:
+            parser.error(f"--resume {args.resume} holds no run ({e})")
         odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
         if odd:
-            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd[:5])}")
-        reader = make_parser()
-        reader.prog = f"train.py: {metrics} is damaged"
-        stored = reader.parse_args(to_words(reader, stored))
-        parser.set_defaults(**vars(stored))
+            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd)}")
+        parser.set_defaults(**stored)
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
-        for name, value in vars(stored).items():
-            if name not in MAY_CHANGE and getattr(args, name) != value:
+        for name, value in fixed(stored).items():
+            if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
+        args.output = args.resume
     if args.fold >= args.folds:
         parser.error(f"--fold {args.fold} is none of the {args.folds} folds: they are 0 to {args.folds - 1}")
     return args
@@ -878,19 +830,18 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
 
 def how_to_go_on(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
-    folder = args.output or args.resume
-    if folder is not None and Path(folder, "metrics.json").exists():
-        return f"go on with: {data.command_line('python', 'train.py', '--resume', folder)}"
+    if args.output is not None and Path(args.output, "last.pt").exists():
+        return f"go on with: {data.command_line('python', 'train.py', '--resume', args.output)}"
     return "nothing was saved yet"
 
 
 def run_or_explain(args: argparse.Namespace) -> None:
     """run; what the compiler can't do, which shows in the first step, is something that the user can fix."""
+    if not args.compile:
+        return run(args)
     try:
-        run(args)
-    except Exception as e:
-        if not args.compile or not isinstance(e, torch._dynamo.exc.TorchDynamoException):
-            raise
+        return run(args)
+    except torch._dynamo.exc.TorchDynamoException as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"--compile does not work here ({reason}); leave it out") from None
 
