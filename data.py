@@ -1163,10 +1163,12 @@ def hide_margin(images: Tensor, margin: float) -> Tensor:
 
     What stands there tells of the device and the technique rather than of the lungs.
     """
-    side = images.shape[-1]
-    ring = border_ring(side, round(side * margin), images.device)
+    width = round(images.shape[-1] * margin)
+    inside = slice(width, images.shape[-1] - width)
     mean = images.mean((1, 2), keepdim=True, dtype=torch.float32)
-    return torch.where(ring, mean.round().byte(), images)
+    hidden = mean.round().byte().expand_as(images).clone()  # torch.where would take three times as long
+    hidden[:, inside, inside] = images[:, inside, inside]
+    return hidden
 
 
 def to_input(images: Tensor, pre: dict) -> Tensor:
@@ -1193,11 +1195,11 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int, device: torch.device | str = "cpu") -> Tensor:
+def border_ring(size: int, width: int) -> Tensor:
     """bool [size, size]: true on the outer width pixels."""
-    inner = size - 2 * width
-    inside = torch.zeros(inner, inner, device=device)
-    return F.pad(inside, [width] * 4, value=1).bool()
+    ring = torch.ones(size, size, dtype=torch.bool)
+    ring[width : size - width, width : size - width] = False
+    return ring
 
 
 def border_features(images: Tensor) -> Tensor:
