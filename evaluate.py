@@ -1073,7 +1073,8 @@ def as_text(block: str | Table) -> str:
     rows = [[shorten(show(cell)) for cell in row] for row in (block.header, *block.rows)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+        cells = map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
 
@@ -1216,8 +1217,10 @@ def report_blocks(r: dict) -> list:
     blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
     if r["failures"]:
         columns = [f"P({r.get('positive', 'predicted')})", "true class", "predicted", "file"]
-        rows = [[show(f["probability"], 4), f["label"], f["prediction"], f["path"]] for f in r["failures"]]
-        blocks.append(Table("most confident mistakes", columns, rows))
+        table = Table("most confident mistakes", columns, [])
+        for f in r["failures"]:
+            table.rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
+        blocks.append(table)
     return blocks
 
 
@@ -1253,10 +1256,12 @@ def comparison_blocks(c: dict) -> list:
         speed = show(e["images_per_second"], 0)
         scores.rows.append([number, shorten(e["model"], 21), *estimates, *sides, size, speed])
         for metric, gap in e["difference"].items():
-            differences.rows.append([f"{number} - 1", title(metric), gap, show_p(gap["p"]), show_p(gap["p_holm"])])
+            p = [show_p(gap[name]) for name in ("p", "p_holm")]
+            differences.rows.append([f"{number} - 1", title(metric), gap, *p])
         if len(e["runs"]) > 1:
             spread = [f"{show(estimate['value'])} ({show(estimate['sd'])})" for estimate in estimates]
-            seeds.rows.append([number, ", ".join(map(str, e["seeds"])), *spread])
+            numbers = ", ".join(map(str, e["seeds"]))
+            seeds.rows.append([number, numbers, *spread])
         if e["stress"] or e["shortcut"] is not None:
             stress = e["stress"] or {"mean": {}, "worst": {}}
             worst = [stress["worst"].get(name) for name in MAIN]
@@ -1277,7 +1282,8 @@ def comparison_blocks(c: dict) -> list:
 GRID = np.linspace(0, 1, 101)
 BLUE, ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito's set: they differ in lightness as well
 COLOURS, STYLES = (BLUE, "k", ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
-THIN = {"color": "0.6", "ls": ":", "lw": 1}  # what chance would give
+CHANCE = {"color": "0.6", "ls": ":", "lw": 1}  # what it would give, or nothing
+CHOSEN = {"color": "k", "ls": "--", "lw": 1}  # threshold, epoch
 
 
 def new_figure(rows: int, columns: int, width: float, height: float):
@@ -1326,7 +1332,7 @@ def draw_roc(ax, label: str, positive: np.ndarray, score: np.ndarray) -> None:
 
 
 def finish_roc(ax) -> None:
-    ax.plot([0, 1], [0, 1], **THIN, label="chance")
+    ax.plot([0, 1], [0, 1], **CHANCE, label="chance")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
     ax.legend(loc="lower right")
 
@@ -1336,7 +1342,7 @@ def precision_panel(ax, label: str, positive: np.ndarray, score: np.ndarray) -> 
     if 0 < prevalence < 1:
         precision, recall, _ = precision_recall_curve(positive, score)
         ax.step(recall, precision, where="post", label=label)
-    ax.axhline(prevalence, **THIN, label=f"prevalence {prevalence:.3f}")
+    ax.axhline(prevalence, **CHANCE, label=f"prevalence {prevalence:.3f}")
     ax.set(title="precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.03))
     ax.legend()
 
@@ -1349,7 +1355,7 @@ def low_value_high(estimate: dict) -> list[float | None]:
 
 def calibration_panel(ax, c: dict) -> None:
     """Observed over predicted with intervals; the counts stand above the panel, over their bins."""
-    ax.plot([0, 1], [0, 1], **THIN)
+    ax.plot([0, 1], [0, 1], **CHANCE)
     for point in c["curve"]:
         x = point["predicted"]
         ax.plot([x] * 3, low_value_high(point["observed"]), "o-", markevery=[1], color=BLUE)
@@ -1362,8 +1368,8 @@ def calibration_panel(ax, c: dict) -> None:
 def decision_panel(ax, r: dict) -> None:
     thresholds, model, everyone = zip(*map(dict.values, r["decision_curve"]))
     ax.plot(thresholds, everyone, "--", color=ORANGE, label="treat all")
-    ax.axhline(0, **THIN, label="treat none")
-    ax.plot(thresholds, model, color=BLUE, label="as the model says")
+    ax.axhline(0, **CHANCE, label="treat none")
+    ax.plot(thresholds, model, "-", color=BLUE, label="as the model says")
     top = max(r["data"]["prevalence"], 0.05) * 1.1
     ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
     ax.legend()
@@ -1372,11 +1378,12 @@ def decision_panel(ax, r: dict) -> None:
 def score_panel(ax, s: Scored, r: dict) -> None:
     z = s.z / s.temperature
     positive, _, _ = s.binary
-    names = [shorten(name, 20) for name in confusion_cells(r)[0]]
-    ax.hist([z[~positive], z[positive]], 40, color=[ORANGE, BLUE], histtype="stepfilled", alpha=0.6, label=names)
+    names, _ = confusion_cells(r)
+    labels = [shorten(name, 20) for name in names]
+    ax.hist([z[~positive], z[positive]], 40, color=[ORANGE, BLUE], histtype="stepfilled", alpha=0.6, label=labels)
     threshold = r["threshold"]["value"]
     if threshold is not None and 0 < threshold < 1:
-        ax.axvline(logit(threshold), color="k", ls="--", lw=1, label="threshold")
+        ax.axvline(logit(threshold), **CHOSEN, label="threshold")
     ax.set(title="scores", xlabel="calibrated logit", ylabel="images")
     ax.legend()
 
@@ -1404,7 +1411,7 @@ def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
         *ax.plot(epochs, history["train_loss"], "-", color=BLUE, label="training loss"),
         *ax.plot(epochs, history["val_loss"], "--", color=BLUE, label="validation loss"),
         *right.plot(epochs, history["val_auroc"], "o-", color=ORANGE, ms=3, label="validation AUROC"),
-        ax.axvline(selected, color="k", ls=":", lw=1, label=f"epoch {selected}, selected"),
+        ax.axvline(selected, **CHOSEN, label=f"epoch {selected}, selected"),
     ]
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(title="training", xlabel="epoch", ylabel="loss")
@@ -1454,8 +1461,10 @@ def plot_mistakes(s: Scored, r: dict, device: torch.device):
         x = data.to_input(torch.from_numpy(pixels)[None].to(device), s.run)
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         with contextlib.suppress(UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))[0].cpu().numpy()
-            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=np.where(heat > 0.3, heat / 2, 0))
+            maps = models.heat_map(model, x, s.classes.index(f["prediction"]))
+            heat = maps[0].cpu().numpy()
+            opacity = np.where(heat > 0.3, heat / 2, 0)
+            ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=opacity)
         lines = [
             shorten(Path(f["path"]).name, 34),
             f"true: {shorten(f['label'], 25)}",
@@ -1481,10 +1490,10 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
         for i, e in enumerate(entries[1:], 1):
             gap = low_value_high(e["difference"][metric])
             differences.plot(gap, [i + shift] * 3, "o-", markevery=[1], color=colour)
-    differences.axvline(0, color="k", ls=":", lw=1)
-    differences.set_yticks(range(len(names)), names)
-    differences.set_ylim(len(names) - 0.5, -0.5)  # the first on top
-    differences.set(title="difference to the first, the reference", xlabel="difference, 95 % interval")
+    differences.axvline(0, **CHANCE)
+    differences.set_yticks(range(1, len(names)), names[1:])
+    differences.set_ylim(len(names) - 0.4, 0.4)  # the first on top
+    differences.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
     differences.legend()
     return figure
 
@@ -1566,16 +1575,6 @@ def read_history(folder: Path) -> dict[str, list]:
         return {}
 
 
-def file_stem(s: Scored, args: argparse.Namespace) -> str:
-    """What the files of a report are named after: the split, and another folder than the run's own."""
-    # The test.csv of a run must not replace its test.json.
-    stem = args.split if s.run else f"{Path(s.source).stem}.scored"
-    if not args.data:
-        return stem
-    folder = data.find_root(args.data).resolve()
-    return "-".join([stem, *folder.parts[-2:]])
-
-
 def card_text(heading: str, blocks: list) -> str:
     return "\n".join([f"# {heading}\n", *map(as_markdown, blocks)]) + "\n"
 
@@ -1585,8 +1584,16 @@ def pictures(stem: str, figure) -> list[tuple]:
 
 
 def report_files(s: Scored, r: dict, blocks: list, args: argparse.Namespace):
-    """Yield of each file of one model: name, function that writes it, content."""
-    stem = file_stem(s, args)
+    """Yields for each file of one model its name, the function that writes it, and the content.
+
+    They are named after the split, and another folder than the run's own.
+    """
+    stem = args.split
+    if s.run is None:
+        stem = f"{Path(s.source).stem}.scored"  # the test.csv of a run must not replace its test.json
+    if args.data:
+        folder = data.find_root(args.data).resolve()
+        stem = "-".join([stem, *folder.parts[-2:]])
     card = "report.md" if args.output or stem == "test" else f"{stem}.md"
     yield f"{stem}.json", data.write_json, r
     yield card, data.write_text, card_text(f"Model card: {s.model}", [*card_lines(r), *blocks])
