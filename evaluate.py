@@ -1167,9 +1167,10 @@ def extremes(groups: dict) -> list[str]:
     for metric in MAIN:
         values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
         if len(values) > 1:
-            ends = min(values, key=values.get), max(values, key=values.get)
-            smallest, largest = (f"{values[name]:.3f} ({shorten(name, 24)})" for name in ends)
-            lines.append(f"smallest and largest {title(metric)}: {smallest}, {largest}")
+            smallest = min(values, key=values.get)
+            largest = max(values, key=values.get)
+            ends = [f"{values[name]:.3f} ({shorten(name, 24)})" for name in (smallest, largest)]
+            lines.append(f"smallest and largest {title(metric)}: {', '.join(ends)}")
     return lines
 
 
