@@ -1057,23 +1057,49 @@ TITLES = {"auroc": "AUROC", "auprc": "AUPRC", "ppv": "PPV", "npv": "NPV", "f1": 
 class Table:
     title: str
     header: list[str]
-    rows: list[list[str]]
+    rows: list[list]  # what show takes
 
-    def as_text(self) -> str:
-        """Aligned columns, each at most 40 wide."""
-        rows = [[shorten(cell) for cell in row] for row in (self.header, *self.rows)]
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        lines = [f"\n{self.title}"] if self.title else [""]
-        for row in rows:
-            lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
-        return "\n".join(lines)
 
-    def as_markdown(self) -> str:
-        lines = [f"\n## {self.title}\n"] if self.title else [""]
-        for row in (self.header, ["---"] * len(self.header), *self.rows):
-            cells = [data.printable(cell).replace("|", "\\|") for cell in row]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join([*lines, ""])
+def as_text(block: str | Table) -> str:
+    """A line, or a table with aligned columns, each at most 40 wide."""
+    if isinstance(block, str):
+        return data.printable(block)
+    lines = ["", block.title] if block.title else [""]
+    rows = [[shorten(show(cell)) for cell in row] for row in (block.header, *block.rows)]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = map(str.ljust, row, widths)
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def as_markdown(block: str | Table) -> str:
+    """A list item, or a table."""
+    if isinstance(block, str):
+        return f"- {data.printable(block)}"
+    lines = ["", f"## {block.title}", ""] if block.title else [""]
+    for row in (block.header, ["---"] * len(block.header), *block.rows):
+        cells = [data.printable(show(cell)).replace("|", "\\|") for cell in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, ""])
+
+
+def show(cell: str | float | dict | None, digits: int = 3) -> str:
+    """Text and counts as they are, figures rounded, estimates with their interval, a dash for what is undefined."""
+    match cell:
+        case None:
+            return "-"
+        case float():
+            return f"{cell:.{digits}f}"
+        case {"value": value, "ci95": [low, high]}:
+            return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+        case {"value": value}:
+            return show(value)
+    return str(cell)
+
+
+def show_p(value: float | None) -> str:
+    return "< 0.001" if value is not None and value < 0.001 else show(value)
 
 
 def shorten(text: str, width: int = 40) -> str:
@@ -1085,30 +1111,14 @@ def title(metric: str) -> str:
     return TITLES.get(metric, metric.replace("_", " "))
 
 
-def show(value: float | None, digits: int = 3) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
-
-
-def show_p(value: float | None) -> str:
-    return "< 0.001" if value is not None and value < 0.001 else show(value)
-
-
-def show_interval(entry: dict | None) -> str:
-    if entry is None:
-        return ""
-    if entry["ci95"] is None:
-        return show(entry["value"])
-    low, high = entry["ci95"]
-    return f"{entry['value']:.3f} [{low:.3f}, {high:.3f}]"
-
-
 def header_lines(r: dict) -> list[str]:
     """What was scored, on what, and how."""
     d, t = r["data"], r["threshold"]
     size = f", {r['parameters'] / 1e6:.2f} M parameters" if r["parameters"] else ""
     prevalence = f", prevalence {d['prevalence']:.3f}" if d["prevalence"] is not None else ""
     demo = "; DEMO: synthetic phantoms, not radiographs" if d["demo"] else ""
-    lines = [
+    lines = [r["unfinished"]] if r["unfinished"] else []
+    lines += [
         f"{r['model']}{size}: {r['checkpoint']}",
         f"{r['split']} split of {d['root']}{demo}",
         f"{d['images']} images of {d['patients']} patients{prevalence}; {len(d['left_out'])} left out",
@@ -1117,8 +1127,6 @@ def header_lines(r: dict) -> list[str]:
         value = "" if t["value"] is None else f" {t['value']:.4f}"
         lines.append(f"threshold{value} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
     lines.append(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients")
-    if r["unfinished"]:
-        lines.insert(0, r["unfinished"])
     return lines
 
 
@@ -1135,25 +1143,17 @@ def metric_table(name: str, columns: dict[str, dict]) -> Table:
     """A row for each metric, a column for each named set of them."""
     rows = []
     for metric in next(iter(columns.values())):
-        cells = [show_interval(metrics.get(metric)) for metrics in columns.values()]
-        rows.append([title(metric), *cells])
+        estimates = [metrics.get(metric, "") for metrics in columns.values()]
+        rows.append([title(metric), *estimates])
     return Table(name, ["", *columns], rows)
 
 
 def group_table(name: str, groups: dict) -> Table:
     rows = []
     for group, g in groups.items():
-        cells = [show_interval(g.get(metric)) for metric in MAIN]
-        rows.append([shorten(group, 20), f"{g['images']} ({g['patients']})", *cells])
+        estimates = [g.get(metric, "") for metric in MAIN]
+        rows.append([shorten(group, 20), f"{g['images']} ({g['patients']})", *estimates])
     return Table(name, ["", "n (patients)", *map(title, MAIN)], rows)
-
-
-def number_table(name: str, rows: dict[str, dict], columns: tuple[str, ...]) -> Table:
-    """A row for each entry, with the named figures."""
-    table = Table(name, ["", *map(title, columns)], [])
-    for label, row in rows.items():
-        table.rows.append([label, *(show(row[column]) for column in columns)])
-    return table
 
 
 def extremes(groups: dict) -> list[str]:
@@ -1162,17 +1162,24 @@ def extremes(groups: dict) -> list[str]:
     for metric in MAIN:
         values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
         if len(values) > 1:
-            ends = min(values, key=values.get), max(values, key=values.get)
-            smallest, largest = (f"{values[name]:.3f} ({shorten(name, 24)})" for name in ends)
-            lines.append(f"smallest and largest {title(metric)}: {smallest}, {largest}")
+            smallest = min(values, key=values.get)
+            largest = max(values, key=values.get)
+            ends = [f"{values[name]:.3f} ({shorten(name, 24)})" for name in (smallest, largest)]
+            lines.append(f"smallest and largest {title(metric)}: {', '.join(ends)}")
     return lines
 
 
 def two_class_blocks(r: dict) -> list:
     c = r["calibration"]
-    blocks = [metric_table("", {"at the threshold": r["metrics"], "at 0.5": r["at_half"]})]
-    rows = {"as reported": c, "before temperature": c["before_temperature"]}
-    blocks.append(number_table("calibration", rows, ("brier", "nll", "ece", "slope", "intercept")))
+    figures = ("brier", "nll", "ece", "slope", "intercept")
+    rows = [
+        ["as reported", *map(c.get, figures)],
+        ["before temperature", *map(c["before_temperature"].get, figures)],
+    ]
+    blocks = [
+        metric_table("", {"at the threshold": r["metrics"], "at 0.5": r["at_half"]}),
+        Table("calibration", ["", *figures], rows),
+    ]
     if c["temperature"] is not None:
         bound = ": at the bound of its fit, so validation could not tell it" if at_bound(c["temperature"]) else ""
         blocks.append(f"temperature {c['temperature']:.3f}{bound}")
@@ -1184,9 +1191,10 @@ def two_class_blocks(r: dict) -> list:
     if "shortcut" in r:
         name = "where the border of the image, without any lung, speaks for the other class"
         blocks.append(group_table(name, r["shortcut"]["groups"]))
-        blocks.append(f"AUROC of the border alone: {show_interval(r['shortcut']['border_auroc'])}")
+        blocks.append(f"AUROC of the border alone: {show(r['shortcut']['border_auroc'])}")
     if "stress" in r:
-        blocks.append(number_table("stress", r["stress"], UNDER_STRESS))
+        rows = [[name, *metrics.values()] for name, metrics in r["stress"].items()]
+        blocks.append(Table("stress", ["", *map(title, UNDER_STRESS)], rows))
     return blocks
 
 
@@ -1200,15 +1208,15 @@ def report_blocks(r: dict) -> list:
     blocks = header_lines(r)
     blocks += two_class_blocks(r) if "positive" in r else more_class_blocks(r)
     names, cells = confusion_cells(r)
-    rows = [[name, *map(str, counts)] for name, counts in zip(names, cells)]
     columns = [shorten(name, 14) for name in names]
+    rows = [[name, *counts] for name, counts in zip(names, cells)]
     blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
     if r["failures"]:
-        of = r.get("positive", "predicted")
-        rows = []
+        columns = [f"P({r.get('positive', 'predicted')})", "true class", "predicted", "file"]
+        table = Table("most confident mistakes", columns, [])
         for f in r["failures"]:
-            rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
-        blocks.append(Table("most confident mistakes", [f"P({of})", "true class", "predicted", "file"], rows))
+            table.rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
+        blocks.append(table)
     return blocks
 
 
@@ -1228,93 +1236,75 @@ def comparison_blocks(c: dict) -> list:
     """The report of several models, from its JSON."""
     demo = "; DEMO: synthetic phantoms, not radiographs" if c["demo"] else ""
     blocks = [f"{c['split']} split, {c['images']} images of {c['patients']} patients{demo}"]
-    model_rows, differences, seeds, shifts = [], [], [], []
+    model_columns = ["model", "AUROC", "accuracy", "sens.", "spec.", "params", "img/s"]
+    shift_columns = ["mean AUROC", "worst AUROC", "worst sensitivity", "worst specificity", "worst border group"]
+    scores = Table("", ["", *model_columns], [])
+    differences = Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], [])
+    seeds = Table("mean (standard deviation) over runs that differ by chance", ["", "seeds", "AUROC", "accuracy"], [])
+    shifts = Table("under stress, and in the worst group of the border", ["", *shift_columns], [])
     for e in c["compared"]:
-        number, metrics = str(e["number"]), e["metrics"]
-        role = " (reference)" if number == "1" else ""
+        number, metrics = e["number"], e["metrics"]
+        role = " (reference)" if number == 1 else ""
         blocks.append(f"{number}{role}  {e['checkpoint']}  {e['unfinished']}".rstrip())
-        intervals = [show_interval(metrics[name]) for name in COMPARED]
-        sides = [show(metrics[name]["value"]) if name in metrics else "-" for name in ("sensitivity", "specificity")]
+        estimates = [metrics[name] for name in COMPARED]
+        sides = [metrics.get(name, {}).get("value") for name in ("sensitivity", "specificity")]
         size = f"{e['parameters'] / 1e6:.2f} M" if e["parameters"] else "-"
         speed = show(e["images_per_second"], 0)
-        model_rows.append([number, shorten(e["model"], 21), *intervals, *sides, size, speed])
+        scores.rows.append([number, shorten(e["model"], 21), *estimates, *sides, size, speed])
         for metric, gap in e["difference"].items():
-            cells = [title(metric), show_interval(gap), show_p(gap["p"]), show_p(gap["p_holm"])]
-            differences.append([f"{number} - 1", *cells])
+            p = [show_p(gap[name]) for name in ("p", "p_holm")]
+            differences.rows.append([f"{number} - 1", title(metric), gap, *p])
         if len(e["runs"]) > 1:
-            spread = [f"{show(metrics[name]['value'])} ({show(metrics[name]['sd'])})" for name in COMPARED]
-            seeds.append([number, ", ".join(map(str, e["seeds"])), *spread])
+            spread = [f"{show(estimate['value'])} ({show(estimate['sd'])})" for estimate in estimates]
+            numbers = ", ".join(map(str, e["seeds"]))
+            seeds.rows.append([number, numbers, *spread])
         if e["stress"] or e["shortcut"] is not None:
             stress = e["stress"] or {"mean": {}, "worst": {}}
-            figures = [stress["mean"].get("auroc"), *map(stress["worst"].get, MAIN), e["shortcut"]]
-            shifts.append([number, *map(show, figures)])
-    shift_columns = ["mean AUROC", "worst AUROC", "worst sensitivity", "worst specificity", "worst border group"]
-    seed_title = "mean (standard deviation) over runs that differ by chance"
-    tables = [
-        Table("", ["", "model", "AUROC", "accuracy", "sens.", "spec.", "params", "img/s"], model_rows),
-        Table("difference to the reference", ["", "metric", "difference", "p", "p (Holm)"], differences),
-        Table(seed_title, ["", "seeds", "AUROC", "accuracy"], seeds),
-        Table("under stress, and in the worst group of the border", ["", *shift_columns], shifts),
-    ]
-    blocks += [table for table in tables if table.rows]
+            worst = [stress["worst"].get(name) for name in MAIN]
+            shifts.rows.append([number, stress["mean"].get("auroc"), *worst, e["shortcut"]])
+    blocks += [table for table in (scores, differences, seeds, shifts) if table.rows]
     blocks.append(
         "Sorted by AUROC: the top of a table is flattered by chance. Holm's p allow for the number of models."
     )
-    if seeds:
+    if seeds.rows:
         blocks.append(
             "Of several runs the mean; its intervals hold the variation of training as well as that of testing."
         )
     return blocks
 
 
-def as_text(blocks: list) -> str:
-    lines = []
-    for block in blocks:
-        lines.append(block.as_text() if isinstance(block, Table) else data.printable(block))
-    return "\n".join(lines)
-
-
-def as_markdown(heading: str, blocks: list) -> str:
-    lines = [f"# {heading}\n"]
-    for block in blocks:
-        lines.append(block.as_markdown() if isinstance(block, Table) else f"- {data.printable(block)}")
-    return "\n".join(lines) + "\n"
-
-
 # --- pictures: one function per panel ---
 
 GRID = np.linspace(0, 1, 101)
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "0.6"  # of Okabe and Ito's set: they differ in lightness as well
-COLOURS, STYLES = ("k", BLUE, ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
-THIN = {"color": GREY, "ls": ":", "lw": 1}  # what chance would give
+BLUE, ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito's set: they differ in lightness as well
+COLOURS, STYLES = (BLUE, "k", ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
+CHANCE = {"color": "0.6", "ls": ":", "lw": 1}  # what it would give, or nothing
+CHOSEN = {"color": "k", "ls": "--", "lw": 1}  # threshold, epoch
 
 
-def new_figure(width: float, height: float):
-    """Without pyplot, which would look for a display."""
-    from matplotlib import rcParams
+def new_figure(rows: int, columns: int, width: float, height: float):
+    """A figure and its panels, without pyplot, which would look for a display."""
+    from matplotlib import cycler, rcParams
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # file names may hold dollar signs
     rcParams["legend.fontsize"] = "small"
-    return Figure(figsize=(width, height), layout="constrained")
+    rcParams["axes.prop_cycle"] = cycler(color=COLOURS * len(STYLES), ls=STYLES * len(COLOURS))
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(rows, columns)
 
 
-def save_figure(figure, stem: Path) -> list[Path]:
-    paths = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # names in scripts that the font lacks show as boxes
-        for kind in ("png", "pdf"):
-            paths.append(stem.with_name(f"{stem.name}.{kind}"))
-            with data.replacing(paths[-1]) as f:
-                figure.savefig(f, format=kind, dpi=300)
-    return paths
+def save_figure(path: Path, figure) -> None:
+    """In the format that the name ends with."""
+    with warnings.catch_warnings(action="ignore"), data.replacing(path) as f:  # names may need glyphs that fonts lack
+        figure.savefig(f, format=path.suffix[1:], dpi=300)
 
 
 def curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
     """Sensitivity over 1 - specificity, and precision over recall, on GRID: [draws with both classes, len(GRID)]."""
-    both = [w for w in weights if w[positive].any() and w[~positive].any()]
-    roc, precision_recall = np.empty((2, len(both), len(GRID)))
-    for i, w in enumerate(both):
+    both = weights[:, positive].any(1) & weights[:, ~positive].any(1)
+    roc, precision_recall = np.empty((2, both.sum(), len(GRID)))
+    for i, w in enumerate(weights[both]):
         fpr, tpr, _ = roc_curve(positive, score, sample_weight=w)
         roc[i] = np.interp(GRID, fpr, tpr)
         precision, recall, _ = precision_recall_curve(positive, score, sample_weight=w)
@@ -1322,55 +1312,51 @@ def curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict
     return {"roc": roc, "precision_recall": precision_recall}
 
 
-def fill_band(ax, curves: np.ndarray) -> None:
-    """Of the curves [1 + draws, len(GRID)] in all draws."""
-    if len(curves) > 1:
-        low, high = np.percentile(curves[1:], (2.5, 97.5), axis=0)
+def band_and_point(ax, drawn: np.ndarray, x: float, y: float) -> None:
+    """The 95 % band of the curves in drawn [1 + draws, len(GRID)], and the operating point unless it is NaN."""
+    if len(drawn) > 1:
+        low, high = np.percentile(drawn[1:], (2.5, 97.5), axis=0)
         ax.fill_between(GRID, low, high, color=BLUE, alpha=0.2, lw=0, label="95 % band")
+    if np.isfinite(x + y):
+        ax.plot(x, y, "o", color=ORANGE, mec="k", ms=8, label="at the threshold", zorder=5)
 
 
-def style(i: int) -> dict:
-    """Of the curve number i."""
-    return {"color": COLOURS[i % len(COLOURS)], "ls": STYLES[i % len(STYLES)]}
-
-
-def draw_roc(ax, positive: np.ndarray, score: np.ndarray, **style) -> None:
+def draw_roc(ax, label: str, positive: np.ndarray, score: np.ndarray) -> None:
     if positive.any() and not positive.all():
         fpr, tpr, _ = roc_curve(positive, score)
-        ax.plot(fpr, tpr, **style)
+        ax.plot(fpr, tpr, label=label)
 
 
 def finish_roc(ax) -> None:
-    ax.plot([0, 1], [0, 1], **THIN, label="chance")
+    ax.plot([0, 1], [0, 1], **CHANCE, label="chance")
     ax.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity", aspect="equal")
     ax.legend(loc="lower right")
 
 
-def precision_panel(ax, positive: np.ndarray, score: np.ndarray, label: str) -> None:
+def precision_panel(ax, label: str, positive: np.ndarray, score: np.ndarray) -> None:
     prevalence = positive.mean()
     if 0 < prevalence < 1:
         precision, recall, _ = precision_recall_curve(positive, score)
-        ax.step(recall, precision, where="post", color=BLUE, label=label)
-    ax.axhline(prevalence, **THIN, label=f"prevalence {prevalence:.3f}")
+        ax.step(recall, precision, where="post", label=label)
+    ax.axhline(prevalence, **CHANCE, label=f"prevalence {prevalence:.3f}")
     ax.set(title="precision-recall", xlabel="recall (sensitivity)", ylabel="precision (PPV)", ylim=(0, 1.03))
     ax.legend()
 
 
-def operating_point(ax, x: float | None, y: float | None) -> None:
-    if x is not None and y is not None:
-        ax.plot(x, y, "o", color=ORANGE, mec="k", ms=8, label="at the threshold", zorder=5)
+def low_value_high(estimate: dict) -> list[float | None]:
+    """For a line with a marker in its middle (markevery); without an interval the marker alone."""
+    low, high = estimate["ci95"] or (None, None)
+    return [low, estimate["value"], high]
 
 
 def calibration_panel(ax, c: dict) -> None:
     """Observed over predicted with intervals; the counts stand above the panel, over their bins."""
-    ax.plot([0, 1], [0, 1], **THIN)
+    ax.plot([0, 1], [0, 1], **CHANCE)
     for point in c["curve"]:
-        x, observed = point["predicted"], point["observed"]
-        if observed["ci95"]:
-            ax.vlines(x, *observed["ci95"], color=BLUE)
-        ax.plot(x, observed["value"], "o", color=BLUE)
+        x = point["predicted"]
+        ax.plot([x] * 3, low_value_high(point["observed"]), "o-", markevery=[1], color=BLUE)
         middle = min(int(x * 10), 9) / 10 + 0.05
-        ax.text(middle, 1.06, str(point["images"]), ha="center", fontsize="x-small")
+        ax.text(middle, 1.06, point["images"], ha="center", fontsize="x-small")
     ax.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.03, 1.03))
     ax.set_title(f"calibration: slope {show(c['slope'], 2)}, intercept {show(c['intercept'], 2)}", pad=20)
 
@@ -1378,8 +1364,8 @@ def calibration_panel(ax, c: dict) -> None:
 def decision_panel(ax, r: dict) -> None:
     thresholds, model, everyone = zip(*map(dict.values, r["decision_curve"]))
     ax.plot(thresholds, everyone, "--", color=ORANGE, label="treat all")
-    ax.axhline(0, color=GREY, lw=1, label="treat none")
-    ax.plot(thresholds, model, color=BLUE, label="as the model says")
+    ax.axhline(0, **CHANCE, label="treat none")
+    ax.plot(thresholds, model, "-", color=BLUE, label="as the model says")
     top = max(r["data"]["prevalence"], 0.05) * 1.1
     ax.set(title="decision curve", xlabel="threshold probability", ylabel="net benefit", ylim=(-top / 5, top))
     ax.legend()
@@ -1387,14 +1373,13 @@ def decision_panel(ax, r: dict) -> None:
 
 def score_panel(ax, s: Scored, r: dict) -> None:
     z = s.z / s.temperature
-    edges = np.linspace(z.min(), z.max() + 1e-6, 41)
-    positive = s.labels == s.positive_index
-    negative_name, positive_name = confusion_cells(r)[0]
-    ax.hist(z[~positive], edges, color=ORANGE, alpha=0.6, label=shorten(negative_name, 20))
-    ax.hist(z[positive], edges, histtype="step", color=BLUE, lw=1.5, label=shorten(positive_name, 20))
+    positive, _, _ = s.binary
+    names, _ = confusion_cells(r)
+    labels = [shorten(name, 20) for name in names]
+    ax.hist([z[~positive], z[positive]], 40, color=[ORANGE, BLUE], histtype="stepfilled", alpha=0.6, label=labels)
     threshold = r["threshold"]["value"]
     if threshold is not None and 0 < threshold < 1:
-        ax.axvline(logit(threshold), color="k", ls="--", lw=1, label="threshold")
+        ax.axvline(logit(threshold), **CHOSEN, label="threshold")
     ax.set(title="scores", xlabel="calibrated logit", ylabel="images")
     ax.legend()
 
@@ -1404,57 +1389,55 @@ def confusion_panel(ax, r: dict) -> None:
     names, cells = confusion_cells(r)
     display = ConfusionMatrixDisplay(cells, display_labels=[shorten(name, 16) for name in names])
     display.plot(ax=ax, cmap="Greys", colorbar=False)
-    for (i, j), text in np.ndenumerate(display.text_):
-        text.set_text(f"{cells[i, j]}\n{100 * cells[i, j] / max(cells[i].sum(), 1):.1f} %")
-    slope = 0 if len(names) == 2 else 30  # more names have no room side by side
-    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=slope, ha="right" if slope else "center")
-    ax.set_yticks(ax.get_yticks(), ax.get_yticklabels(), rotation=0 if slope else 90, va="center")
+    shares = 100 * cells / np.maximum(cells.sum(1, keepdims=True), 1)
+    for cell, text in np.ndenumerate(display.text_):
+        text.set_text(f"{cells[cell]}\n{shares[cell]:.1f} %")
+    ax.set_xticks(ax.get_xticks(), ax.get_xticklabels(), rotation=30, ha="right")
     ax.set(title="confusion matrix", xlabel="predicted", ylabel="true class")
 
 
 def training_panel(ax, history: dict[str, list], selected: int | None) -> None:
     if not history:
         ax.set_axis_off()
-        ax.text(0.5, 0.5, "no training history", ha="center")
+        ax.set_title("no training history")
         return
     right = ax.twinx()
-    ax.plot(history["epoch"], history["train_loss"], color=BLUE, label="training loss")
-    ax.plot(history["epoch"], history["val_loss"], "--", color=BLUE, label="validation loss")
-    right.plot(history["epoch"], history["val_auroc"], "o-", color=ORANGE, ms=3, label="validation AUROC")
-    ax.axvline(selected, color="k", ls=":", lw=1, label=f"epoch {selected}, selected")
+    epochs = history["epoch"]
+    lines = [
+        *ax.plot(epochs, history["train_loss"], "-", color=BLUE, label="training loss"),
+        *ax.plot(epochs, history["val_loss"], "--", color=BLUE, label="validation loss"),
+        *right.plot(epochs, history["val_auroc"], "o-", color=ORANGE, ms=3, label="validation AUROC"),
+        ax.axvline(selected, **CHOSEN, label=f"epoch {selected}, selected"),
+    ]
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(title="training", xlabel="epoch", ylabel="loss")
     right.set_ylabel("validation AUROC")
-    handles = ax.get_legend_handles_labels()[0] + right.get_legend_handles_labels()[0]
-    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
+    ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
 
 
 def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, list]):
     """The figure of one model."""
-    m = r["metrics"]
-    if "positive" not in r:
-        figure = new_figure(15, 5)
-        roc, matrix, training = figure.subplots(1, 3)
-        for c, name in enumerate(s.classes):
-            label = f"{shorten(name, 16)} {show_interval(r['auroc_one_vs_rest'][name])}"
-            draw_roc(roc, s.labels == c, s.probabilities[:, c], label=label, **style(c))
-    else:
-        figure = new_figure(17, 8)
-        (roc, precision, reliability, decision), (matrix, scores, training, spare) = figure.subplots(2, 4)
+    if "positive" in r:
+        figure, axes = new_figure(2, 4, 17, 8)
+        roc, precision, reliability, decision, matrix, scores, training, spare = axes.flat
         spare.set_axis_off()
         positive, score, _ = s.binary
-        fewer = Bootstrap(min(bootstrap.draws, 300), bootstrap.seed)
-        drawn = fewer.values(functools.partial(curves, positive, score), s.patients)
-        sensitivity, specificity, ppv = (m[k]["value"] for k in ("sensitivity", "specificity", "ppv"))
-        fill_band(roc, drawn["roc"])
-        fill_band(precision, drawn["precision_recall"])
-        operating_point(roc, None if specificity is None else 1 - specificity, sensitivity)
-        operating_point(precision, sensitivity, ppv)
-        draw_roc(roc, positive, score, label=f"AUROC {show_interval(m['auroc'])}", color=BLUE)
-        precision_panel(precision, positive, score, f"AUPRC {show_interval(m['auprc'])}")
+        metrics = r["metrics"]
+        drawn = bootstrap.values(functools.partial(curves, positive, score), s.patients)
+        point = [metrics[name]["value"] for name in ("sensitivity", "specificity", "ppv")]
+        sensitivity, specificity, ppv = np.array(point, float)  # NaN where undefined
+        band_and_point(roc, drawn["roc"], 1 - specificity, sensitivity)
+        band_and_point(precision, drawn["precision_recall"], sensitivity, ppv)
+        draw_roc(roc, f"AUROC {show(metrics['auroc'])}", positive, score)
+        precision_panel(precision, f"AUPRC {show(metrics['auprc'])}", positive, score)
         calibration_panel(reliability, r["calibration"])
         decision_panel(decision, r)
         score_panel(scores, s, r)
+    else:
+        figure, (roc, matrix, training) = new_figure(1, 3, 15, 5)
+        for c, name in enumerate(s.classes):
+            label = f"{shorten(name, 16)} {show(r['auroc_one_vs_rest'][name])}"
+            draw_roc(roc, label, s.labels == c, s.probabilities[:, c])
     finish_roc(roc)
     confusion_panel(matrix, r)
     training_panel(training, history, s.run and s.run["epoch"])
@@ -1463,29 +1446,26 @@ def plot_report(s: Scored, r: dict, bootstrap: Bootstrap, history: dict[str, lis
     return figure
 
 
-def plot_mistakes(s: Scored, device: torch.device):
+def plot_mistakes(s: Scored, r: dict, device: torch.device):
     """The twelve most confident mistakes; what spoke for the predicted class is tinted, scaled to its own maximum."""
-    figure = new_figure(11, 10.5)
-    axes = figure.subplots(3, 4).ravel()
-    ckpt = s.run
-    model = models.from_checkpoint(ckpt, device)
-    for ax in axes:
+    figure, axes = new_figure(3, 4, 11, 10.5)
+    model = models.from_checkpoint(s.run, device)
+    for ax in axes.flat:
         ax.set_axis_off()
-    for ax, f in zip(axes, mistakes(s, len(axes))):
-        pixels, _ = data.read_image(Path(s.root, f["path"]), ckpt["input_size"])
-        x = data.to_input(torch.from_numpy(pixels)[None].to(device), ckpt)
+    for ax, f in zip(axes.flat, mistakes(s, axes.size)):
+        pixels, _ = data.read_image(Path(s.root, f["path"]), s.run["input_size"])
+        x = data.to_input(torch.from_numpy(pixels)[None].to(device), s.run)
         ax.imshow(pixels, cmap="gray", vmin=0, vmax=255)
         with contextlib.suppress(UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, s.classes.index(f["prediction"]))
-            heat = heat[0].cpu().numpy()
+            maps = models.heat_map(model, x, s.classes.index(f["prediction"]))
+            heat = maps[0].cpu().numpy()
             opacity = np.where(heat > 0.3, heat / 2, 0)
             ax.imshow(heat, cmap="autumn", vmin=0, vmax=1, alpha=opacity)
-        of = s.classes[s.positive_index] if len(s.classes) == 2 else f["prediction"]
         lines = [
             shorten(Path(f["path"]).name, 34),
             f"true: {shorten(f['label'], 25)}",
             f"predicted: {shorten(f['prediction'], 25)}",
-            f"P({shorten(of, 25)}) {f['probability']:.3f}",
+            f"P({shorten(r.get('positive', f['prediction']), 25)}) {f['probability']:.3f}",
         ]
         ax.set_title("\n".join(lines), fontsize="small")
     figure.suptitle(f"most confident mistakes of {s.model}; tinted: what spoke for the predicted class (HiResCAM)")
@@ -1494,27 +1474,23 @@ def plot_mistakes(s: Scored, device: torch.device):
 
 def plot_comparison(groups: list[list[Scored]], c: dict):
     """ROC curves of the models, each one's first run, and the differences to the reference with their intervals."""
-    figure = new_figure(13, 6)
-    roc, gaps = figure.subplots(1, 2)
+    figure, (roc, differences) = new_figure(1, 2, 13, 6)
     entries = sorted(c["compared"], key=lambda e: e["number"])
     names = [f"{e['number']}  {shorten(e['model'], 24)}" for e in entries]
-    for i, (runs, e) in enumerate(zip(groups, entries)):
+    for name, e, runs in zip(names, entries, groups):
         positive, score, _ = runs[0].binary
-        label = f"{names[i]}  {show_interval(e['metrics']['auroc'])}"
-        draw_roc(roc, positive, score, label=label, **style(i))
-        for metric, shift, colour in (("auroc", -0.1, BLUE), ("accuracy", 0.1, ORANGE)):
-            gap = e["difference"].get(metric)
-            if gap and gap["value"] is not None:
-                low, high = gap["ci95"] or [gap["value"]] * 2
-                gaps.plot(gap["value"], i + shift, "o", color=colour, label=title(metric) if i == 1 else None)
-                gaps.hlines(i + shift, low, high, color=colour)
+        draw_roc(roc, f"{name}  {show(e['metrics']['auroc'])}", positive, score)
     finish_roc(roc)
-    gaps.axvline(0, color="k", ls=":", lw=1)
-    gaps.set_yticks(range(1, len(names)), names[1:])
-    gaps.set_ylim(len(names) - 0.5, 0.5)  # the first on top
-    gaps.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
-    if len(names) > 1:
-        gaps.legend(fontsize="small")
+    for metric, shift, colour in (("auroc", -0.1, BLUE), ("accuracy", 0.1, ORANGE)):
+        differences.plot([], [], "o-", color=colour, label=title(metric))
+        for i, e in enumerate(entries[1:], 1):
+            gap = low_value_high(e["difference"][metric])
+            differences.plot(gap, [i + shift] * 3, "o-", markevery=[1], color=colour)
+    differences.axvline(0, **CHANCE)
+    differences.set_yticks(range(1, len(names)), names[1:])
+    differences.set_ylim(len(names) - 0.4, 0.4)  # the first on top
+    differences.set(title=f"difference to the reference, {names[0]}", xlabel="difference, 95 % interval")
+    differences.legend()
     return figure
 
 
@@ -1556,23 +1532,22 @@ def find_inputs(patterns: list[str]) -> list[str]:
 def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> None:
     """Raise UserError where an option does not fit the inputs."""
     several_plots = args.plots and len(args.inputs) > 1
-    if args.plots and not importlib.util.find_spec("matplotlib"):
-        raise UserError("--plots needs matplotlib: pip install matplotlib")
-    if several_plots and not args.output:
-        raise UserError("--plots of several inputs needs --output DIR")
-    for_two_classes = {
-        "--threshold": args.threshold is not None,
-        "--stress": args.stress,
-        "--plots of a comparison": several_plots,
-    }
     more_classes = any(len(ckpt["classes"]) > 2 for ckpt in checkpoints.values())
-    for name, is_given in for_two_classes.items():
-        if is_given and more_classes:
-            raise UserError(f"{name} is for two classes; leave it out here")
-    if not checkpoints and (args.stress or args.data):
-        raise UserError("--stress and --data are for checkpoints: a CSV holds no images")
-    if args.positive is not None and len(checkpoints) == len(args.inputs):
-        raise UserError("--positive is for CSV files: a checkpoint knows its positive class")
+    no_matplotlib = not importlib.util.find_spec("matplotlib")
+    needs_images = args.stress or args.data
+    no_csv = len(checkpoints) == len(args.inputs)
+    problems = {
+        "--plots needs matplotlib: pip install matplotlib": args.plots and no_matplotlib,
+        "--plots of several inputs needs --output DIR": several_plots and not args.output,
+        "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
+        "--stress is for two classes; leave it out here": more_classes and args.stress,
+        "--plots of a comparison is for two classes; leave it out here": more_classes and several_plots,
+        "--stress and --data are for checkpoints: a CSV holds no images": needs_images and not checkpoints,
+        "--positive is for CSV files: a checkpoint knows its positive class": no_csv and args.positive is not None,
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise UserError(problem)
 
 
 def warn_leaks(scored: list[Scored]) -> None:
@@ -1587,10 +1562,6 @@ def warn_leaks(scored: list[Scored]) -> None:
             warn(f"LEAK: {how} on {images} of these images and {patients} of these patients: {', '.join(names)}")
 
 
-def is_csv(path: str) -> bool:
-    return path.lower().endswith(".csv")
-
-
 def read_history(folder: Path) -> dict[str, list]:
     """The curves of a run; pictures do without where there is no metrics.json."""
     try:
@@ -1600,99 +1571,85 @@ def read_history(folder: Path) -> dict[str, list]:
         return {}
 
 
-def run_folder(path: str) -> Path:
-    """Where the files of an input lie: a run's folder stands for its checkpoint."""
-    path = Path(path)
-    return path if path.is_dir() else path.parent
+def card_text(heading: str, blocks: list) -> str:
+    return "\n".join([f"# {heading}\n", *map(as_markdown, blocks)]) + "\n"
 
 
-def file_stem(s: Scored, args: argparse.Namespace) -> str:
-    """What the files of a report are named after: the split, and another folder than the run's own."""
-    # The test.csv of a run must not replace its test.json.
-    stem = args.split if s.run else f"{Path(s.source).stem}.scored"
-    return "-".join([stem, *data.find_root(args.data).resolve().parts[-2:]]) if args.data else stem
+def pictures(stem: str, figure) -> list[tuple]:
+    return [(f"{stem}.{kind}", save_figure, figure) for kind in ("png", "pdf")]
 
 
-def write_both(json_path: Path, card: Path, result: dict, heading: str, blocks: list) -> list[Path]:
-    """A report as JSON and as Markdown; returns their paths."""
-    data.write_json(json_path, result)
-    data.write_text(card, as_markdown(heading, blocks))
-    return [json_path, card]
+def report_files(s: Scored, r: dict, blocks: list, args: argparse.Namespace):
+    """Yields for each file of one model its name, the function that writes it, and the content.
 
-
-def write_report(folder: Path, s: Scored, r: dict, blocks: list, args: argparse.Namespace) -> list[Path]:
-    """The files of one model; returns their paths."""
-    stem = file_stem(s, args)
+    They are named after the split, and another folder than the run's own.
+    """
+    stem = args.split
+    if s.run is None:
+        stem = f"{Path(s.source).stem}.scored"  # the test.csv of a run must not replace its test.json
+    if args.data:
+        folder = data.find_root(args.data).resolve()
+        stem = "-".join([stem, *folder.parts[-2:]])
     card = "report.md" if args.output or stem == "test" else f"{stem}.md"
-    heading = f"Model card: {s.model}"
-    written = write_both(folder / f"{stem}.json", folder / card, r, heading, [*card_lines(r), *blocks])
+    yield f"{stem}.json", data.write_json, r
+    yield card, data.write_text, card_text(f"Model card: {s.model}", [*card_lines(r), *blocks])
     if s.run:
-        written.append(folder / f"{stem}.csv")
-        data.write_csv(written[-1], to_rows(s))
+        yield f"{stem}.csv", data.write_csv, to_rows(s)
     if args.plots:
         alone = s.run is not None and len(args.inputs) == 1  # neither another program's predictions nor pooled runs
-        history = read_history(run_folder(s.source)) if alone else {}
-        written += save_figure(plot_report(s, r, Bootstrap(args.bootstrap, args.seed), history), folder / stem)
+        history = read_history(models.in_run_folder(s.source).parent) if alone else {}
+        fewer = Bootstrap(min(args.bootstrap, 300), args.seed)
+        yield from pictures(stem, plot_report(s, r, fewer, history))
         if alone and r["failures"]:
-            written += draw_mistakes(s, folder / f"{stem}-mistakes", args.device)
-    return written
+            try:
+                yield from pictures(f"{stem}-mistakes", plot_mistakes(s, r, models.pick_device(args.device)))
+            except UserError as e:  # a file that can no longer be read
+                warn(f"no picture of the mistakes: {e}")
 
 
-def draw_mistakes(s: Scored, stem: Path, device: str) -> list[Path]:
-    """The picture of the mistakes, where their files can still be read."""
-    try:
-        return save_figure(plot_mistakes(s, models.pick_device(device)), stem)
-    except UserError as e:
-        warn(f"no picture of the mistakes: {e}")
-        return []
-
-
-def write_comparison(
-    folder: Path, groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace
-) -> list[Path]:
-    """The files of a comparison; returns their paths."""
-    written = write_both(folder / "compare.json", folder / "report.md", c, "Comparison of models", blocks)
+def comparison_files(groups: list[list[Scored]], c: dict, blocks: list, args: argparse.Namespace):
+    """The same of a comparison."""
+    yield "compare.json", data.write_json, c
+    yield "report.md", data.write_text, card_text("Comparison of models", blocks)
     if args.plots:
-        written += save_figure(plot_comparison(groups, c), folder / "compare")
-    return written
+        yield from pictures("compare", plot_comparison(groups, c))
 
 
 def run(args: argparse.Namespace) -> None:
     args.inputs = find_inputs(args.inputs)
     read_split.cache_clear()  # a folder may have changed since another call in this process
-    checkpoints = {path: models.load(path) for path in args.inputs if not is_csv(path)}
+    checkpoints = {path: models.load(path) for path in args.inputs if not path.lower().endswith(".csv")}
     check_arguments(args, checkpoints)
     roots = {data.find_root(args.data or ckpt["data"]["root"]) for ckpt in checkpoints.values()}
     for root in sorted(roots):
         data.prepare_demo(root)
     scored = []
     for path in args.inputs:
-        if path in checkpoints:
-            scored.append(score_checkpoint(path, checkpoints[path], args))
-        else:
-            scored.append(score_csv(path, args))
+        ckpt = checkpoints.get(path)
+        scored.append(score_checkpoint(path, ckpt, args) if ckpt else score_csv(path, args))
     warn_leaks(scored)
     if args.split == "val":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
-    groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     bootstrap = Bootstrap(args.bootstrap, args.seed)
     if len(scored) == 1:
         result = {**report(scored[0], bootstrap), **provenance(args)}
         blocks = report_blocks(result)
+        files = report_files(scored[0], result, blocks, args)
     else:
+        groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
         result = {**compare(groups, bootstrap), **provenance(args)}
         blocks = comparison_blocks(result)
+        files = comparison_files(groups, result, blocks, args)
     written = []
     if args.output or len(args.inputs) == 1:  # several inputs have no folder but --output
-        folder = Path(args.output or run_folder(args.inputs[0]))
+        folder = Path(args.output or models.in_run_folder(args.inputs[0]).parent)
         folder.mkdir(parents=True, exist_ok=True)
-        if len(scored) == 1:
-            written = write_report(folder, scored[0], result, blocks, args)
-        else:
-            written = write_comparison(folder, groups, result, blocks, args)
-    print(json.dumps(result, indent=1) if args.json else as_text(blocks))
-    files = ", ".join(map(str, written)) or "nothing; --output DIR keeps the report"
-    print(f"\nwritten: {data.printable(files)}", file=sys.stderr if args.json else sys.stdout)
+        for name, write, content in files:
+            write(folder / name, content)
+            written.append(str(folder / name))
+    print(json.dumps(result, indent=1) if args.json else "\n".join(map(as_text, blocks)))
+    names = ", ".join(written) or "nothing; --output DIR keeps the report"
+    print(f"\nwritten: {data.printable(names)}", file=sys.stderr if args.json else sys.stdout)
 
 
 def main() -> None:

@@ -1164,3 +1164,12 @@ def test_pictures_are_drawn_from_whatever_there_is(run, tmp_path, kind):
     assert done.returncode == 0, done.stderr
     assert f"{stem}.png" in done.stdout and f"{stem}.pdf" in done.stdout
     assert_pictures(tmp_path / "out", stem, *(["test-mistakes"] if kind == "run" else []))
+
+
+def test_runs_of_one_model_alone_are_drawn_without_a_warning(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    altered(run, tmp_path / "s1", 0.5, seed=1)
+    words = (run, "s1", "--bootstrap", 20, "--plots", "--output", "out", "--device", "cpu")
+    done = run_script("evaluate.py", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert_pictures(tmp_path / "out", "compare")
