@@ -1103,8 +1103,13 @@ def show_p(value: float | None) -> str:
 
 
 def shorten(text: str, width: int = 40) -> str:
+    """Without some of its first half, so that both a class's name and a file's can still be told."""
     text = data.printable(text)
-    return text if len(text) <= width else f"...{text[3 - width :]}"
+    if len(text) <= width:
+        return text
+    front = (width - 3) // 3
+    back = width - 3 - front
+    return f"{text[:front]}...{text[-back:]}"
 
 
 def title(metric: str) -> str:
@@ -1161,7 +1166,7 @@ def extremes(groups: dict) -> list[str]:
     lines = []
     for metric in MAIN:
         values = {name: g[metric]["value"] for name, g in groups.items() if metric in g}
-        if len(values) > 1:
+        if len(set(values.values())) > 1:
             smallest = min(values, key=values.get)
             largest = max(values, key=values.get)
             ends = [f"{values[name]:.3f} ({shorten(name, 24)})" for name in (smallest, largest)]
@@ -1199,8 +1204,10 @@ def two_class_blocks(r: dict) -> list:
 
 
 def more_class_blocks(r: dict) -> list:
-    each = {"AUROC against the rest": r["auroc_one_vs_rest"], "sensitivity": r["sensitivity_per_class"]}
-    return [metric_table("", {"mean over the classes": r["metrics"]}), metric_table("each class", each)]
+    each = Table("each class", ["", "AUROC against the rest", "sensitivity"], [])
+    for name, auroc in r["auroc_one_vs_rest"].items():
+        each.rows.append([name, auroc, r["sensitivity_per_class"][name]])
+    return [metric_table("", {"mean over the classes": r["metrics"]}), each]
 
 
 def report_blocks(r: dict) -> list:
@@ -1215,7 +1222,8 @@ def report_blocks(r: dict) -> list:
         columns = [f"P({r.get('positive', 'predicted')})", "true class", "predicted", "file"]
         table = Table("most confident mistakes", columns, [])
         for f in r["failures"]:
-            table.rows.append([show(f["probability"], 4), f["label"], f["prediction"], f["path"]])
+            names = [shorten(f[key], 20) for key in ("label", "prediction")]
+            table.rows.append([show(f["probability"], 4), *names, f["path"]])
         blocks.append(table)
     return blocks
 
