@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import http.client
 import io
+import itertools
 import json
 import sys
 import urllib.error
@@ -174,7 +175,7 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-        sentence = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        sentence = data.one_line(e).partition(". ")[0].rstrip(".")
         return None, sentence or type(e).__name__
     finally:
         constants.HF_HUB_OFFLINE = offline
@@ -185,10 +186,8 @@ def answers(address: str) -> bool:
     request = urllib.request.Request(address, method="HEAD")
     try:
         data.call_within(6, urllib.request.urlopen, request, None, 4)
-    except urllib.error.HTTPError:
-        return True  # an answer too
-    except (OSError, http.client.HTTPException):
-        return False
+    except (OSError, http.client.HTTPException) as e:
+        return isinstance(e, urllib.error.HTTPError)  # an answer too
     return True
 
 
@@ -207,7 +206,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     if "format" in content:
         content = load(path)
         known_classes = content["classes"]
-        seen = {"patients": content["data"]["patients"], "pixels": content["data"]["pixels"]}
+        seen = {key: content["data"][key] for key in ("patients", "pixels")}
         if content["input_size"] != size:
             warn(
                 f"{path} is of images of {content['input_size']} px, not {size}: whether it was trained on those that "
@@ -431,10 +430,11 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
         raise UserError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code")
     if kind == FORMAT and version < FORMAT_VERSION:
         checkpoint = upgrade(checkpoint)
-    for fault in faults(checkpoint, fields):
-        raise UserError(f"{path} is damaged: {fault}")
+    found = faults(checkpoint, fields)
     if kind == FORMAT:
-        check_consistency(checkpoint, path)
+        found = itertools.chain(found, contradictions(checkpoint))
+    for fault in found:
+        raise UserError(f"{path} is damaged: {fault}")
     return checkpoint
 
 
@@ -460,17 +460,17 @@ def upgrade(checkpoint: dict) -> dict:
     return upgraded
 
 
-def check_consistency(checkpoint: dict, path: Path) -> None:
-    """Raise UserError where the classes contradict each other or the threshold, or where reports could not be written."""
+def contradictions(checkpoint: dict):
+    """Yield where fields, each right by itself, contradict each other, or could not be written in reports."""
     classes = checkpoint["classes"]
     if len(set(classes)) != len(classes) or len(classes) < 2 or checkpoint["positive"] not in classes:
-        raise UserError(f"{path} is damaged: its classes are {classes}, the positive one {checkpoint['positive']}")
+        yield f"its classes are {classes}, the positive one {checkpoint['positive']}"
     if (len(classes) == 2) != (checkpoint["threshold"]["value"] is not None):
-        raise UserError(f"{path} is damaged: two classes have a threshold, more have none")
+        yield "two classes have a threshold, more have none"
     try:
         json.dumps([checkpoint["arguments"], checkpoint["environment"]], allow_nan=False, sort_keys=True)
     except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
+        yield "its arguments or environment are no JSON"
 
 
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
@@ -517,9 +517,8 @@ def infer(model: nn.Module, batches, pre: dict) -> Tensor:
     pre: see data.to_input.
     """
     device = next(model.parameters()).device
-    logits = []
-    for batch in batches:
-        logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
+    inputs = (data.to_input(batch.to(device, non_blocking=True), pre) for batch in batches)
+    logits = [model(x).float() for x in inputs]
     return torch.cat(logits).cpu().double()
 
 
@@ -562,8 +561,7 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     kept = []
     size = x.shape[-1]
     with torch.enable_grad(), contextlib.ExitStack() as hooks:
-        for layer, stride in shown_stages(model):
-            side = round(size / stride)
+        for layer, side in shown_stages(model, size):
             keep = lambda layer, inputs, output, side=side: kept.append((output, side))
             hooks.enter_context(layer.register_forward_hook(keep))
         logits = model(x)
@@ -581,14 +579,14 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def shown_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The last two layers whose output a heat map may show, each with its stride."""
+def shown_stages(model: nn.Module, size: int) -> list[tuple[nn.Module, int]]:
+    """The last two layers whose output a heat map may show, each with the cells along a side of images of that size."""
     if hasattr(model, "reroll"):  # its tokens stand in another order than the cells of the image (Hiera)
         raise UserError(NO_MAP)
     try:
         finest = min(info["reduction"] for info in model.feature_info)
         stages = [info for info in model.feature_info if info["reduction"] <= max(STRIDE, finest)]
-        return [(model.get_submodule(info["module"]), info["reduction"]) for info in stages[-2:]]
+        return [(model.get_submodule(info["module"]), round(size / info["reduction"])) for info in stages[-2:]]
     except (AttributeError, LookupError, TypeError):
         raise UserError(NO_MAP) from None
 
