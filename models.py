@@ -607,7 +607,9 @@ def to_grid(t: Tensor, side: int) -> Tensor | None:
     """
     if t.ndim == 3 and 0 <= t.shape[1] - side**2 <= MOST_PREFIX_TOKENS:
         return t[:, -(side**2) :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    for grid in (t, t.permute(0, 3, 1, 2)) if t.ndim == 4 else ():
+    if t.ndim != 4:
+        return None
+    for grid in (t, t.permute(0, 3, 1, 2)):
         height, width = grid.shape[2:]
         if height == width and abs(height - side) <= 2:
             return grid

@@ -117,7 +117,8 @@ def find_inputs(inputs):
             yield from find_images(item)
         else:
             found = sorted(glob.glob(item, recursive=True)) or [item]
-            yield from dict.fromkeys(itertools.chain(*map(find_images, found)))  # ** finds a folder and what is in it
+            images = itertools.chain.from_iterable(map(find_images, found))
+            yield from dict.fromkeys(images)  # ** finds a folder and what is in it
 
 
 def find_images(path: str) -> list[str]:
@@ -166,13 +167,16 @@ def stream(sources, work, workers: int, limit: int):
     submitted = 0
     try:
         for source in itertools.chain(sources, [FLUSH]):
-            if source is not FLUSH:
+            wanted, ahead = min(limit, 2 ** (submitted // workers)), 2 * workers
+            if source is FLUSH:
+                wanted, ahead = 1, 0
+            else:
                 batch.append(source)
-            if batch and (source is FLUSH or len(batch) == min(limit, 2 ** (submitted // workers))):
+            if len(batch) >= wanted:
                 jobs.append(pool.submit(work, batch))
                 submitted += 1
                 batch = []
-            while jobs and (source is FLUSH or len(jobs) > 2 * workers):
+            while len(jobs) > ahead:
                 yield jobs.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -185,26 +189,26 @@ def stream(sources, work, workers: int, limit: int):
 def classify(sources: list, classifier: Classifier) -> list[Prediction]:
     """A prediction for each path, open file, Pillow image or array."""
     checkpoint = classifier.checkpoint
-    readings = [data.decode(source, checkpoint["input_size"]) for source in sources]
-    images = torch.from_numpy(np.stack([pixels for pixels, _, _ in readings]))  # black where it can't be read
+    pixels, infos, errors = zip(*[data.decode(source, checkpoint["input_size"]) for source in sources])
+    images = torch.from_numpy(np.stack(pixels))  # black where one can't be read
     unlike = models.unlikeness(checkpoint["input_check"], images) / checkpoint["input_check"]["cut"]
     with classifier.turns:
         logits = models.infer(classifier.model, [images], checkpoint)
     p = models.probabilities(logits, checkpoint["temperature"])
     rows = []
-    for source, (pixels, info, error), *outputs in zip(sources, readings, p.tolist(), unlike.tolist()):
+    for i, source in enumerate(sources):
         row = Prediction(
             path=path_of(source),
-            error=error,
+            error=errors[i],
             threshold=checkpoint["threshold"]["value"],
             demo=checkpoint["data"]["demo"],
             model=checkpoint["model"],
             checksum=classifier.checksum,
         )
-        if not error:
-            probabilities, row.unlike = outputs
-            row.flags = flags(pixels, info, row.unlike)
-            decide(row, probabilities, checkpoint)
+        if not row.error:
+            row.unlike = unlike[i].item()
+            row.flags = flags(pixels[i], infos[i], row.unlike)
+            decide(row, p[i].tolist(), checkpoint)
         rows.append(row)
     return rows
 
@@ -296,9 +300,9 @@ def draw_heat_map(picture: Image.Image, heat: np.ndarray, lines: list[str]) -> I
         picture: grey. heat: float [height, width] in [0, 1], of any size.
     """
     factor = min(max(PANEL[0] / picture.width, 1), PANEL[1] / max(picture.size))
-    width, height = round(picture.width * factor), round(picture.height * factor)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    heat = np.asarray(Image.fromarray(heat).resize((width, height), Image.Resampling.BILINEAR))
+    picture = ImageOps.scale(picture, factor)
+    width, height = picture.size
+    heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
     font = ImageFont.load_default(max(12, width // 28))
     gap = round(font.size / 3)
     line = font.size + gap
@@ -310,7 +314,8 @@ def draw_heat_map(picture: Image.Image, heat: np.ndarray, lines: list[str]) -> I
     left, top = width + gap + 3 * font.size, height + gap
     right, bottom = canvas.width - 3 * font.size, top + font.size
     canvas.paste(GREY, (left, top, right, bottom))
-    paste_heat(canvas, np.tile(np.linspace(LOW, 1, right - left), (bottom - top, 1)), (left, top))
+    ramp = np.linspace(LOW, 1, right - left)
+    paste_heat(canvas, np.tile(ramp, (bottom - top, 1)), (left, top))
     draw.text((left - gap, top), f"{LOW}", fill=WHITE, font=font, anchor="ra")
     draw.text((right + gap, top), "1", fill=WHITE, font=font)
     for text in lines:
