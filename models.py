@@ -271,12 +271,12 @@ def read_weights(path: Path) -> dict:
 def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
     """The state dict in what a training program saved: under another key, or with a prefix before every name."""
     state = content
-    for key in WRAPPERS * 2:  # they come in any order, one within another, and so do the prefixes
+    for key in WRAPPERS * 3:  # deep enough for what is known, in any order
         if isinstance(state.get(key), dict):
             state = state[key]
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} does not hold a state dict of tensors")
-    for prefix in PREFIXES * 2:
+    for prefix in PREFIXES * 2:  # they come in any order too, one within another
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
@@ -286,8 +286,9 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
 
 
 def is_sound(value: Tensor) -> bool:
-    """Of finite numbers, neither sparse nor quantized."""
-    return value.layout == torch.strided and not value.is_quantized and bool(value.isfinite().all())
+    """Of finite numbers, neither sparse nor quantized nor without data."""
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return plain and bool(value.isfinite().all())
 
 
 # --- save and load ---
