@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import http.client
 import io
+import itertools
 import json
 import sys
 import urllib.error
@@ -49,20 +50,17 @@ def pick_device(name: str) -> torch.device:
 # --- build ---
 
 
-def check_name(name: str) -> None:
-    """Raise UserError with the nearest names where timm has no such model."""
-    try:
-        known = timm.is_model(name) and ("." not in name or timm.get_pretrained_cfg(name) is not None)
-    except RuntimeError:  # an unknown tag of a known model
-        known = False
-    if not known:
-        nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
-        raise UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}")
-
-
 def pretrained_config(name: str) -> timm.models.PretrainedCfg:
-    """What timm knows of a model's weights: their input, where they are; defaults where there are none."""
-    return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+    """What timm knows of a model's weights: their input, and where they are, if there are any.
+
+    Raises:
+        UserError: timm has no such model, or none with such a tag; names the nearest.
+    """
+    try:
+        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError:
+        nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
+        raise UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}") from None
 
 
 def preprocessing(name: str, size: int | None) -> dict:
@@ -70,7 +68,6 @@ def preprocessing(name: str, size: int | None) -> dict:
 
     Where size is None, it is 160 pixels, or the model's own if it takes one size alone.
     """
-    check_name(name)
     config = pretrained_config(name)
     if size is None:
         size = config.input_size[-1] if takes_one_size(name) else 160
@@ -88,7 +85,6 @@ def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
     Raises:
         UserError: unknown name, or an input size that the architecture does not take.
     """
-    check_name(name)
     if takes_one_size(name):
         kwargs["img_size"] = size
     try:
@@ -115,9 +111,8 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
     """channels_last, the faster one, but where it crashes or does not fit; images of one channel are in both."""
     if device.type == "mps":  # batch norms go wrong there in the backward pass (PyTorch issue 175189)
         return torch.contiguous_format
-    for parameter in model.parameters():
-        if parameter.ndim == 5:
-            return torch.contiguous_format
+    if any(parameter.ndim == 5 for parameter in model.parameters()):
+        return torch.contiguous_format
     for layer in model.modules():
         # In the backward pass of such a layer oneDNN writes where it must not (its issue 6035).
         if device.type == "cpu" and isinstance(layer, nn.Conv2d):
@@ -154,20 +149,18 @@ def build_pretrained(
     if weights is not None:
         return from_file(name, classes, size, weights)
     config = pretrained_config(name)
-    model = None
-    if config.has_weights or config.url or config.hf_hub_id:
+    failed = f"timm has no pretrained weights for {name}"
+    if config.has_weights:
         model, reason = from_hub(name, size)
-        failure = f"no pretrained weights for {name}: {reason}"
-    else:
-        failure = f"timm has no pretrained weights for {name}"
-    if model is not None:
-        model.reset_classifier(len(classes))
-        note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-        return model, {"source": "hub", "note": note, "failed": "", "seen": None}
+        if model is not None:
+            model.reset_classifier(len(classes))
+            note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+            return model, {"source": "hub", "note": note, "failed": "", "seen": None}
+        failed = f"no pretrained weights for {name}: {reason}"
     if insist:
-        raise UserError(f"{failure}; use --weights FILE or --no-pretrained")
+        raise UserError(f"{failed}; use --weights FILE or --no-pretrained")
     model = build(name, len(classes), size)
-    return model, {"source": "random", "note": "random weights", "failed": failure, "seen": None}
+    return model, {"source": "random", "note": "random weights", "failed": failed, "seen": None}
 
 
 def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
@@ -182,7 +175,7 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-        sentence = str(e).strip().split("\n")[0].split(". ")[0].rstrip(".")
+        sentence = data.one_line(e).partition(". ")[0].rstrip(".")
         return None, sentence or type(e).__name__
     finally:
         constants.HF_HUB_OFFLINE = offline
@@ -193,10 +186,8 @@ def answers(address: str) -> bool:
     request = urllib.request.Request(address, method="HEAD")
     try:
         data.call_within(6, urllib.request.urlopen, request, None, 4)
-    except urllib.error.HTTPError:
-        return True  # an answer too
-    except (OSError, http.client.HTTPException):
-        return False
+    except (OSError, http.client.HTTPException) as e:
+        return isinstance(e, urllib.error.HTTPError)  # an answer too
     return True
 
 
@@ -215,7 +206,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     if "format" in content:
         content = load(path)
         known_classes = content["classes"]
-        seen = {"patients": content["data"]["patients"], "pixels": content["data"]["pixels"]}
+        seen = {key: content["data"][key] for key in ("patients", "pixels")}
         if content["input_size"] != size:
             warn(
                 f"{path} is of images of {content['input_size']} px, not {size}: whether it was trained on those that "
@@ -225,13 +216,12 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     config = pretrained_config(name)
     stem, head = first_name(config.first_conv), first_name(config.classifier)
     keeps_head = set(classes) <= set(known_classes)
-    if keeps_head:
-        rows = [known_classes.index(c) for c in classes]
-        for key in (f"{head}.weight", f"{head}.bias"):
-            if key in state:
-                state[key] = state[key][rows]
     try:
-        count = len(state[f"{head}.weight"]) if f"{head}.weight" in state else 0
+        if keeps_head:
+            rows = [known_classes.index(c) for c in classes]
+            for key in {f"{head}.weight", f"{head}.bias"} & state.keys():
+                state[key] = state[key][rows]
+        count = len(state.get(f"{head}.weight", ()))
         channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
         overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
         # Strict: one tensor too many, too few or of another shape is another architecture.
@@ -239,9 +229,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     except UserError:
         raise
     except Exception as e:  # noqa: BLE001, timm's filters stumble over foreign tensors in many ways
-        lines = str(e).splitlines() or [type(e).__name__]
-        detail = lines[min(1, len(lines) - 1)].strip()[:160]
-        raise UserError(f"{path} does not hold weights of {name}: {detail}") from None
+        raise UserError(f"{path} does not hold weights of {name}: {data.one_line(e)}") from None
     note = f"{len(state)} tensors of {path} taken"
     if channels != 1:
         note += f"; {stem}: {channels} input channels summed to 1"
@@ -283,24 +271,24 @@ def read_weights(path: Path) -> dict:
 def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
     """The state dict in what a training program saved: under another key, or with a prefix before every name."""
     state = content
-    for _ in range(3):  # deep enough for what is known
-        inner = [state[key] for key in WRAPPERS if isinstance(state.get(key), dict)]
-        if inner:
-            state = inner[0]
+    for key in WRAPPERS * 3:  # deep enough for what is known, in any order
+        if isinstance(state.get(key), dict):
+            state = state[key]
     if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise UserError(f"{path} does not hold a state dict of tensors")
-    for prefix in PREFIXES * 2:  # they come in any order, one within another
+    for prefix in PREFIXES * 2:  # they come in any order too, one within another
         if all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
-        if not is_plain(value) or not value.isfinite().all():
+        if not is_sound(value):
             raise UserError(f"{path} holds weights that are no numbers, infinite, sparse or quantized: {key}")
     return state
 
 
-def is_plain(value: Tensor) -> bool:
-    """Neither sparse nor quantized."""
-    return value.layout == torch.strided and not value.is_quantized
+def is_sound(value: Tensor) -> bool:
+    """Of finite numbers, neither sparse nor quantized nor without data."""
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    return plain and bool(value.isfinite().all())
 
 
 # --- save and load ---
@@ -319,7 +307,7 @@ class Field:
     high: float = 1e30
     shape: tuple[int, ...] | None = None  # for tensors, which must be finite
     dtype: torch.dtype = torch.float32
-    of: type | None = None  # what a list or a dict holds
+    of: type | None = None  # what a list holds
     keys: dict | None = None  # fields that a dict must have
     optional: bool = False  # it may be None
 
@@ -328,7 +316,7 @@ TEXT, COUNT, SHARE = Field(str), Field(int, 0), Field(float, 0, 1)
 BORDER = Field(Tensor, shape=(BORDER_FEATURES,), dtype=torch.float64)
 FIELDS = {
     "model": TEXT,
-    "state_dict": Field(dict, of=Tensor),
+    "state_dict": Field(dict),
     "classes": Field(list, of=str),
     "positive": TEXT,
     "input_size": Field(int, 1, 10_000),
@@ -387,19 +375,15 @@ def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
             yield f"{name} is {value:.6g}, not in [{field.low:g}, {field.high:g}]"
         elif field.kind is Tensor and not fits(value, field):
             yield f"{name} is another tensor than was saved"
-        elif field.of and not all(isinstance(member, field.of) for member in members(value)):
+        elif field.of and not all(isinstance(member, field.of) for member in value):
             yield f"{name} holds what does not belong there"
         elif field.keys:
             yield from faults(value, field.keys, f"{name}.")
 
 
-def members(value: list | dict):
-    return value.values() if isinstance(value, dict) else value
-
-
 def fits(value: Tensor, field: Field) -> bool:
     same_shape = field.shape is None or field.shape == value.shape
-    return is_plain(value) and same_shape and value.dtype == field.dtype and bool(value.isfinite().all())
+    return same_shape and value.dtype == field.dtype and is_sound(value)
 
 
 def save(checkpoint: dict, path: Path) -> None:
@@ -447,10 +431,11 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
         raise UserError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code")
     if kind == FORMAT and version < FORMAT_VERSION:
         checkpoint = upgrade(checkpoint)
-    for fault in faults(checkpoint, fields):
-        raise UserError(f"{path} is damaged: {fault}")
+    found = faults(checkpoint, fields)
     if kind == FORMAT:
-        check_consistency(checkpoint, path)
+        found = itertools.chain(found, contradictions(checkpoint))
+    for fault in found:
+        raise UserError(f"{path} is damaged: {fault}")
     return checkpoint
 
 
@@ -466,27 +451,27 @@ def upgrade(checkpoint: dict) -> dict:
     }
     with contextlib.suppress(TypeError, KeyError):  # faults says what is wrong
         upgraded["arguments"] = {"folds": 10, "fold": 0, **checkpoint["arguments"]}
-        about = dict(checkpoint["data"])
-        lacked = {
+        about = checkpoint["data"]
+        upgraded["data"] = {
             "images": len(about["pixels"]),
             "val_patients": [],
             "val_pixels": torch.zeros(len(about["val"]), dtype=torch.int64),  # so many; which ones is not known
+            **about,
         }
-        upgraded["data"] = {**lacked, **about}
     return upgraded
 
 
-def check_consistency(checkpoint: dict, path: Path) -> None:
-    """Raise UserError where the classes contradict each other or the threshold, or where reports could not be written."""
+def contradictions(checkpoint: dict):
+    """Yield where fields, each right by itself, contradict each other, or could not be written in reports."""
     classes = checkpoint["classes"]
     if len(set(classes)) != len(classes) or len(classes) < 2 or checkpoint["positive"] not in classes:
-        raise UserError(f"{path} is damaged: its classes are {classes}, the positive one {checkpoint['positive']}")
+        yield f"its classes are {classes}, the positive one {checkpoint['positive']}"
     if (len(classes) == 2) != (checkpoint["threshold"]["value"] is not None):
-        raise UserError(f"{path} is damaged: two classes have a threshold, more have none")
+        yield "two classes have a threshold, more have none"
     try:
         json.dumps([checkpoint["arguments"], checkpoint["environment"]], allow_nan=False, sort_keys=True)
     except (TypeError, ValueError):
-        raise UserError(f"{path} is damaged: its arguments or environment are no JSON") from None
+        yield "its arguments or environment are no JSON"
 
 
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
@@ -497,27 +482,24 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     """
     name, state = checkpoint["model"], checkpoint["state_dict"]
     model = build(name, len(checkpoint["classes"]), checkpoint["input_size"])
-    for key, new in model.state_dict().items():
-        value = state.get(key)
-        if value is None or not is_plain(value) or value.shape != new.shape or value.dtype != new.dtype:
-            raise UserError(f"the weights do not fit this version of timm's {name}: {key}")
-        if not value[new.isfinite()].isfinite().all():  # a mask holds infinities, in a new model too
-            raise UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
+    finite = {key: value.isfinite() for key, value in model.state_dict().items()}  # but for limits that are infinite
     try:
         model.load_state_dict(state)
-    except RuntimeError as e:
-        raise UserError(f"the weights do not fit this version of timm's {name}: {e}") from None
+    except (RuntimeError, AttributeError) as e:  # such as a key that is no text
+        raise UserError(f"the weights do not fit this version of timm's {name}: {data.one_line(e)}") from None
+    for key, value in model.state_dict().items():
+        if not value[finite[key]].isfinite().all():
+            raise UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
     check_size(model, checkpoint["input_size"])
     return model.eval().to(device, memory_format=memory_format(model, device))
 
 
 def newest_checkpoint() -> Path:
     """The ckpt.pt of the newest run under runs/ that has ended, else of the newest one."""
-    found = sorted(Path("runs").glob("*/ckpt.pt"), key=lambda path: path.stat().st_mtime)
+    found = list(Path("runs").glob("*/ckpt.pt"))
     if not found:
         raise UserError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
-    finished = [path for path in found if is_finished(path.parent)]
-    return finished[-1] if finished else found[-1]
+    return max(found, key=lambda path: (is_finished(path.parent), path.stat().st_mtime))
 
 
 def is_finished(folder: Path) -> bool:
@@ -536,9 +518,8 @@ def infer(model: nn.Module, batches, pre: dict) -> Tensor:
     pre: see data.to_input.
     """
     device = next(model.parameters()).device
-    logits = []
-    for batch in batches:
-        logits.append(model(data.to_input(batch.to(device, non_blocking=True), pre)).float())
+    inputs = (data.to_input(batch.to(device, non_blocking=True), pre) for batch in batches)
+    logits = [model(x).float() for x in inputs]
     return torch.cat(logits).cpu().double()
 
 
@@ -578,20 +559,16 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     Raises:
         UserError: timm names no such stage of this model, or its output is no map of the image.
     """
-    kept, handles = [], []
+    kept = []
     size = x.shape[-1]
-    try:
-        for layer, stride in shown_stages(model):
-            side = round(size / stride)
+    with torch.enable_grad(), contextlib.ExitStack() as hooks:
+        for layer, side in shown_stages(model, size):
             keep = lambda layer, inputs, output, side=side: kept.append((output, side))
-            handles.append(layer.register_forward_hook(keep))
-        with torch.enable_grad():
-            logits = model(x)
-            score = (logits[:, target] - logits.mean(1)).sum()
-    finally:
-        for handle in handles:
-            handle.remove()
-    heat = None
+            hooks.enter_context(layer.register_forward_hook(keep))
+        logits = model(x)
+        score = (logits[:, target] - logits.mean(1)).sum()
+    if not kept:
+        raise UserError(NO_MAP)
     for output, side in reversed(kept):
         features = find_map(output, side, len(x))
         (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
@@ -599,20 +576,18 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
         heat = F.relu(contribution.sum(1, keepdim=True)).float()
         if contribution.any():
             break
-    if heat is None:
-        raise UserError(NO_MAP)
     heat = F.interpolate(heat, (size, size), mode="bilinear", align_corners=False)[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def shown_stages(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The last two layers whose output a heat map may show, each with its stride."""
+def shown_stages(model: nn.Module, size: int) -> list[tuple[nn.Module, int]]:
+    """The last two layers whose output a heat map may show, each with the cells along a side of images of that size."""
     if hasattr(model, "reroll"):  # its tokens stand in another order than the cells of the image (Hiera)
         raise UserError(NO_MAP)
     try:
         finest = min(info["reduction"] for info in model.feature_info)
         stages = [info for info in model.feature_info if info["reduction"] <= max(STRIDE, finest)]
-        return [(model.get_submodule(info["module"]), info["reduction"]) for info in stages[-2:]]
+        return [(model.get_submodule(info["module"]), round(size / info["reduction"])) for info in stages[-2:]]
     except (AttributeError, LookupError, TypeError):
         raise UserError(NO_MAP) from None
 
@@ -631,12 +606,14 @@ def to_grid(t: Tensor, side: int) -> Tensor | None:
     That, or channels last, with about side cells along a side (convolutions without padding lose some); or tokens in
     rows, behind those that stand for no cell.
     """
-    if t.ndim == 4 and t.shape[2] == t.shape[3] and abs(t.shape[2] - side) <= 2:
-        return t
-    if t.ndim == 4 and t.shape[1] == t.shape[2] and abs(t.shape[1] - side) <= 2:
-        return t.permute(0, 3, 1, 2)
     if t.ndim == 3 and 0 <= t.shape[1] - side**2 <= MOST_PREFIX_TOKENS:
         return t[:, -(side**2) :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    if t.ndim != 4:
+        return None
+    for grid in (t, t.permute(0, 3, 1, 2)):
+        height, width = grid.shape[2:]
+        if height == width and abs(height - side) <= 2:
+            return grid
     return None
 
 
@@ -651,9 +628,9 @@ def image_features(images: Tensor) -> Tensor:
     """
     x = images.cpu().unsqueeze(1).float()
     coarse = F.adaptive_avg_pool2d(x, CELLS).flatten(1)
-    across = F.adaptive_avg_pool2d(x.diff(dim=3).abs_(), FINE_CELLS).flatten(1)
-    down = F.adaptive_avg_pool2d(x.diff(dim=2).abs_(), FINE_CELLS).flatten(1)
-    fine = (across + down) / 2
+    across = F.adaptive_avg_pool2d(x.diff(dim=3).abs_(), FINE_CELLS)
+    down = F.adaptive_avg_pool2d(x.diff(dim=2).abs_(), FINE_CELLS)
+    fine = (across + down).flatten(1) / 2
     mean = coarse.mean(1, keepdim=True)
     std = coarse.std(1, keepdim=True)
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)

@@ -14,7 +14,6 @@ import glob
 import hashlib
 import itertools
 import json
-import math
 import os
 import re
 import sys
@@ -29,7 +28,7 @@ import data  # before the libraries: it looks after Ctrl-C while they are being 
 # isort: split
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import models
@@ -49,16 +48,6 @@ class Classifier:
     device: torch.device
     checksum: str  # first 12 hexadecimal digits of the file's SHA-256
     turns: threading.Semaphore  # threads that may use the model at once: an accelerator takes one
-
-
-@dataclass
-class Reading:
-    """One image as it was read."""
-
-    path: str  # as it was given; empty for what has none
-    pixels: np.ndarray  # uint8 [size, size]; zeros where it can't be read
-    info: data.ImageInfo | None
-    error: str
 
 
 @dataclass
@@ -92,10 +81,9 @@ def predict(images: list, checkpoint: str | Path | None = None, device: str = "a
     """
     classifier = open_classifier(checkpoint, device)
     work = functools.partial(classify, classifier=classifier)
-    images, results = list(images), []
-    for rows in stream(images, work, max(1, min(len(images), data.CORES)), BATCH):
-        results += [asdict(row) for row in rows]
-    return results
+    images = list(images)
+    lists = stream(images, work, max(1, min(len(images), data.CORES)), BATCH)
+    return [asdict(row) for row in itertools.chain.from_iterable(lists)]
 
 
 def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
@@ -119,36 +107,33 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:
 
 
 def find_inputs(inputs):
-    """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order.
-
-    A folder that can't be read, or holds no image, stands for itself: it gets a row that says so. FLUSH is handed on.
-    """
+    """Yield the paths that files, folders, globs and - (a list on stdin) stand for, in order. FLUSH is handed on."""
     for item in inputs:
         if item is FLUSH:
             yield FLUSH
         elif item == "-":
             yield from find_inputs(lines_on_stdin())
-        elif os.path.isdir(item):
+        elif os.path.exists(item) or not glob.has_magic(item):
             yield from find_images(item)
-        elif not os.path.exists(item) and glob.has_magic(item):
-            found = sorted(glob.glob(item, recursive=True))
-            yield from dict.fromkeys(find_inputs(found)) if found else [item]  # ** finds a folder and what is in it
         else:
-            yield item
+            found = sorted(glob.glob(item, recursive=True)) or [item]
+            images = itertools.chain.from_iterable(map(find_images, found))
+            yield from dict.fromkeys(images)  # ** finds a folder and what is in it
 
 
-def find_images(folder: str):
+def find_images(path: str) -> list[str]:
+    """The images of a folder; whatever else stands for itself.
+
+    So does a folder that can't be read, or holds no image: it gets a row that says so.
+    """
+    if not os.path.isdir(path):
+        return [path]
     unreadable, passed_over = [], Counter()
-    empty = True
-    for path in data.walk(Path(folder), passed_over, unreadable.append):
-        empty = False
-        yield str(path)
-    for error in unreadable:
-        yield error.filename
-    if empty and not unreadable:
-        yield folder
+    found = [str(image) for image in data.walk(Path(path), passed_over, unreadable.append)]
+    found += [error.filename for error in unreadable]
     if passed_over:
-        warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending")
+        warn(f"passed over in {path}: {passed_over.total()} files that are no images by their ending")
+    return found or [path]
 
 
 def lines_on_stdin():
@@ -165,11 +150,10 @@ def lines_on_stdin():
                 yield path
 
 
-def read(source, size: int) -> Reading:
-    """Read one path, open file, Pillow image or array."""
+def path_of(source) -> str:
+    """Of a path or an open file; empty for what has none."""
     name = source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")
-    path = os.fsdecode(name) if isinstance(name, str | os.PathLike) else ""
-    return Reading(path, *data.decode(source, size))
+    return os.fsdecode(name) if isinstance(name, str | os.PathLike) else ""
 
 
 def stream(sources, work, workers: int, limit: int):
@@ -183,13 +167,16 @@ def stream(sources, work, workers: int, limit: int):
     submitted = 0
     try:
         for source in itertools.chain(sources, [FLUSH]):
-            if source is not FLUSH:
+            wanted, ahead = min(limit, 2 ** (submitted // workers)), 2 * workers
+            if source is FLUSH:
+                wanted, ahead = 1, 0
+            else:
                 batch.append(source)
-            if batch and (source is FLUSH or len(batch) == min(limit, 2 ** (submitted // workers))):
+            if len(batch) >= wanted:
                 jobs.append(pool.submit(work, batch))
                 submitted += 1
                 batch = []
-            while jobs and (source is FLUSH or len(jobs) > 2 * workers):
+            while len(jobs) > ahead:
                 yield jobs.popleft().result()
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
@@ -199,38 +186,30 @@ def stream(sources, work, workers: int, limit: int):
 # --- classify ---
 
 
-def classify(sources: list, classifier: Classifier, maps: Path | None = None) -> list[Prediction]:
-    """A prediction for each path, open file, Pillow image or array; heat maps of paths go to the folder maps.
-
-    These hook into the model, which no other thread may use meanwhile.
-    """
+def classify(sources: list, classifier: Classifier) -> list[Prediction]:
+    """A prediction for each path, open file, Pillow image or array."""
     checkpoint = classifier.checkpoint
-    readings = [read(source, checkpoint["input_size"]) for source in sources]
+    pixels, infos, errors = zip(*[data.decode(source, checkpoint["input_size"]) for source in sources])
+    images = torch.from_numpy(np.stack(pixels))  # black where one can't be read
+    unlike = models.unlikeness(checkpoint["input_check"], images) / checkpoint["input_check"]["cut"]
+    with classifier.turns:
+        logits = models.infer(classifier.model, [images], checkpoint)
+    p = models.probabilities(logits, checkpoint["temperature"])
     rows = []
-    for reading in readings:
+    for i, source in enumerate(sources):
         row = Prediction(
-            path=reading.path,
-            error=reading.error,
+            path=path_of(source),
+            error=errors[i],
             threshold=checkpoint["threshold"]["value"],
             demo=checkpoint["data"]["demo"],
             model=checkpoint["model"],
             checksum=classifier.checksum,
         )
+        if not row.error:
+            row.unlike = unlike[i].item()
+            row.flags = flags(pixels[i], infos[i], row.unlike)
+            decide(row, p[i].tolist(), checkpoint)
         rows.append(row)
-    good = [i for i, reading in enumerate(readings) if not reading.error]
-    if good:
-        images = torch.from_numpy(np.stack([readings[i].pixels for i in good]))
-        unlike = models.unlikeness(checkpoint["input_check"], images) / checkpoint["input_check"]["cut"]
-        with classifier.turns:
-            logits = models.infer(classifier.model, [images], checkpoint)
-        p = models.probabilities(logits, checkpoint["temperature"])
-        for i, probabilities, distance in zip(good, p.tolist(), unlike.tolist()):
-            rows[i].unlike = distance
-            rows[i].flags = flags(readings[i], distance)
-            decide(rows[i], probabilities, checkpoint)
-    for row, reading in zip(rows, readings):
-        if maps is not None and row.label is not None:
-            add_heat_map(row, reading.pixels, classifier, maps)
     return rows
 
 
@@ -248,16 +227,13 @@ def decide(row: Prediction, probabilities: list[float], checkpoint: dict) -> Non
         row.label = max(row.probability, key=row.probability.get)
 
 
-def flags(reading: Reading, unlike: float) -> list[str]:
+def flags(pixels: np.ndarray, info: data.ImageInfo, unlike: float) -> list[str]:
     """What a person should know of an image before trusting the label."""
-    levels = reading.pixels[::4, ::4].ravel()
-    tail = len(levels) // 50  # 2 % at either end may be a letter or an edge
-    levels = np.partition(levels, (tail, len(levels) - 1 - tail))
-    spread = int(levels[-1 - tail]) - int(levels[tail])
+    low, high = np.percentile(pixels[::4, ::4], (2, 98))  # what lies beyond may be a letter or an edge
     limits = {
-        "colour image": reading.info.colour > COLOUR,
-        "near-constant image": spread < CONSTANT,
-        "under 64 pixels": min(reading.info.width, reading.info.height) < SMALL,
+        "colour image": info.colour > COLOUR,
+        "near-constant image": high - low < CONSTANT,
+        "under 64 pixels": min(info.width, info.height) < SMALL,
         "unlike training images": unlike > 1,
     }
     return [name for name, holds in limits.items() if holds]
@@ -271,22 +247,30 @@ PANEL = (224, 2500)  # pixels: smallest width, largest side
 GREY, WHITE = (90, 90, 90), (255, 255, 255)
 
 
-def add_heat_map(row: Prediction, pixels: np.ndarray, classifier: Classifier, folder: Path) -> None:
-    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile.
+def classify_with_map(sources: list, classifier: Classifier, folder: Path) -> list[Prediction]:
+    """classify for paths, and a heat map of each in the folder: hooks in the model allow no other thread meanwhile."""
+    rows = classify(sources, classifier)
+    for row in rows:
+        if row.label is not None:
+            add_heat_map(row, classifier, folder)
+    return rows
 
-    pixels: uint8 [size, size], what the model saw.
-    """
+
+def add_heat_map(row: Prediction, classifier: Classifier, folder: Path) -> None:
+    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile."""
     checkpoint = classifier.checkpoint
     try:
-        picture = Image.fromarray(data.read_image(row.path, None)[0])
+        picture, _ = data.read_image(row.path, None)
+        pixels, _ = data.read_image(row.path, checkpoint["input_size"])
     except data.ImageError as e:
         row.label, row.probability = None, None
         row.error = f"no map: {e}"
         return
     x = data.to_input(torch.from_numpy(pixels)[None].to(classifier.device), checkpoint)
     heat = models.heat_map(classifier.model, x, checkpoint["classes"].index(row.label))[0].cpu().numpy()
+    drawn = draw_heat_map(Image.fromarray(picture), heat, caption(row, checkpoint["positive"]))
     with data.replacing(folder / map_name(Path(row.path))) as f:
-        draw_heat_map(picture, heat, caption(row, checkpoint["positive"])).save(f, "PNG")
+        drawn.save(f, "PNG")
 
 
 def map_name(path: PurePath) -> str:
@@ -316,45 +300,45 @@ def draw_heat_map(picture: Image.Image, heat: np.ndarray, lines: list[str]) -> I
         picture: grey. heat: float [height, width] in [0, 1], of any size.
     """
     factor = min(max(PANEL[0] / picture.width, 1), PANEL[1] / max(picture.size))
-    width, height = round(picture.width * factor), round(picture.height * factor)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC).convert("RGBA")
+    picture = ImageOps.scale(picture, factor)
+    width, height = picture.size
     heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
     font = ImageFont.load_default(max(12, width // 28))
     gap = round(font.size / 3)
     line = font.size + gap
     canvas = Image.new("RGB", (2 * width + gap, height + line * (len(lines) + 1) + gap), "black")
     canvas.paste(picture, (0, 0))
-    canvas.paste(Image.alpha_composite(picture, tint(heat)), (width + gap, 0))
+    canvas.paste(picture, (width + gap, 0))
+    paste_heat(canvas, heat, (width + gap, 0))
     draw = ImageDraw.Draw(canvas)
-    scale = Image.new("RGBA", (width - 6 * font.size, font.size), GREY)
-    ramp = np.tile(np.linspace(LOW, 1, scale.width), (scale.height, 1))
     left, top = width + gap + 3 * font.size, height + gap
-    canvas.paste(Image.alpha_composite(scale, tint(ramp)), (left, top))
+    right, bottom = canvas.width - 3 * font.size, top + font.size
+    canvas.paste(GREY, (left, top, right, bottom))
+    ramp = np.linspace(LOW, 1, right - left)
+    paste_heat(canvas, np.tile(ramp, (bottom - top, 1)), (left, top))
     draw.text((left - gap, top), f"{LOW}", fill=WHITE, font=font, anchor="ra")
-    draw.text((left + scale.width + gap, top), "1", fill=WHITE, font=font)
-    for i, text in enumerate(lines):
-        shown = shorten(text, font, canvas.width - 2 * gap)
-        draw.text((gap, height + gap + (i + 1) * line), shown, fill=WHITE, font=font)
+    draw.text((right + gap, top), "1", fill=WHITE, font=font)
+    for text in lines:
+        top += line
+        draw.text((gap, top), shorten(text, font, canvas.width - 2 * gap), fill=WHITE, font=font)
     return canvas
 
 
-def tint(heat: np.ndarray) -> Image.Image:
-    """RGBA: from red to yellow and from faint to half opaque; nothing under LOW."""
+def paste_heat(canvas: Image.Image, heat: np.ndarray, corner: tuple[int, int]) -> None:
+    """From red to yellow and from faint to half opaque; nothing under LOW."""
     strength = (heat - LOW).clip(0) / (1 - LOW)
-    red = np.full_like(heat, 255)
+    colour = ImageOps.colorize(Image.fromarray((255 * strength).astype(np.uint8)), "red", "yellow")
     opacity = np.where(heat < LOW, 0, 70 + 60 * strength)
-    return Image.fromarray(np.stack([red, 255 * strength, 0 * red, opacity], axis=2).astype(np.uint8))
+    canvas.paste(colour, corner, Image.fromarray(opacity.astype(np.uint8)))
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """A line that fits, without its middle where it would not; the font knows ASCII alone."""
     text = data.printable(text).encode("ascii", "replace").decode()
-    shown = text
-    kept = min(len(text), 5 * width // font.size)  # no letter is narrower than a fifth of the font
-    while font.getlength(shown) > width:
-        kept -= 1
-        shown = f"{text[: math.ceil(kept / 2)]}...{text[len(text) - kept // 2 :]}"
-    return shown
+    while font.getlength(text) > width:
+        middle = len(text) // 2
+        text = f"{text[: middle - 2]}...{text[middle + 2 :]}"
+    return text
 
 
 # --- write ---
@@ -379,16 +363,16 @@ def to_table(rows: list[Prediction], classes: list[str], positive: str, header: 
 
 
 def csv_row(row: Prediction, classes: list[str]) -> dict:
-    cells = {"path": row.path, "label": row.label}
-    if len(classes) == 2:
-        cells["probability"] = row.probability
-    else:
-        for name in classes:
-            cells[f"probability_{name}"] = row.probability and row.probability[name]
-    cells["threshold"] = row.threshold
-    cells["flags"] = "; ".join(row.flags + ["demo model"] * row.demo)
-    for key in ("unlike", "error", "model", "checksum"):
-        cells[key] = getattr(row, key)
+    """The fields in their order; of more than two classes each has a column."""
+    cells = {}
+    for key, value in asdict(row).items():
+        if key == "flags":
+            cells[key] = "; ".join(value + ["demo model"] * row.demo)
+        elif key == "probability" and len(classes) > 2:
+            for name in classes:
+                cells[f"probability_{name}"] = value and value[name]
+        elif key != "demo":
+            cells[key] = value
     return cells
 
 
@@ -421,7 +405,7 @@ def make_parser() -> argparse.ArgumentParser:
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object a line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="CSV with a header")
-    parser.add_argument("--cam", metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR")
+    parser.add_argument("--cam", type=Path, metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
@@ -435,15 +419,15 @@ def run(args: argparse.Namespace) -> int:
         warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments'].get('epochs')}")
     if checkpoint["data"]["demo"]:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
-    if args.cam:
-        if any(Path(args.cam).resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
-            raise UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
-        Path(args.cam).mkdir(parents=True, exist_ok=True)
-        if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in Path(args.cam).iterdir()):
-            raise UserError(f"--cam {args.cam} holds images, with which maps would be confused; take another folder")
-    work = functools.partial(classify, classifier=classifier, maps=Path(args.cam) if args.cam else None)
+    work = functools.partial(classify, classifier=classifier)
     workers, limit = data.CORES, BATCH
-    if args.cam or (len(args.inputs) == 1 and os.path.isfile(args.inputs[0])):
+    if args.cam:
+        if any(args.cam.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
+            raise UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
+        args.cam.mkdir(parents=True, exist_ok=True)
+        if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in args.cam.iterdir()):
+            raise UserError(f"--cam {args.cam} holds images, with which maps would be confused; take another folder")
+        work = functools.partial(classify_with_map, classifier=classifier, folder=args.cam)
         workers, limit = 1, 1  # a heat map takes long: each gives its row at once
     counts, flagged = Counter(), 0
     with tqdm(unit="img", leave=False, disable=None) as bar:

@@ -623,6 +623,32 @@ def test_weights_that_are_not_finite_are_an_error(small, value):
             models.from_checkpoint(checkpoint, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    "altered",
+    [
+        {"conv_head.weight": torch.zeros(1024, 288, 1, 1).to_sparse()},
+        {"conv_head.weight": torch.quantize_per_tensor(torch.zeros(1024, 288, 1, 1), 0.1, 0, torch.qint8)},
+        {"conv_head.weight": torch.zeros(1024, 288, 1, 1, device="meta")},
+        {"conv_head.weight": "text"},
+        {"classifier.weight": torch.zeros(1, 1024)},
+        {"more.weight": torch.zeros(3)},
+        {5: torch.zeros(3)},
+    ],
+    ids=["sparse", "quantized", "without data", "text", "another shape", "one too many", "a key that is no text"],
+)
+def test_altered_weights_are_refused_in_one_line_wherever_they_are_read(tmp_path, small, altered):
+    checkpoint = to_checkpoint(SMALL, small)
+    checkpoint["state_dict"] = {**checkpoint["state_dict"], **altered}
+    torch.save(checkpoint, tmp_path / "ckpt.pt")
+    for read in (
+        lambda: models.from_checkpoint(models.load(tmp_path), CPU),
+        lambda: models.build_pretrained(SMALL, CLASSES[::-1], 64, str(tmp_path), insist=False),
+    ):
+        with pytest.raises(data.UserError) as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
 def spots(content: dict, prefix: tuple = ()) -> list[tuple]:
     """The path of every key in nested dicts."""
     found = []
