@@ -53,6 +53,7 @@ import joblib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy import ndarray
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
@@ -683,7 +684,7 @@ class ImageInfo:
             raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
-def read_image(source, size: int | None) -> tuple[np.ndarray, ImageInfo]:
+def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
     """Any image as grey levels: the one function that opens images, for training, evaluation and prediction.
 
     Args:
@@ -748,7 +749,7 @@ def _read(source, size):
 
 def _open(source):
     """A Pillow image, not yet decoded, and its ImageInfo."""
-    if isinstance(source, np.ndarray):
+    if isinstance(source, ndarray):
         source = Image.fromarray(source)
     if not isinstance(source, Image.Image):
         source.seek(128)
@@ -760,7 +761,7 @@ def _open(source):
     return source, ImageInfo(*source.size, source.mode)
 
 
-def _scale(samples: np.ndarray, black: float, white: float) -> Image.Image:
+def _scale(samples: ndarray, black: float, white: float) -> Image.Image:
     """8-bit image from any samples, in parts: floats of the whole would take gigabytes. black may lie above white."""
     levels = []
     for part in np.array_split(samples, 1 + samples.size // 2**20):
@@ -867,12 +868,12 @@ class Images:
     failed: dict[int, str]  # position and reason of each file that can't be read
 
 
-def digest(pixels: np.ndarray) -> int:
+def digest(pixels: ndarray) -> int:
     """64-bit BLAKE2b of an image's pixels, signed."""
     return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), signed=True)
 
 
-def decode(path: Path, size: int | None) -> tuple[np.ndarray, ImageInfo | None, str]:
+def decode(path: Path, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
     """read_image's pixels and info, and the reason where it fails."""
     try:
         pixels, info = read_image(path, size)
@@ -1242,7 +1243,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
         yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
 
 
-def recompress(pixels: np.ndarray) -> np.ndarray:
+def recompress(pixels: ndarray) -> ndarray:
     """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
@@ -1355,7 +1356,7 @@ class Inspected:
     measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
     file: list[float]  # what is known without any grey level
     pixels: tuple  # their shape and digest
-    border: np.ndarray  # uint8 [348], see border_features
+    border: ndarray  # uint8 [348], see border_features
 
 
 def check(root: Path) -> dict:

@@ -34,6 +34,7 @@ import sklearn
 import timm
 import torch
 import torchvision
+from numpy import ndarray
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import betaincinv, expit, log_expit, log_softmax, logit, ndtri, softmax, stdtr, stdtrit
 from sklearn.linear_model import LogisticRegression
@@ -55,7 +56,7 @@ EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def rates(positive: ndarray, predicted: ndarray, weights: ndarray) -> dict[str, ndarray]:
     """The metrics of a confusion matrix, each [draws]; NaN where one is undefined (its denominator is zero).
 
     positive, predicted: bool [images]; weights: float [draws, images].
@@ -80,7 +81,7 @@ def rates(positive: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> d
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def ranking(positive: ndarray, score: ndarray, weights: ndarray) -> dict[str, ndarray]:
     """AUROC (ties count half) and AUPRC (average precision, a step function), each [draws]; NaN without both."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.inf))  # first image of each group of equal scores
@@ -96,13 +97,13 @@ def ranking(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dic
     return {"auroc": auroc, "auprc": np.where(all_negatives > 0, auprc, np.nan)}
 
 
-def binary_metrics(positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, weights: np.ndarray) -> dict:
+def binary_metrics(positive: ndarray, score: ndarray | None, predicted: ndarray, weights: ndarray) -> dict:
     """Every metric of two classes, each [draws]; without scores those of the predictions alone."""
     ranks = {} if score is None else ranking(positive, score, weights)
     return {**ranks, **rates(positive, predicted, weights)}
 
 
-def macro_auroc(labels: np.ndarray, probabilities: np.ndarray, positive_index: int) -> float:
+def macro_auroc(labels: ndarray, probabilities: ndarray, positive_index: int) -> float:
     """AUROC of the positive class where there are two classes, else the mean of one class against the rest."""
     once = np.ones((1, len(labels)))
     classes = range(probabilities.shape[1])
@@ -122,7 +123,7 @@ class Bootstrap:
     draws: int
     seed: int = 0
 
-    def values(self, metrics, patients: np.ndarray) -> dict[str, np.ndarray]:
+    def values(self, metrics, patients: ndarray) -> dict[str, ndarray]:
         """What metrics(weights [block, images]) returns for each name, [1 + draws]: of the images as they are, then
         of each draw; patients: int [images], any numbers."""
         rng = np.random.default_rng(self.seed)
@@ -139,13 +140,13 @@ class Bootstrap:
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
 
 
-def patient_numbers(patients) -> np.ndarray:
+def patient_numbers(patients) -> ndarray:
     """int64 [images]: equal patients get equal numbers, from 0 on, in the order in which they appear."""
     numbers = {}
     return np.array([numbers.setdefault(patient, len(numbers)) for patient in patients])
 
 
-def counts(patients: np.ndarray) -> dict[str, int]:
+def counts(patients: ndarray) -> dict[str, int]:
     return {"images": len(patients), "patients": len(np.unique(patients))}
 
 
@@ -157,7 +158,7 @@ def clopper_pearson(share: float, n: int) -> list[float]:
     return [low, high]
 
 
-def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> tuple[float, float]:
+def deviation(drawn: ndarray, runs: list[ndarray], least: float = 0.0) -> tuple[float, float]:
     """Standard deviation of a mean over runs, or of the difference of two, and its degrees of freedom.
 
     The variance of testing, that of the draws of patients, drawn [draws], or least where that is larger, and that of
@@ -174,7 +175,7 @@ def deviation(drawn: np.ndarray, runs: list[np.ndarray], least: float = 0.0) -> 
     return math.sqrt(total), total**2 / inverse if inverse else math.inf
 
 
-def with_interval(values: np.ndarray, patients: int, low: int = 0) -> dict:
+def with_interval(values: ndarray, patients: int, low: int = 0) -> dict:
     """{"value", "ci95"} of a mean over runs, in [low, 1], from its bootstrap: values [runs, 1 + draws]; of several runs
     their standard deviation, "sd", too.
 
@@ -207,7 +208,7 @@ def number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, patients: np.ndarray) -> int:
+def patients_behind(metric: str, positive: ndarray, predicted: ndarray, patients: ndarray) -> int:
     """How many patients the denominator of a metric holds; those of the rarer class where it needs both."""
     denominators = {
         "accuracy": np.ones_like(positive),
@@ -223,13 +224,13 @@ def patients_behind(metric: str, positive: np.ndarray, predicted: np.ndarray, pa
     return len(np.unique(patients[group]))
 
 
-def patients_of_rarest(labels: np.ndarray, patients: np.ndarray) -> int:
+def patients_of_rarest(labels: ndarray, patients: ndarray) -> int:
     """How many patients the class with the fewest has, of those that are there."""
     return min(len(np.unique(patients[labels == c])) for c in np.unique(labels))
 
 
 def binary_estimates(
-    positive: np.ndarray, score: np.ndarray | None, predicted: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap
+    positive: ndarray, score: ndarray | None, predicted: ndarray, patients: ndarray, bootstrap: Bootstrap
 ) -> dict[str, dict]:
     """{metric: {"value", "ci95"}} of two classes; patients: int [images]."""
     result = {}
@@ -243,7 +244,7 @@ def binary_estimates(
 # --- calibration and decisions ---
 
 
-def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
+def calibration(positive: ndarray, z: ndarray) -> dict[str, float | None]:
     """Brier score, negative log-likelihood, ECE (10 equal bins), calibration slope and intercept, from logits z.
 
     Slope: of a logistic regression on the logit (1 is ideal); intercept: calibration in the large, with the slope fixed
@@ -274,14 +275,14 @@ def calibration(positive: np.ndarray, z: np.ndarray) -> dict[str, float | None]:
     }
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> bool:
+def overlap(a: ndarray, b: ndarray) -> bool:
     """Whether some of a lie below some of b and the other way round: else no logistic regression has a finite slope."""
     if not len(a) or not len(b):
         return False
     return a.min() < b.max() and b.min() < a.max()
 
 
-def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray, bootstrap: Bootstrap) -> list[dict]:
+def calibration_curve(positive: ndarray, p: ndarray, patients: ndarray, bootstrap: Bootstrap) -> list[dict]:
     """Mean probability and observed frequency, with its interval, in each of 10 equal bins that holds images."""
     bins = np.minimum((p * 10).astype(int), 9)
     points = []
@@ -294,7 +295,7 @@ def calibration_curve(positive: np.ndarray, p: np.ndarray, patients: np.ndarray,
     return points
 
 
-def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
+def decision_curve(positive: ndarray, p: ndarray) -> list[dict]:
     """Net benefit per image of treating whom the model calls positive, and of treating all (Vickers and Elkin 2006).
 
     That of treating none is 0. A threshold of t says that a false positive costs t / (1 - t) of a true one's worth.
@@ -312,7 +313,7 @@ def decision_curve(positive: np.ndarray, p: np.ndarray) -> list[dict]:
 TEMPERATURES = (0.05, 20.0)  # the bounds of its fit
 
 
-def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+def fit_temperature(logits: ndarray, labels: ndarray) -> float:
     """The temperature that minimises the negative log-likelihood (Guo et al. 2017).
 
     It is one of TEMPERATURES where no minimum lies between them: the logits separate the classes, or tell nothing.
@@ -334,7 +335,7 @@ def at_bound(temperature: float) -> bool:
     return bool(np.isclose(temperature, TEMPERATURES).any())
 
 
-def choose_threshold(rule: str, positive: np.ndarray, z: np.ndarray) -> float:
+def choose_threshold(rule: str, positive: ndarray, z: ndarray) -> float:
     """A threshold on the probability, predicted positive from it on.
 
     Args:
@@ -368,16 +369,16 @@ class Scored:
     positive_index: int  # position in classes
     root: str
     records: list[data.Record]
-    patients: np.ndarray  # int64 [images], see patient_numbers
-    logits: np.ndarray  # float64 [images, classes]
-    temperature: np.ndarray  # float64 [images]: of the run that scored the image
-    threshold: np.ndarray  # float64 [images], on the probability of the positive one of two classes
+    patients: ndarray  # int64 [images], see patient_numbers
+    logits: ndarray  # float64 [images, classes]
+    temperature: ndarray  # float64 [images]: of the run that scored the image
+    threshold: ndarray  # float64 [images], on the probability of the positive one of two classes
     rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
     split: str = "predictions"
     demo: bool = False
     left_out: list[dict] = field(default_factory=list)  # path and reason
-    border: np.ndarray | None = None  # float64 [images]: logit of the classifier that sees the border alone
-    stressed: dict[str, np.ndarray] = field(default_factory=dict)  # logits of changed copies, like logits
+    border: ndarray | None = None  # float64 [images]: logit of the classifier that sees the border alone
+    stressed: dict[str, ndarray] = field(default_factory=dict)  # logits of changed copies, like logits
     leaks: dict | None = None  # see find_leaks
     fingerprint: str | None = None  # of the images' pixels
     parameters: int | None = None
@@ -389,34 +390,34 @@ class Scored:
         return len(self.classes) == 2
 
     @functools.cached_property
-    def labels(self) -> np.ndarray:
+    def labels(self) -> ndarray:
         """int64 [images]: positions in classes."""
         return np.array([self.classes.index(r.label) for r in self.records])
 
     @functools.cached_property
-    def probabilities(self) -> np.ndarray:
+    def probabilities(self) -> ndarray:
         """Calibrated, float64 [images, classes]."""
         return softmax(self.logits / self.temperature[:, None], axis=1)
 
     @property
-    def z(self) -> np.ndarray:
+    def z(self) -> ndarray:
         """Logit of the positive one of two classes, before temperature."""
         return binary_logit(self.logits, self.positive_index)
 
     @functools.cached_property
-    def predicted(self) -> np.ndarray:
+    def predicted(self) -> ndarray:
         """int64 [images]: positions in classes."""
         if not self.is_binary:
             return self.probabilities.argmax(1)
         is_positive = self.probabilities[:, self.positive_index] >= self.threshold
         return np.where(is_positive, self.positive_index, 1 - self.positive_index)
 
-    def against_rest(self, c: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def against_rest(self, c: int) -> tuple[ndarray, ndarray, ndarray]:
         """Whether each image is of class c, the probability of that, and whether it is predicted."""
         return self.labels == c, self.probabilities[:, c], self.predicted == c
 
     @property
-    def binary(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def binary(self) -> tuple[ndarray, ndarray, ndarray]:
         """The same of the positive class."""
         return self.against_rest(self.positive_index)
 
@@ -434,7 +435,7 @@ class Scored:
 
 def infer_stressed(
     model: torch.nn.Module, images: Tensor, index: Tensor, records: list, pre: dict
-) -> dict[str, np.ndarray]:
+) -> dict[str, ndarray]:
     """{name of the stress: logits [len(index), classes]} of changed copies of the images at index; records: theirs."""
     partners = data.draw_partners(records)
     paths = [r.path for r in records]
@@ -447,7 +448,7 @@ def infer_stressed(
     return {name: torch.cat(batches).numpy() for name, batches in logits.items()}
 
 
-def binary_logit(logits: np.ndarray, positive_index: int) -> np.ndarray:
+def binary_logit(logits: ndarray, positive_index: int) -> ndarray:
     """The logit of the positive one of two classes."""
     return logits[:, positive_index] - logits[:, 1 - positive_index]
 
@@ -542,7 +543,7 @@ def find_leaks(records: list[data.Record], digests: Tensor, seen: dict) -> dict[
     return dict(zip(names, (*trained, *chosen)))
 
 
-def read_predictions(path: str) -> tuple[list[data.Record], np.ndarray]:
+def read_predictions(path: str) -> tuple[list[data.Record], ndarray]:
     """Records and probabilities of a CSV with the columns path, label, probability, and perhaps patient and subtype.
 
     Raises:
@@ -788,7 +789,7 @@ def report_more(s: Scored, bootstrap: Bootstrap) -> dict:
     }
 
 
-def group_estimates(s: Scored, mask: np.ndarray, bootstrap: Bootstrap) -> dict:
+def group_estimates(s: Scored, mask: ndarray, bootstrap: Bootstrap) -> dict:
     """Counts, and of AUROC, sensitivity and specificity what is defined, of the images in a mask."""
     part = [values[mask] for values in s.binary]
     patients = patient_numbers(s.patients[mask])  # the draws are those of a report on these images alone
@@ -914,7 +915,7 @@ class Measured:
     """A model's metrics: those of one run, or of several that differ in their seed alone."""
 
     runs: list[Scored]
-    values: dict[str, np.ndarray]  # of each metric [runs, 1 + draws], see Bootstrap.values
+    values: dict[str, ndarray]  # of each metric [runs, 1 + draws], see Bootstrap.values
 
     def estimates(self) -> dict[str, dict]:
         """{metric: see with_interval} of the mean over the runs."""
@@ -929,7 +930,7 @@ class Measured:
         return result
 
 
-def task_metrics(s: Scored, weights: np.ndarray) -> dict[str, np.ndarray]:
+def task_metrics(s: Scored, weights: ndarray) -> dict[str, ndarray]:
     """The main metrics of two classes; of more accuracy, and means over each class against the rest; each [draws]."""
     if s.is_binary:
         metrics = binary_metrics(*s.binary, weights)
@@ -948,7 +949,7 @@ def measure(runs: list[Scored], bootstrap: Bootstrap) -> Measured:
     return Measured(runs, values)
 
 
-def sign_flip_p(differences: np.ndarray) -> float:
+def sign_flip_p(differences: ndarray) -> float:
     """Exact two-sided p of the sum of integers, one a patient, whose signs are random under the null (Fisher 1935).
 
     With one image a patient and the right answers of two models it is McNemar's exact test.
@@ -964,7 +965,7 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return min(1.0, chance[as_far].sum())
 
 
-def right_answers(model: Measured) -> np.ndarray:
+def right_answers(model: Measured) -> ndarray:
     """How many of its runs' answers are right, int64 [patients]."""
     return sum(np.bincount(s.patients, s.predicted == s.labels) for s in model.runs).astype(int)
 
@@ -1135,7 +1136,7 @@ def header_lines(r: dict) -> list[str]:
     return lines
 
 
-def confusion_cells(r: dict) -> tuple[list[str], np.ndarray]:
+def confusion_cells(r: dict) -> tuple[list[str], ndarray]:
     """Class names and counts, a row for each true class; of two classes the negative one first."""
     c = r["confusion"]
     if "positive" not in r:
@@ -1308,7 +1309,7 @@ def save_figure(path: Path, figure) -> None:
         figure.savefig(f, format=path.suffix[1:], dpi=300)
 
 
-def curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+def curves(positive: ndarray, score: ndarray, weights: ndarray) -> dict[str, ndarray]:
     """Sensitivity over 1 - specificity, and precision over recall, on GRID: [draws with both classes, len(GRID)]."""
     both = weights[:, positive].any(1) & weights[:, ~positive].any(1)
     roc, precision_recall = np.empty((2, both.sum(), len(GRID)))
@@ -1320,7 +1321,7 @@ def curves(positive: np.ndarray, score: np.ndarray, weights: np.ndarray) -> dict
     return {"roc": roc, "precision_recall": precision_recall}
 
 
-def band_and_point(ax, drawn: np.ndarray, x: float, y: float) -> None:
+def band_and_point(ax, drawn: ndarray, x: float, y: float) -> None:
     """The 95 % band of the curves in drawn [1 + draws, len(GRID)], and the operating point unless it is NaN."""
     if len(drawn) > 1:
         low, high = np.percentile(drawn[1:], (2.5, 97.5), axis=0)
@@ -1329,7 +1330,7 @@ def band_and_point(ax, drawn: np.ndarray, x: float, y: float) -> None:
         ax.plot(x, y, "o", color=ORANGE, mec="k", ms=8, label="at the threshold", zorder=5)
 
 
-def draw_roc(ax, label: str, positive: np.ndarray, score: np.ndarray) -> None:
+def draw_roc(ax, label: str, positive: ndarray, score: ndarray) -> None:
     if positive.any() and not positive.all():
         fpr, tpr, _ = roc_curve(positive, score)
         ax.plot(fpr, tpr, label=label)
@@ -1341,7 +1342,7 @@ def finish_roc(ax) -> None:
     ax.legend(loc="lower right")
 
 
-def precision_panel(ax, label: str, positive: np.ndarray, score: np.ndarray) -> None:
+def precision_panel(ax, label: str, positive: ndarray, score: ndarray) -> None:
     prevalence = positive.mean()
     if 0 < prevalence < 1:
         precision, recall, _ = precision_recall_curve(positive, score)

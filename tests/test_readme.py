@@ -38,8 +38,8 @@ NOT_RUN = {  # what a command begins with, and why
     "torchrun --nnodes": "two machines: its arguments are parsed",
 }
 CHEAP = {  # appended: of an option that stands twice the last one counts
-    "train.py": shlex.split("--epochs 1 --img-size 64 --batch-size 16 --threshold youden --device cpu"),
-    "evaluate.py": ["--bootstrap", "200"],
+    "train.py": shlex.split("--epochs 1 --img-size 32 --batch-size 32 --threshold youden --device cpu"),
+    "evaluate.py": ["--bootstrap", "20"],
 }
 SHELL = """
 say() { local IFS=$'\\t'; echo "$*"; }
