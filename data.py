@@ -364,11 +364,11 @@ def split_folder(root: Path, split: str) -> Path:
     return folders[0] if folders else root / split
 
 
-Table = dict[str, dict[str, str]]  # rows of metadata.csv by path; each has its split, as SPLITS calls it, or None
+Metadata = dict[str, dict[str, str | None]]  # rows of metadata.csv by path; each has its split, one of SPLITS, or None
 TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
 
 
-def read_metadata(root: Path) -> Table:
+def read_metadata(root: Path) -> Metadata:
     """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without one.
 
     The convention of Hugging Face's image folders: file_name is relative to the table's folder. Separated by commas,
@@ -470,7 +470,7 @@ def label_by_folder(root: Path, split: str) -> dict[str, str]:
     return labels
 
 
-def scan(root: Path, split: str, table: Table | None = None) -> list[Record]:
+def scan(root: Path, split: str, table: Metadata | None = None) -> list[Record]:
     """The images of a split, sorted by class and path: those of ROOT/split/CLASS/, or, in whatever folders, those that
     metadata.csv gives labels.
 
@@ -572,7 +572,8 @@ def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     named = {s: named_patients([r for r in records if r.split == s]) for s in SPLITS}
     shared = {}
     for a, b in itertools.combinations(SPLITS, 2):
-        if both := named[a] & named[b]:
+        both = named[a] & named[b]
+        if both:
             shared[f"{a} and {b}"] = sorted(both)
     return shared
 
@@ -628,7 +629,8 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
             f"remove them from one side (python data.py check --json {root} lists them)"
         )
     records = [r for r in records if r.split != "test"]
-    if unnamed := sum(not r.known_patient for r in records):
+    unnamed = sum(not r.known_patient for r in records)
+    if unnamed:
         warn(
             f"the patient can't be parsed from {unnamed} of {len(records)} file names: "
             "each such image counts as its own"
@@ -648,7 +650,9 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
 
 # --- read ---
 
-READER_VERSION = 3  # part of the cache's name: raise it when read_image gives other pixels, or decode_all other notes
+READER_VERSION = (
+    3  # part of the cache's name: raise it when read_image gives other pixels, or build_cache writes other notes
+)
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
@@ -873,10 +877,10 @@ def digest(pixels: ndarray) -> int:
     return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), signed=True)
 
 
-def decode(path: Path, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
+def decode(source, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
     """read_image's pixels and info, and the reason where it fails."""
     try:
-        pixels, info = read_image(path, size)
+        pixels, info = read_image(source, size)
     except ImageError as e:
         return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
     return pixels, info, ""
@@ -989,7 +993,8 @@ def find_copies(records: list[Record], digests: list, attribute: str) -> list[li
 
 def warn_contradictions(records: list[Record], digests: Tensor) -> None:
     """Say loudly where the same pixels stand there with several labels."""
-    if several := len(find_copies(records, digests.tolist(), "label")):
+    several = len(find_copies(records, digests.tolist(), "label"))
+    if several:
         warn(f"{several} images stand there with several labels: python data.py check --json lists them")
 
 
@@ -1244,7 +1249,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
 
 
 def recompress(pixels: ndarray) -> ndarray:
-    """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's stress operation is deprecated)."""
+    """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's JPEG operation is deprecated)."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
     return np.asarray(Image.open(buffer))
@@ -1354,8 +1359,8 @@ class Inspected:
     record: Record
     info: ImageInfo
     measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
-    file: list[float]  # what is known without any grey level
-    pixels: tuple  # their shape and digest
+    file_features: list[float]  # what is known without any grey level
+    pixel_key: tuple  # shape and digest
     border: ndarray  # uint8 [348], see border_features
 
 
@@ -1375,15 +1380,16 @@ def check(root: Path) -> dict:
     if not records:
         raise UserError(f"{root} has none of the folders train/, val/, test/")
     folders, unreadable, problems, remarks = defaultdict(list), [], [], []
-    for record, found in zip(records, parallel(functools.partial(_inspect, root), records, "checking")):
+    results = parallel(functools.partial(_inspect, root), records, "checking")
+    for record, (inspected, reason) in zip(records, results):
         readable = folders[f"{record.split}/{record.label}"]  # there even where it stays empty
-        if isinstance(found, Inspected):
-            readable.append(found)
+        if inspected:
+            readable.append(inspected)
         else:
-            unreadable.append({"path": record.path, "reason": found})
+            unreadable.append({"path": record.path, "reason": reason})
     images = list(itertools.chain(*folders.values()))
-    read, pixels = [i.record for i in images], [i.pixels for i in images]
-    duplicates = {kind: find_copies(read, pixels, attribute) for kind, attribute in COPIES.items()}
+    read, keys = [i.record for i in images], [i.pixel_key for i in images]
+    duplicates = {kind: find_copies(read, keys, attribute) for kind, attribute in COPIES.items()}
     shared = shared_patients(records)
     audited = [i for i in images if i.record.split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
@@ -1426,11 +1432,11 @@ def check(root: Path) -> dict:
     }
 
 
-def _inspect(root: Path, record: Record) -> Inspected | str:
-    """The image of a record, or the reason why it can't be read."""
+def _inspect(root: Path, record: Record) -> tuple[Inspected | None, str]:
+    """The image of a record, or None and the reason why it can't be read."""
     pixels, info, reason = decode(root / record.path, None)
     if reason:
-        return reason
+        return None, reason
     height, width = pixels.shape
     measures = {
         "width": width,
@@ -1438,11 +1444,11 @@ def _inspect(root: Path, record: Record) -> Inspected | str:
         "aspect": width / height,
         "bytes per pixel": record.bytes / pixels.size,
     }
-    file = [*measures.values(), info.depth]
+    file_features = [*measures.values(), info.depth]
     measures |= {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
-    return Inspected(record, info, measures, file, (pixels.shape, digest(pixels)), border)
+    return Inspected(record, info, measures, file_features, (pixels.shape, digest(pixels)), border), ""
 
 
 def _summarise(images: list[Inspected]) -> dict:
@@ -1478,7 +1484,9 @@ def _audit(images: list[Inspected]) -> list[dict]:
     modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
     sources = {
         "the border alone, without any lung,": np.array([i.border for i in images]),
-        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([[i.file for i in images], modes]),
+        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack(
+            [[i.file_features for i in images], modes]
+        ),
     }
     count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
     enough = [label for label in count if count[label] >= 10]
@@ -1503,7 +1511,7 @@ def _audit(images: list[Inspected]) -> list[dict]:
 
 
 def auroc_error(auroc: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images (Hanley and McNeil 1982)."""
+    """Standard error of an AUROC from so many positive and negative images, or patients (Hanley and McNeil 1982)."""
     pair = auroc / (2 - auroc) - auroc**2
     triple = 2 * auroc**2 / (1 + auroc) - auroc**2
     variance = auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple

@@ -1,7 +1,7 @@
 """Score one checkpoint on a split of its data, or compare several on the same images.
 
 python evaluate.py                              # the newest run, on the test split
-python evaluate.py runs/A --plots               # writes test.json, test.csv, report.md and pictures into the run
+python evaluate.py runs/A --plots               # test.json, test.csv and report.md in the run, with pictures too
 python evaluate.py runs/A runs/B runs/C         # one table; B and C are compared with A, the reference
 python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run that did not see it
 python evaluate.py predictions.csv              # what another program predicted: path, label, probability
@@ -47,6 +47,7 @@ from data import UserError, warn
 MAIN = ("auroc", "sensitivity", "specificity")  # what is said of a part of the images, or of changed ones
 UNDER_STRESS = (*MAIN, "balanced_accuracy")
 COMPARED = ("auroc", "accuracy")
+LOWEST = {"mcc": -1}  # where it is not 0
 MISSING = ("", "na", "n/a", "nan", "none", "null")  # in a column of metadata.csv
 BLOCK = 300_000  # weights of a bootstrap that are held at once
 EXACT = 1e-15  # a foreign probability nearer to 0 or 1 counts as exactly that
@@ -158,16 +159,19 @@ def clopper_pearson(share: float, n: int) -> list[float]:
     return [low, high]
 
 
-def deviation(drawn: ndarray, runs: list[ndarray], least: float = 0.0) -> tuple[float, float]:
-    """Standard deviation of a mean over runs, or of the difference of two, and its degrees of freedom.
+def deviation(drawn: ndarray, by_model: list[ndarray], least: float = 0.0) -> tuple[float, float]:
+    """Standard deviation of a model's mean over its runs, or of the difference of two, and its degrees of freedom.
 
-    The variance of testing, that of the draws of patients, drawn [draws], or least where that is larger, and that of
-    training, between the values of runs that differ in their seed divided by their number, add up (Satterthwaite 1946).
+    variance = max(variance of drawn, least squared) + sum over models of (variance of its runs / their number): that
+    of testing, from the draws of patients, and that of training, from other seeds (Satterthwaite 1946).
+
+    Args:
+        drawn: [draws] of the mean or difference; NaN where it is undefined. by_model: the values of the runs of each.
     """
     drawn = drawn[np.isfinite(drawn)]
     total = max(drawn.var(), least**2) if len(drawn) else 0.0
     inverse = 0.0
-    for values in runs:
+    for values in by_model:
         if len(values) > 1:
             variance = values.var(ddof=1) / len(values)
             total += variance
@@ -184,9 +188,9 @@ def with_interval(values: ndarray, patients: int, low: int = 0) -> dict:
     patients in the metric's denominator. tests/coverage_simulation.py tells how often it holds the truth.
     """
     value = values[:, 0].mean()
-    result = {"value": number(value), "ci95": None}
+    result = {"value": or_none(value), "ci95": None}
     if len(values) > 1:
-        result["sd"] = number(values[:, 0].std(ddof=1))
+        result["sd"] = or_none(values[:, 0].std(ddof=1))
     if math.isnan(value) or values.shape[1] == 1:
         return result
     values = (values - low) / (1 - low)
@@ -203,7 +207,7 @@ def with_interval(values: ndarray, patients: int, low: int = 0) -> dict:
     return result
 
 
-def number(value: float) -> float | None:
+def or_none(value: float) -> float | None:
     """A float for JSON: null where it is undefined."""
     return float(value) if math.isfinite(value) else None
 
@@ -237,7 +241,7 @@ def binary_estimates(
     drawn = bootstrap.values(functools.partial(binary_metrics, positive, score, predicted), patients)
     for name, values in drawn.items():
         behind = patients_behind(name, positive, predicted, patients)
-        result[name] = with_interval(values[None], behind, -1 if name == "mcc" else 0)
+        result[name] = with_interval(values[None], behind, LOWEST.get(name, 0))
     return result
 
 
@@ -288,11 +292,16 @@ def calibration_curve(positive: ndarray, p: ndarray, patients: ndarray, bootstra
     points = []
     for b in np.unique(bins):
         inside = bins == b
-        everyone = np.ones_like(positive[inside])  # of whom, called positive, a share is: the frequency is a PPV
-        metrics = binary_estimates(positive[inside], None, everyone, patients[inside], bootstrap)
-        point = {"predicted": p[inside].mean(), "observed": metrics["ppv"], "images": len(everyone)}
+        drawn = bootstrap.values(functools.partial(frequency, positive[inside]), patients[inside])
+        observed = with_interval(drawn["frequency"][None], len(np.unique(patients[inside])))
+        point = {"predicted": p[inside].mean(), "observed": observed, "images": int(inside.sum())}
         points.append(point)
     return points
+
+
+def frequency(positive: ndarray, weights: ndarray) -> dict[str, ndarray]:
+    """The share of positive images, [draws]."""
+    return {"frequency": weights @ positive / weights.sum(1)}
 
 
 def decision_curve(positive: ndarray, p: ndarray) -> list[dict]:
@@ -372,8 +381,8 @@ class Scored:
     patients: ndarray  # int64 [images], see patient_numbers
     logits: ndarray  # float64 [images, classes]
     temperature: ndarray  # float64 [images]: of the run that scored the image
-    threshold: ndarray  # float64 [images], on the probability of the positive one of two classes
-    rule: dict  # value of the threshold (None: not one for all), rule, and what it was chosen from
+    thresholds: ndarray  # float64 [images], on the probability of the positive one of two classes
+    threshold: dict  # as in a checkpoint: value (None: not one for all), rule, and what it was chosen from
     split: str = "predictions"
     demo: bool = False
     left_out: list[dict] = field(default_factory=list)  # path and reason
@@ -409,7 +418,7 @@ class Scored:
         """int64 [images]: positions in classes."""
         if not self.is_binary:
             return self.probabilities.argmax(1)
-        is_positive = self.probabilities[:, self.positive_index] >= self.threshold
+        is_positive = self.probabilities[:, self.positive_index] >= self.thresholds
         return np.where(is_positive, self.positive_index, 1 - self.positive_index)
 
     def against_rest(self, c: int) -> tuple[ndarray, ndarray, ndarray]:
@@ -470,8 +479,8 @@ def read_split(
     return records, images, positions, data.report_left_out(records, failed)
 
 
-def rule_in_force(args: argparse.Namespace, stored: dict) -> dict:
-    """The stored rule, but where the user asks for another threshold."""
+def threshold_in_force(args: argparse.Namespace, stored: dict) -> dict:
+    """The stored one, but where the user asks for another threshold."""
     if args.threshold is None:
         return stored
     return {"value": args.threshold, "rule": f"{args.threshold:g}", "from": "command line"}
@@ -506,7 +515,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
     if ckpt["border"] is not None:
         batches = models.in_batches(images.pixels, index)
         border = np.concatenate([models.border_logit(ckpt["border"], batch) for batch in batches])
-    rule = rule_in_force(args, ckpt["threshold"])
+    threshold = threshold_in_force(args, ckpt["threshold"])
     return Scored(
         source=path,
         sha256=data.sha256(models.in_run_folder(path)),
@@ -518,8 +527,8 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         patients=patient_numbers(r.patient for r in records),
         logits=logits,
         temperature=np.full(len(records), ckpt["temperature"]),
-        threshold=np.full(len(records), rule["value"], float),  # NaN where there is none
-        rule=rule,
+        thresholds=np.full(len(records), threshold["value"], float),  # NaN where there is none
+        threshold=threshold,
         split=args.split,
         demo=data.is_demo(root) or seen["demo"],
         left_out=left_out,
@@ -598,7 +607,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     positive_index = data.positive_index(classes, asked)
     logits = np.zeros((len(p), 2))
     logits[:, positive_index] = logit(p.clip(EXACT, 1 - EXACT))
-    rule = rule_in_force(args, {"value": 0.5, "rule": "0.5", "from": "default"})
+    threshold = threshold_in_force(args, {"value": 0.5, "rule": "0.5", "from": "default"})
     return Scored(
         source=path,
         sha256=data.sha256(Path(path)),
@@ -610,8 +619,8 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         patients=patient_numbers(r.patient for r in records),
         logits=logits,
         temperature=np.ones(len(p)),
-        threshold=np.full(len(p), rule["value"]),
-        rule=rule,
+        thresholds=np.full(len(p), threshold["value"]),
+        threshold=threshold,
     )
 
 
@@ -637,9 +646,13 @@ def pool(runs: list[Scored]) -> Scored:
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{first.source} and others validated on the same images (val/): they are no folds")
     arguments = {k: v for k, v in first.arguments.items() if k != "fold"}
-    own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.rule["from"]}
+    own = {"value": None, "rule": f"each of the {len(runs)} runs its own", "from": first.threshold["from"]}
+    unfinished = [s.run for s in runs if not s.run["finished"]]
+    run = unfinished[0] if unfinished else first.run
     has_border = all(s.border is not None for s in runs)
-    arrays = {name: np.concatenate([getattr(s, name) for s in runs]) for name in ("logits", "temperature", "threshold")}
+    arrays = {
+        name: np.concatenate([getattr(s, name) for s in runs]) for name in ("logits", "temperature", "thresholds")
+    }
     return replace(
         first,
         source=", ".join(s.source for s in runs),
@@ -647,13 +660,13 @@ def pool(runs: list[Scored]) -> Scored:
         records=records,
         patients=patient_numbers(r.patient for r in records),
         **arrays,
-        rule=first.rule if all(s.rule == first.rule for s in runs) else own,
+        threshold=first.threshold if all(s.threshold == first.threshold for s in runs) else own,
         left_out=[item for s in runs for item in s.left_out],
         border=np.concatenate([s.border for s in runs]) if has_border else None,
         stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
         leaks={name: sum(s.leaks[name] for s in runs) for name in first.leaks},
         fingerprint=data.hash_lines(s.fingerprint for s in runs),
-        run={**first.run, "arguments": arguments, "finished": all(s.run["finished"] for s in runs)},
+        run={**run, "arguments": arguments},
     )
 
 
@@ -738,7 +751,7 @@ def describe(s: Scored) -> dict:
             "leaks": s.leaks,
         },
         "images_per_second": s.images_per_second,
-        "threshold": s.rule,
+        "threshold": s.threshold,
     }
 
 
@@ -861,7 +874,7 @@ def stress_report(runs: list[Scored]) -> dict:
         tables.append([*rows, np.mean(rows, axis=0), np.min(rows, axis=0)])
     names = [*runs[0].stressed, "mean", "worst"]
     means = np.mean(tables, axis=0)
-    return {name: dict(zip(UNDER_STRESS, map(number, row))) for name, row in zip(names, means)}
+    return {name: dict(zip(UNDER_STRESS, map(or_none, row))) for name, row in zip(names, means)}
 
 
 def mistakes(s: Scored, count: int) -> list[dict]:
@@ -884,7 +897,7 @@ def mistakes(s: Scored, count: int) -> list[dict]:
 
 
 def to_rows(s: Scored) -> list[dict]:
-    """One row per image for the CSV; every figure of the report follows from it."""
+    """One row per image for the CSV; the figures follow from it, but those of stress, border and metadata.csv."""
     if s.is_binary:
         columns = {"logit": s.z, "probability": s.probabilities[:, s.positive_index]}
     else:
@@ -926,7 +939,7 @@ class Measured:
             behind = patients_behind(name, positive, predicted, s.patients)
             if not s.is_binary:
                 behind = patients_of_rarest(s.labels, s.patients)
-            result[name] = with_interval(values, behind)
+            result[name] = with_interval(values, behind, LOWEST.get(name, 0))
         return result
 
 
@@ -980,7 +993,7 @@ def difference(model: Measured, reference: Measured, metric: str) -> dict:
     apart = mine.mean(0) - theirs.mean(0)
     value, drawn = apart[0], apart[1:]
     if math.isnan(value) or not len(drawn):
-        return {"value": number(value), "ci95": None, "p": None}
+        return {"value": or_none(value), "ci95": None, "p": None}
     exact_p, least = 0.0, 0.0
     if metric == "accuracy":
         gaps = right_answers(model) * len(reference.runs) - right_answers(reference) * len(model.runs)
@@ -1010,7 +1023,7 @@ def worst_of(runs: list[Scored]) -> dict:
         result["stress"] = {"mean": stress["mean"], "worst": stress["worst"]}
     if all(s.border is not None for s in runs):
         worst = [shortcut(s, Bootstrap(0))["worst"] for s in runs]
-        result["shortcut"] = number(np.mean(np.array(worst, float)))  # None is NaN
+        result["shortcut"] = or_none(np.mean(np.array(worst, float)))  # None is NaN
     return result
 
 
@@ -1039,7 +1052,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         gaps = [difference(model, measured[0], metric) for model in measured[1:]]
         adjusted = holm([gap["p"] for gap in gaps])
         for entry, gap, p in zip(entries[1:], gaps, adjusted):
-            entry["difference"][metric] = {**gap, "p_holm": number(p)}
+            entry["difference"][metric] = {**gap, "p_holm": or_none(p)}
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
     return {
         "split": first.split,
@@ -1132,7 +1145,8 @@ def header_lines(r: dict) -> list[str]:
     if "positive" in r:
         value = "" if t["value"] is None else f" {t['value']:.4f}"
         lines.append(f"threshold{value} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
-    lines.append(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients")
+    if r["bootstrap"]["draws"]:
+        lines.append(f"95 % intervals: {r['bootstrap']['draws']} bootstrap draws of patients")
     return lines
 
 
@@ -1199,7 +1213,7 @@ def two_class_blocks(r: dict) -> list:
         blocks.append(group_table(name, r["shortcut"]["groups"]))
         blocks.append(f"AUROC of the border alone: {show(r['shortcut']['border_auroc'])}")
     if "stress" in r:
-        rows = [[name, *metrics.values()] for name, metrics in r["stress"].items()]
+        rows = [[name, *map(metrics.get, UNDER_STRESS)] for name, metrics in r["stress"].items()]
         blocks.append(Table("stress", ["", *map(title, UNDER_STRESS)], rows))
     return blocks
 
@@ -1217,7 +1231,7 @@ def report_blocks(r: dict) -> list:
     blocks += two_class_blocks(r) if "positive" in r else more_class_blocks(r)
     names, cells = confusion_cells(r)
     columns = [shorten(name, 14) for name in names]
-    rows = [[name, *counts] for name, counts in zip(names, cells)]
+    rows = [[name, *row] for name, row in zip(names, cells)]
     blocks.append(Table("confusion matrix (columns: predicted class)", ["true class", *columns], rows))
     if r["failures"]:
         columns = [f"P({r.get('positive', 'predicted')})", "true class", "predicted", "file"]
@@ -1232,7 +1246,9 @@ def report_blocks(r: dict) -> list:
 def card_lines(r: dict) -> list[str]:
     """What else a model card says (Mitchell et al. 2019), of what is known."""
     lines = ["intended use: research on radiographs like those of the training data; not for diagnosis"]
-    if r["run"]:
+    if r["run"] and "fold" not in r["run"]["arguments"]:
+        lines.append("cross-validation: each image was scored by a run that was not trained on it")
+    elif r["run"]:
         n = r["run"]["images"]
         lines.append(f"trained on {n['train']} images, validated on {n['val']}, of {r['run']['data']}")
         lines.append(f"weights of epoch {r['run']['epoch']}; started from: {r['run']['weights']['note'] or 'unknown'}")
@@ -1371,7 +1387,7 @@ def calibration_panel(ax, c: dict) -> None:
 
 
 def decision_panel(ax, r: dict) -> None:
-    thresholds, model, everyone = zip(*map(dict.values, r["decision_curve"]))
+    thresholds, model, everyone = ([row[key] for row in r["decision_curve"]] for key in ("threshold", "model", "all"))
     ax.plot(thresholds, everyone, "--", color=ORANGE, label="treat all")
     ax.axhline(0, **CHANCE, label="treat none")
     ax.plot(thresholds, model, "-", color=BLUE, label="as the model says")

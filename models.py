@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import http.client
 import io
-import itertools
 import json
 import sys
 import urllib.error
@@ -134,7 +133,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
 
 def build_pretrained(
     name: str, classes: list[str], size: int, weights: str | None, insist: bool
-) -> tuple[nn.Module, dict]:
+) -> tuple[nn.Module, dict, dict | None]:
     """A model with weights from a file, or else timm's own from the hub or its cache.
 
     Args:
@@ -143,8 +142,9 @@ def build_pretrained(
         insist: raise where there are none; otherwise the model keeps its random weights.
 
     Returns:
-        the model, and a dict: source (a file, hub or random), note (what was taken and what was not, one line), failed
-        (why there are none), and seen: the patients and pixels that a checkpoint of this suite was trained on, or None.
+        the model; where its weights come from: source (a file, hub or random), note (what was taken and what was not,
+        one line) and failed (why there are none); and of a checkpoint of this suite what it has seen: patients and
+        pixels, as in its data.
     """
     if weights is not None:
         return from_file(name, classes, size, weights)
@@ -155,12 +155,12 @@ def build_pretrained(
         if model is not None:
             model.reset_classifier(len(classes))
             note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-            return model, {"source": "hub", "note": note, "failed": "", "seen": None}
+            return model, {"source": "hub", "note": note, "failed": ""}, None
         failed = f"no pretrained weights for {name}: {reason}"
     if insist:
         raise UserError(f"{failed}; use --weights FILE or --no-pretrained")
     model = build(name, len(classes), size)
-    return model, {"source": "random", "note": "random weights", "failed": failed, "seen": None}
+    return model, {"source": "random", "note": "random weights", "failed": failed}, None
 
 
 def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
@@ -191,8 +191,10 @@ def answers(address: str) -> bool:
     return True
 
 
-def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[nn.Module, dict]:
-    """Build with the weights of a file: every tensor must fit. The head is new, but where the classes are known.
+def from_file(
+    name: str, classes: list[str], size: int, weights: str
+) -> tuple[nn.Module, dict, dict | None]:
+    """build_pretrained with the weights of a file: every tensor must fit. The head is new, but where the classes are known.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -238,7 +240,7 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     else:
         model.reset_classifier(len(classes))
         note += "; new head"
-    return model, {"source": str(path), "note": note, "failed": "", "seen": seen}
+    return model, {"source": str(path), "note": note, "failed": ""}, seen
 
 
 def first_name(names: str | tuple | None) -> str:
@@ -431,11 +433,11 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
         raise UserError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code")
     if kind == FORMAT and version < FORMAT_VERSION:
         checkpoint = upgrade(checkpoint)
-    found = faults(checkpoint, fields)
-    if kind == FORMAT:
-        found = itertools.chain(found, contradictions(checkpoint))
-    for fault in found:
-        raise UserError(f"{path} is damaged: {fault}")
+    found = list(faults(checkpoint, fields))
+    if kind == FORMAT and not found:
+        found = list(contradictions(checkpoint))
+    if found:
+        raise UserError(f"{path} is damaged: {found[0]}")
     return checkpoint
 
 

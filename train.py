@@ -162,8 +162,8 @@ class TrainingSet:
     def patients(self, index: Tensor) -> int:
         return len({r.patient for r in self.records_of(index)})
 
-    def sides(self) -> tuple[int, int]:
-        """How many patients of validation are positive, and how many negative; images of one patient are alike."""
+    def val_patients(self) -> tuple[int, int]:
+        """How many patients of validation are positive, and how many are not; images of one patient are alike."""
         positive = self.labels[self.val] == self.positive_index
         return self.patients(self.val[positive]), self.patients(self.val[~positive])
 
@@ -198,8 +198,9 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     index = {}
     for split, purpose in (("train", "training"), ("val", "validation")):
         index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
-        for name in sorted(set(classes) - {r.label for r in records if r.split == split}):
-            raise UserError(f"class {name} has no image for {purpose} here; another --fold, or fewer --folds?")
+        missing = sorted(set(classes) - {r.label for r in records if r.split == split})
+        if missing:
+            raise UserError(f"class {missing[0]} has no image for {purpose} here; another --fold, or fewer --folds?")
     return TrainingSet(
         root=root,
         records=records,
@@ -270,7 +271,7 @@ def batches(d: TrainingSet, feed: Feed, epoch: int):
 
 @dataclass
 class Learner:
-    """What training changes, and what it is called through."""
+    """What training changes, what it is called through, and what its weights have seen before."""
 
     model: torch.nn.Module  # holds the weights
     net: torch.nn.Module  # what is called: the model, perhaps wrapped or compiled
@@ -305,16 +306,17 @@ class Learner:
         self.seen = state["seen"]
 
 
-def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict]:
-    """The model to train and what is known of its weights; a resumed run brings its own, so that none are fetched."""
+def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
+    """See models.build_pretrained; a resumed run brings its own weights, so that none are fetched."""
     torch.manual_seed(args.seed)
     if args.resume is not None or args.pretrained is False:
-        weights = {"source": "random", "note": "random weights, as asked", "failed": "", "seen": None}
-        return models.build(args.model, len(classes), size), weights
-    model, weights = models.build_pretrained(args.model, classes, size, args.weights, insist=args.pretrained is True)
-    if weights["failed"]:
-        warn(f"RANDOM WEIGHTS: {weights['failed']}. Training starts from scratch; --weights FILE takes a local file")
-    return model, weights
+        origin = {"source": "random", "note": "random weights, as asked", "failed": ""}
+        return models.build(args.model, len(classes), size), origin, None
+    insist = args.pretrained is True
+    model, origin, seen = models.build_pretrained(args.model, classes, size, args.weights, insist)
+    if origin["failed"]:
+        warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
+    return model, origin, seen
 
 
 def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> Learner:
@@ -362,21 +364,21 @@ def training_size(args: argparse.Namespace, size: int) -> int:
     return min(max(round(size * 0.75 / 32) * 32, 32), size)
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, smoothing: float) -> Tensor:
     """Cross-entropy of logits [batch, classes], each image weighted by its class.
 
     Summed and divided by the count: "mean" would divide by the batch's own weights, and undo them.
     """
-    loss = F.cross_entropy(logits.float(), labels, weights, reduction="sum", label_smoothing=smoothing)
+    loss = F.cross_entropy(logits.float(), labels, class_weights, reduction="sum", label_smoothing=smoothing)
     return loss / len(labels)
 
 
 def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.device):
     """The loss, a function of logits and labels; with --balance each class counts the same."""
     rule = "balanced" if args.balance else None
-    weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
-    weights = torch.tensor(weights, dtype=torch.float32, device=device)
-    return functools.partial(weighted_loss, weights=weights, smoothing=args.label_smoothing)
+    class_weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
+    class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    return functools.partial(weighted_loss, class_weights=class_weights, smoothing=args.label_smoothing)
 
 
 def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
@@ -410,8 +412,9 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     if dist.is_initialized():
         dist.all_reduce(losses)
         losses /= dist.get_world_size()
-    for step in (~losses.isfinite()).nonzero():
-        raise UserError(f"the loss is not finite in step {int(step) + 1} of {len(losses)}; try a lower --lr")
+    bad_steps = (~losses.isfinite()).nonzero()
+    if len(bad_steps):
+        raise UserError(f"the loss is not finite in step {int(bad_steps[0]) + 1} of {len(losses)}; try a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
@@ -435,7 +438,7 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
 
     Args:
         logits: of the validation images; stressed: {name: logits} of their stressed copies, which the threshold then
-            rests on too; rule: that of --threshold.
+            rests on too; rule: of evaluate.choose_threshold.
     """
     labels = d.labels[d.val].numpy()
     temperature = evaluate.fit_temperature(logits, labels)
@@ -444,7 +447,6 @@ def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> 
         everything = np.concatenate([logits, *stressed.values()])
         positive = np.tile(labels == d.positive_index, 1 + len(stressed))
         z = evaluate.binary_logit(everything, d.positive_index) / temperature
-        rule = "youden" if rule == "stressed" else rule
         threshold = {
             "value": evaluate.choose_threshold(rule, positive, z),
             "rule": rule,
@@ -534,14 +536,16 @@ def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: 
     state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
     history = state["epochs"]
     for number, h in enumerate(history, 1):
-        for fault in models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}):
-            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {fault}")
+        found = list(models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}))
+        if found:
+            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {found[0]}")
     if state["fingerprint"] != fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
     if history:
         checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
+        # A newer one is right: it is written first, and a run that was killed in between makes its epoch again.
         is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
         if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
             raise UserError(f"{folder}/ckpt.pt is older than last.pt or of another run: start a new one")
@@ -571,10 +575,12 @@ def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, 
         "demo": about["demo"],
         "fingerprint": about["fingerprint"],
         "images": len(d.train),
-        "patients": sorted(patients),  # trained on, by this run and those that its weights come from
-        "pixels": pixels,  # digests of the training images, likewise
-        "val_patients": sorted(data.named_patients(d.records_of(d.val))),  # epoch, temperature and threshold are
-        "val_pixels": d.digests[d.val],  # chosen on these
+        # Trained on, by this run and those that its weights come from; pixels are digests.
+        "patients": sorted(patients),
+        "pixels": pixels,
+        # Epoch, temperature and threshold are chosen on these.
+        "val_patients": sorted(data.named_patients(d.records_of(d.val))),
+        "val_pixels": d.digests[d.val],
     }
     return {
         "format": models.FORMAT,
@@ -607,7 +613,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
         model = models.from_checkpoint(checkpoint, device)
         _, logits = validate(model, d, checkpoint)
         stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), checkpoint)
-        checkpoint.update(calibrate(logits, stressed, d, args.threshold))
+        checkpoint.update(calibrate(logits, stressed, d, "youden"))
     if evaluate.at_bound(checkpoint["temperature"]):
         warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
     models.save({**checkpoint, "epochs": epochs, "finished": True}, path)
@@ -627,7 +633,7 @@ def run(args: argparse.Namespace) -> None:
     with master_first(rank):  # it draws, decodes and fetches: the others find the files
         d = read_data(args, size)
         folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
-        model, weights = start_model(args, d.classes, size)
+        model, origin, seen = start_model(args, d.classes, size)
     args.output = broadcast(str(folder))  # for the line that says how to go on
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
@@ -635,12 +641,12 @@ def run(args: argparse.Namespace) -> None:
     models.check_size(model, crop)
     models.check_size(model, size)
     learner = make_learner(model, args, device)
-    learner.seen = weights.pop("seen")
+    learner.seen = seen
     history = []  # all that a run remembers but what the learner holds
     if args.resume is not None:
         state = broadcast(load_state(folder, args, d.fingerprint, world) if master else None)
         learner.restore(state)
-        history, weights = state["epochs"], state["weights"]
+        history, origin = state["epochs"], state["weights"]
 
     # what an epoch takes
     batch_size = min(args.batch_size * world, len(d.train))
@@ -649,19 +655,20 @@ def run(args: argparse.Namespace) -> None:
     feed = Feed(data.preset(args.augment, crop), pre, args.seed, batch_size, slice(rank, None, world), device)
     criterion = make_criterion(d, args, device)
     dtype = pick_dtype(args.precision, device)
+    rule = "youden" if args.threshold == "stressed" else args.threshold  # for the time being, see finish_checkpoint
     metrics = {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
         "environment": evaluate.describe_environment(device),
         "finished": False,
         "data": d.about(),
-        "weights": weights,
+        "weights": origin,
         "epochs": history,  # the list itself: it grows as the run does
     }
     if master:
         data.write_csv(folder / "splits.csv", split_rows(d))
         save_progress(folder, learner, metrics, world)
         warn_overlap(d, learner.seen)
-        print_start(args, weights["note"], d, model, crop, size, device, dtype)
+        print_start(args, origin["note"], d, model, crop, size, device, dtype)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and epochs_since_best(history) >= args.patience:
@@ -684,9 +691,9 @@ def run(args: argparse.Namespace) -> None:
         val_metrics, logits = broadcast(validate(learner.ema.module, d, pre) if master else None)
         h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
         history.append(h)
-        h["selected"] = is_selected(history, *d.sides())
+        h["selected"] = is_selected(history, *d.val_patients())
         if master and h["selected"]:
-            chosen = calibrate(logits, {}, d, args.threshold)  # for the time being, see finish_checkpoint
+            chosen = calibrate(logits, {}, d, rule)
             models.save(make_checkpoint(learner, d, pre, metrics, val_metrics, chosen), folder / "ckpt.pt")
         h["seconds"] = round(time.perf_counter() - start, 3)
         if master:

@@ -309,14 +309,14 @@ def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, classe
     state = timm.create_model(name, num_classes=classes).state_dict()
     path = write_weights(tmp_path / f"w{suffix}", state)
     torch.manual_seed(4)
-    model, source = models.build_pretrained(name, CLASSES, 64, str(path), insist=False)
+    model, source, seen = models.build_pretrained(name, CLASSES, 64, str(path), insist=False)
     found = model.state_dict()
     assert torch.equal(found[stem], state[stem].sum(1, keepdim=True))
     assert found[head].shape[0] == 2
     assert source["source"] == str(path) and source["failed"] == ""
     assert "3 input channels summed to 1" in source["note"] and "\n" not in source["note"]
     assert not torch.equal(found[head], state[head][:2])  # nobody knows which class is which
-    assert "new head" in source["note"] and source["seen"] is None
+    assert "new head" in source["note"] and seen is None
     others = [k for k in state if k not in (stem, head, head.replace("weight", "bias"), "pos_embed")]
     assert [k for k in others if not torch.equal(found[k], state[k])] == []
     assert f"{len(state)} tensors" in source["note"]
@@ -324,7 +324,7 @@ def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, classe
 
 def test_weights_of_grey_images_without_a_head(tmp_path):
     state = timm.create_model(SMALL, in_chans=1, num_classes=0).state_dict()
-    model, source = models.build_pretrained(
+    model, source, _ = models.build_pretrained(
         SMALL, ["A", "B", "C"], 64, str(write_weights(tmp_path / "w.pt", state)), insist=False
     )
     assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
@@ -345,7 +345,7 @@ def test_weights_of_grey_images_without_a_head(tmp_path):
 )
 def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap):
     path = write_weights(tmp_path / "w.pt", wrap(small.state_dict()))
-    model, _ = models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
+    model, _, _ = models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
     assert torch.equal(model.conv_head.weight, small.conv_head.weight)
 
 
@@ -356,14 +356,14 @@ def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap):
 def test_a_head_is_taken_from_a_run_and_by_class_name(tmp_path, small, classes, rows):
     """The run's folder stands for its checkpoint, which says what was seen."""
     models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
-    model, source = models.build_pretrained(SMALL, classes, 64, str(tmp_path), insist=False)
+    model, source, seen = models.build_pretrained(SMALL, classes, 64, str(tmp_path), insist=False)
     if rows:
         assert torch.equal(model.classifier.weight, small.classifier.weight[rows])
         assert torch.equal(model.classifier.bias, small.classifier.bias[rows])
     else:
         assert len(model.classifier.weight) == len(classes) and "new head" in source["note"]
     assert torch.equal(model.conv_head.weight, small.conv_head.weight)
-    assert source["seen"]["patients"] == ["IM-1"] and source["seen"]["pixels"].tolist() == [1, 2]
+    assert seen["patients"] == ["IM-1"] and seen["pixels"].tolist() == [1, 2]
 
 
 def spoil(kind: str, path: Path, state: dict) -> str:
@@ -460,7 +460,7 @@ def no_hub(monkeypatch, tmp_path):
 
 
 def test_without_a_network_training_goes_on_from_random_weights(no_hub):
-    model, source = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
+    model, source, _ = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
     assert source["source"] == "random"
     assert SMALL in source["failed"] and "\n" not in source["failed"]
     with torch.inference_mode():
@@ -518,7 +518,7 @@ import models, torch
 result = {}
 for when in ("served", "cached"):
     torch.manual_seed(len(when))
-    model, source = models.build_pretrained("mobilenetv3_small_050", ["A", "B"], 64, None, insist=True)
+    model, source, _ = models.build_pretrained("mobilenetv3_small_050", ["A", "B"], 64, None, insist=True)
     torch.save(model.state_dict(), folder / f"{when}.pt")
     result[when] = source | {"asked": list(asked)}
     if when == "served":
