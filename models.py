@@ -191,10 +191,8 @@ def answers(address: str) -> bool:
     return True
 
 
-def from_file(
-    name: str, classes: list[str], size: int, weights: str
-) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with the weights of a file: every tensor must fit. The head is new, but where the classes are known.
+def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[nn.Module, dict, dict | None]:
+    """build_pretrained with weights of a file: every tensor must fit. The head is new, but where the classes are known.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
