@@ -93,11 +93,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, hint=lambda: "nothing half-written is left") -> None:
+def run_script(parser: Parser, work, hint=None) -> None:
     """End the process as work() tells: its exit code, one line and 2 for what the user can fix, 130 for Ctrl-C.
 
-    hint: what to say after an interruption, asked for only then.
+    hint: what to say after an interruption, asked for only then, of work that a closed pipe must not end unsaid.
     """
+    advise = hint or (lambda: "nothing half-written is left")
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, one that is closed would be None
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
     def terminate(*_) -> None:
         raise Terminated
@@ -113,13 +116,15 @@ def run_script(parser: Parser, work, hint=lambda: "nothing half-written is left"
         sys.stdout.flush()  # here a closed pipe can still be caught
     except BrokenPipeError:  # the reader has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if hint:
+            parser.exit(1, f"nobody reads the output; {advise()}\n")
         code = 0
     except UserError as e:
         parser.error(str(e))
     except OSError as e:
-        parser.error(f"{e}; {hint()}")
+        parser.error(f"{e}; {advise()}")
     except KeyboardInterrupt as e:
-        parser.exit(143 if isinstance(e, Terminated) else 130, f"interrupted; {hint()}\n")
+        parser.exit(143 if isinstance(e, Terminated) else 130, f"interrupted; {advise()}\n")
     sys.exit(code or 0)
 
 
@@ -134,6 +139,13 @@ def within(kind: type, low: float, high: float = math.inf):
 
     parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
     return parse
+
+
+def filled(text: str) -> str:
+    """An argparse type: text that is not empty, as an unset variable of a shell would be."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return text
 
 
 def printable(text: str) -> str:
@@ -375,7 +387,7 @@ def read_metadata(root: Path) -> Metadata:
     semicolons or tabs; UTF-8 with or without a byte order mark.
 
     Raises:
-        UserError: not readable as such a table, a file stands there twice, or one in a table of labels has no split.
+        UserError: not readable as such a table, a file is listed twice, or one in a table of labels has no split.
     """
     rows = {}
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
@@ -410,7 +422,7 @@ def read_metadata(root: Path) -> Metadata:
             if path.startswith(("/", "../")):
                 raise UserError(f"{table}: {name} is not within the folder; file_name is relative to that of the table")
             if path in rows:
-                raise UserError(f"{table}: {path} stands there twice")
+                raise UserError(f"{table}: {path} is listed twice")
             row = {key: value.strip() for key, value in row.items()}
             told = row.get("split") if "label" in columns else None
             row["split"] = split_of(told or path.split("/")[0])
@@ -424,7 +436,10 @@ def make_record(root: Path, path: str, label: str, split: str, row: dict[str, st
     """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     patient, subtype, series = identify(os.path.basename(path))
-    info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is named when it is read
+    try:
+        info = os.stat(file)
+    except OSError:  # a broken link is named when it is read
+        info = os.lstat(file)
     return Record(
         path=path,
         label=label,
@@ -545,7 +560,7 @@ def positive_index(classes: list[str], asked: str | None) -> int:
         if len(classes) != 2:
             raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
         if asked not in classes:
-            raise UserError(f"--positive {asked} is none of the classes {', '.join(classes)}")
+            raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
         return classes.index(asked)
     names = [name.upper() for name in classes]
     if "PNEUMONIA" in names:
@@ -633,7 +648,7 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
     if unnamed:
         warn(
             f"the patient can't be parsed from {unnamed} of {len(records)} file names: "
-            "each such image counts as its own"
+            "each such image counts as its own patient"
         )
     if any(r.split == "val" for r in records):
         return records
@@ -684,6 +699,8 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
 
     def __post_init__(self) -> None:  # so that nothing too large is decoded
+        if not self.width * self.height:
+            raise ImageError("it has no pixels")
         if self.width * self.height > MAX_PIXELS:
             raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
@@ -730,12 +747,13 @@ def _read(source, size):
     if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     image.load()
-    stored = image
-    if stored.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(stored)
-    if image.mode[0] in "IF":
-        black, white = find_range(stored)  # which has the file's tags
-        image = _scale(np.asarray(image), black, white)
+    deep = image.mode[0] in "IF"
+    if deep:
+        black, white = find_range(image)  # now, since a turned copy lacks the file's tags
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        image = _scale(_bands(image), image.size[::-1], black, white)
         info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
         image = image.convert("RGBA")
@@ -765,15 +783,23 @@ def _open(source):
     return source, ImageInfo(*source.size, source.mode)
 
 
-def _scale(samples: ndarray, black: float, white: float) -> Image.Image:
-    """8-bit image from any samples, in parts: floats of the whole would take gigabytes. black may lie above white."""
-    levels = []
-    for part in np.array_split(samples, 1 + samples.size // 2**20):
-        scaled = (part - black) * (255 / (white - black))
+def _bands(image: Image.Image):
+    """Yield the rows of an image as arrays of about a million pixels: the whole as one would take gigabytes."""
+    rows = 1 + 2**20 // image.width
+    for top in range(0, image.height, rows):
+        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
+
+
+def _scale(bands, shape: tuple[int, int], black: float, white: float) -> Image.Image:
+    """8-bit image from bands of any samples; black may lie above white."""
+    levels, top = np.empty(shape, np.uint8), 0
+    for band in bands:
+        scaled = (band - black) * (255 / (white - black))
         if not np.isfinite(scaled).all():
             raise ImageError("holds values that are not finite")
-        levels.append(scaled.clip(0, 255).round().astype(np.uint8))
-    return Image.fromarray(np.concatenate(levels))
+        levels[top : top + len(band)] = scaled.clip(0, 255).round()
+        top += len(band)
+    return Image.fromarray(levels)
 
 
 def find_range(image: Image.Image) -> tuple[float, float]:
@@ -842,7 +868,8 @@ def _open_dicom(file):
         black, white = center - width / 2, center + width / 2 - 1
     if info.mode == "MONOCHROME1":
         black, white = white, black
-    return _scale(values, (black - intercept) / slope, (white - intercept) / slope), info
+    bands = np.array_split(values, 1 + values.size // 2**20)
+    return _scale(bands, values.shape, (black - intercept) / slope, (white - intercept) / slope), info
 
 
 def dicom_patient(path: Path) -> str | None:
@@ -954,7 +981,7 @@ def load_images(root: Path, records: list[Record], size: int) -> Images:
     for path in paths:
         try:
             return open_cache(path, root, records, size)
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             warn(f"the image cache {path} is outdated or damaged ({e}): decoding again")
         except OSError:
             pass  # not there, or just replaced
@@ -992,10 +1019,10 @@ def find_copies(records: list[Record], digests: list, attribute: str) -> list[li
 
 
 def warn_contradictions(records: list[Record], digests: Tensor) -> None:
-    """Say loudly where the same pixels stand there with several labels."""
+    """Say loudly where the same pixels appear under several labels."""
     several = len(find_copies(records, digests.tolist(), "label"))
     if several:
-        warn(f"{several} images stand there with several labels: python data.py check --json lists them")
+        warn(f"{several} images appear under several labels: python data.py check --json lists them")
 
 
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
@@ -1318,7 +1345,7 @@ def _draw_phantom(anatomy, today, subtype: str):
     patches = 0.5 + 0.9 * _smooth(today, 26)
     lines = 0.9 - 3 * np.abs(_smooth(today, 20))
     for ellipse in ellipses:
-        pattern += _ellipse(x, y, *ellipse) * (patches if subtype == "bacterial" else lines)
+        pattern += 0.6 * _ellipse(x, y, *ellipse) * (patches if subtype == "bacterial" else lines)
     # An opacity moves the grey levels of the lungs about but adds none, so that no histogram tells the class.
     levels = ImageOps.equalize(_to_image(50 * pattern + 100), _to_image(255 * lungs))
     air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** today.uniform(1, 3)
@@ -1438,17 +1465,17 @@ def _inspect(root: Path, record: Record) -> tuple[Inspected | None, str]:
     if reason:
         return None, reason
     height, width = pixels.shape
-    measures = {
+    file = {
         "width": width,
         "height": height,
         "aspect": width / height,
         "bytes per pixel": record.bytes / pixels.size,
     }
-    file_features = [*measures.values(), info.depth]
-    measures |= {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
+    levels = {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
-    return Inspected(record, info, measures, file_features, (pixels.shape, digest(pixels)), border), ""
+    key = pixels.shape, digest(pixels)
+    return Inspected(record, info, {**file, **levels}, [*file.values(), info.depth], key, border), ""
 
 
 def _summarise(images: list[Inspected]) -> dict:

@@ -526,7 +526,7 @@ def score_checkpoint(path: str, ckpt: dict, args: argparse.Namespace) -> Scored:
         records=records,
         patients=patient_numbers(r.patient for r in records),
         logits=logits,
-        temperature=np.full(len(records), ckpt["temperature"]),
+        temperature=np.full(len(records), ckpt["temperature"], float),
         thresholds=np.full(len(records), threshold["value"], float),  # NaN where there is none
         threshold=threshold,
         split=args.split,
@@ -593,7 +593,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     if not ((p >= 0) & (p <= 1)).all():
         raise UserError(f"{path}: probabilities must lie in [0, 1]")
     if len({r.path for r in records}) < len(records):
-        raise UserError(f"{path}: a path stands there twice")
+        raise UserError(f"{path}: a path is listed twice")
     classes = sorted({r.label for r in records})
     asked = args.positive
     for known in (["0", "1"], ["NORMAL", "PNEUMONIA"]):
@@ -1204,7 +1204,7 @@ def two_class_blocks(r: dict) -> list:
         bound = ": at the bound of its fit, so validation could not tell it" if at_bound(c["temperature"]) else ""
         blocks.append(f"temperature {c['temperature']:.3f}{bound}")
     if c["exact"]:
-        blocks.append(f"{c['exact']} probabilities of exactly 0 or 1 are left out of slope and intercept")
+        blocks.append(f"{c['exact']} probabilities within 1e-15 of 0 or 1 are left out of slope and intercept")
     if r["subgroups"]:
         blocks.append(group_table("subgroups", r["subgroups"]))
         blocks += extremes(r["subgroups"])
@@ -1303,7 +1303,7 @@ def comparison_blocks(c: dict) -> list:
 GRID = np.linspace(0, 1, 101)
 BLUE, ORANGE = "#0072B2", "#E69F00"  # of Okabe and Ito's set: they differ in lightness as well
 COLOURS, STYLES = (BLUE, "k", ORANGE, "#009E73", "#CC79A7"), ("-", "--", "-.", ":")
-CHANCE = {"color": "0.6", "ls": ":", "lw": 1}  # what it would give, or nothing
+CHANCE = {"color": "0.6", "ls": ":", "lw": 1}  # reference lines: chance, nobody treated, no difference
 CHOSEN = {"color": "k", "ls": "--", "lw": 1}  # threshold, epoch
 
 
@@ -1532,14 +1532,19 @@ def make_parser() -> data.Parser:
         help="run, ckpt.pt or CSV; of several the first is the reference (newest run)",
     )
     add("--split", choices=("test", "val", "train"), default="test", help="which images")
-    add("--data", metavar="DIR", help="another folder with the same classes")
+    add("--data", type=data.filled, metavar="DIR", help="another folder with the same classes")
     add("--positive", metavar="CLASS", help="the positive label of a CSV (1, PNEUMONIA, else the last)")
     add("--threshold", type=share, metavar="P", help="for exploring: another threshold than the stored one")
     add("--stress", action="store_true", help="also under changed exposure, JPEG, blur, crop, noise and borders")
     add("--plots", action="store_true", help="write pictures, PNG and PDF (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="draws for the intervals")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the bootstrap")
-    add("--output", metavar="DIR", help="folder for the files (beside the checkpoint; none for a comparison)")
+    add(
+        "--output",
+        type=data.filled,
+        metavar="DIR",
+        help="folder for the files (beside the checkpoint; none for a comparison)",
+    )
     add("--json", action="store_true", help="print JSON alone")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
@@ -1561,16 +1566,16 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
     no_matplotlib = not importlib.util.find_spec("matplotlib")
     needs_images = args.stress or args.data
     no_csv = len(checkpoints) == len(args.inputs)
-    problems = {
-        "--plots needs matplotlib: pip install matplotlib": args.plots and no_matplotlib,
-        "--plots of several inputs needs --output DIR": several_plots and not args.output,
-        "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
-        "--stress is for two classes; leave it out here": more_classes and args.stress,
-        "--plots of a comparison is for two classes; leave it out here": more_classes and several_plots,
-        "--stress and --data are for checkpoints: a CSV holds no images": needs_images and not checkpoints,
-        "--positive is for CSV files: a checkpoint knows its positive class": no_csv and args.positive is not None,
-    }
-    for problem, is_there in problems.items():
+    problems = [
+        (args.plots and no_matplotlib, "--plots needs matplotlib: pip install matplotlib"),
+        (several_plots and not args.output, "--plots of several inputs needs --output DIR"),
+        (more_classes and args.threshold is not None, "--threshold is for two classes; leave it out here"),
+        (more_classes and args.stress, "--stress is for two classes; leave it out here"),
+        (more_classes and several_plots, "--plots of a comparison is for two classes; leave it out here"),
+        (needs_images and not checkpoints, "--stress and --data are for checkpoints: a CSV holds no images"),
+        (no_csv and args.positive is not None, "--positive is for CSV files: a checkpoint knows its positive class"),
+    ]
+    for is_there, problem in problems:
         if is_there:
             raise UserError(problem)
 
@@ -1591,8 +1596,8 @@ def read_history(folder: Path) -> dict[str, list]:
     """The curves of a run; pictures do without where there is no metrics.json."""
     try:
         epochs = json.loads((folder / "metrics.json").read_text())["epochs"]
-        return {name: [h[name] for h in epochs] for name in ("epoch", "train_loss", "val_loss", "val_auroc")}
-    except (OSError, ValueError, KeyError, TypeError):
+        return {name: [float(h[name]) for h in epochs] for name in ("epoch", "train_loss", "val_loss", "val_auroc")}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 

@@ -56,6 +56,8 @@ def pretrained_config(name: str) -> timm.models.PretrainedCfg:
         UserError: timm has no such model, or none with such a tag; names the nearest.
     """
     try:
+        if timm.is_model(name) and "." not in name:
+            return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # timm's old names have none
         return timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError:
         nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
@@ -197,8 +199,6 @@ def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[n
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
-    if not weights:
-        raise UserError("--weights '' names no file")
     path = in_run_folder(weights)
     content = read_weights(path)
     seen = None
@@ -281,7 +281,7 @@ def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
             state = {key.removeprefix(prefix): value for key, value in state.items()}
     for key, value in state.items():
         if not is_sound(value):
-            raise UserError(f"{path} holds weights that are no numbers, infinite, sparse or quantized: {key}")
+            raise UserError(f"{path} holds NaN, infinite, sparse or quantized weights: {key}")
     return state
 
 
@@ -423,7 +423,7 @@ def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS
     except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
         raise UserError(f"{path} is damaged or no checkpoint of this suite") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
-        raise UserError(f"{path} is no {kind} checkpoint of this suite")
+        raise UserError(f"{path} is not a {kind} of this suite")
     version = checkpoint.get("format_version")
     if not isinstance(version, int):
         raise UserError(f"{path} has no format version: it is damaged")
@@ -489,7 +489,7 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
         raise UserError(f"the weights do not fit this version of timm's {name}: {data.one_line(e)}") from None
     for key, value in model.state_dict().items():
         if not value[finite[key]].isfinite().all():
-            raise UserError(f"the checkpoint's weights are no numbers, or infinite: {key}; train again")
+            raise UserError(f"the checkpoint has NaN or infinite weights: {key}; train again")
     check_size(model, checkpoint["input_size"])
     return model.eval().to(device, memory_format=memory_format(model, device))
 
@@ -506,7 +506,7 @@ def is_finished(folder: Path) -> bool:
     """What a run's metrics.json says; reading that of each run takes less time than their checkpoints."""
     try:
         return json.loads((folder / "metrics.json").read_text())["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

@@ -167,10 +167,10 @@ def stream(sources, work, workers: int, limit: int):
     submitted = 0
     try:
         for source in itertools.chain(sources, [FLUSH]):
-            wanted, ahead = min(limit, 2 ** (submitted // workers)), 2 * workers
             if source is FLUSH:
                 wanted, ahead = 1, 0
             else:
+                wanted, ahead = min(limit, 2 ** (submitted // workers)), 2 * workers
                 batch.append(source)
             if len(batch) >= wanted:
                 jobs.append(pool.submit(work, batch))
@@ -363,17 +363,20 @@ def to_table(rows: list[Prediction], classes: list[str], positive: str, header: 
 
 
 def csv_row(row: Prediction, classes: list[str]) -> dict:
-    """The fields in their order; of more than two classes each has a column."""
-    cells = {}
-    for key, value in asdict(row).items():
-        if key == "flags":
-            cells[key] = "; ".join(value + ["demo model"] * row.demo)
-        elif key == "probability" and len(classes) > 2:
-            for name in classes:
-                cells[f"probability_{name}"] = value and value[name]
-        elif key != "demo":
-            cells[key] = value
-    return cells
+    probabilities = {"probability": row.probability}
+    if len(classes) > 2:
+        probabilities = {f"probability_{name}": row.probability and row.probability[name] for name in classes}
+    return {
+        "path": row.path,
+        "label": row.label,
+        **probabilities,
+        "threshold": row.threshold,
+        "flags": "; ".join(row.flags + ["demo model"] * row.demo),
+        "unlike": row.unlike,
+        "error": row.error,
+        "model": row.model,
+        "checksum": row.checksum,
+    }
 
 
 def to_text(rows: list[Prediction], style: str, checkpoint: dict, first: bool) -> str:
@@ -405,7 +408,9 @@ def make_parser() -> argparse.ArgumentParser:
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object a line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="CSV with a header")
-    parser.add_argument("--cam", type=Path, metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR")
+    parser.add_argument(
+        "--cam", type=data.filled, metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
@@ -416,18 +421,21 @@ def run(args: argparse.Namespace) -> int:
     classifier = open_classifier(args.ckpt and args.ckpt[0], args.device)
     checkpoint = classifier.checkpoint
     if not checkpoint["finished"]:
-        warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments'].get('epochs')}")
+        warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments']['epochs']}")
     if checkpoint["data"]["demo"]:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     work = functools.partial(classify, classifier=classifier)
     workers, limit = data.CORES, BATCH
+    if all(map(os.path.isfile, args.inputs)):  # else nobody knows how many there will be
+        workers = min(workers, len(args.inputs))
     if args.cam:
-        if any(args.cam.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
+        folder = Path(args.cam)
+        if any(folder.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs):
             raise UserError("--cam DIR lies in a folder of the inputs: its maps would be classified too")
-        args.cam.mkdir(parents=True, exist_ok=True)
-        if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in args.cam.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in folder.iterdir()):
             raise UserError(f"--cam {args.cam} holds images, with which maps would be confused; take another folder")
-        work = functools.partial(classify_with_map, classifier=classifier, folder=args.cam)
+        work = functools.partial(classify_with_map, classifier=classifier, folder=folder)
         workers, limit = 1, 1  # a heat map takes long: each gives its row at once
     counts, flagged = Counter(), 0
     with tqdm(unit="img", leave=False, disable=None) as bar:

@@ -81,7 +81,7 @@ def summarize(history: list[dict]) -> dict:
     if not history:
         return {}
     return {
-        "best_epoch": max(h["epoch"] for h in history if h["selected"]),
+        "best_epoch": max((h["epoch"] for h in history if h["selected"]), default=0),  # the selected one
         "seconds": round(sum(h["seconds"] for h in history), 3),
         "images_per_second": float(np.median([h["images_per_second"] for h in history])),
     }
@@ -299,8 +299,9 @@ class Learner:
             for name, part in self.stateful().items():
                 part.load_state_dict(state[name])
             for parameter, moments in self.optimizer.state.items():
-                if moments["exp_avg"].shape != parameter.shape:  # torch does not look
-                    raise ValueError("moments of another shape")
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if moments[name].shape != parameter.shape:  # torch does not look
+                        raise ValueError(f"{name} of another shape")
         except Exception as e:  # noqa: BLE001, what does not fit fails in many ways
             raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
         self.seen = state["seen"]
@@ -414,7 +415,9 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
         losses /= dist.get_world_size()
     bad_steps = (~losses.isfinite()).nonzero()
     if len(bad_steps):
-        raise UserError(f"the loss is not finite in step {int(bad_steps[0]) + 1} of {len(losses)}; try a lower --lr")
+        raise UserError(
+            f"the loss is not finite in step {int(bad_steps[0]) + 1} of {len(losses)}; start a new run with a lower --lr"
+        )
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
@@ -422,7 +425,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, pre: dict) -> tuple[dict, n
     """Loss, AUROC and accuracy (of the largest probability), and the logits [n, classes], of the validation images."""
     logits = models.infer(model, models.in_batches(d.images, d.val), pre)
     if not logits.isfinite().all():
-        raise UserError("the logits of validation images are not finite; try a lower --lr")
+        raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]
     metrics = {
         # Unweighted, on whole images: not to be compared with train_loss.
@@ -492,9 +495,15 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
     if args.resume is not None:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
-    elif (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
-        raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
+    else:
+        refuse_run(folder)
     return folder, held
+
+
+def refuse_run(folder: Path) -> None:
+    """Raise UserError where the folder holds a run."""
+    if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+        raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
 
 
 def new_folder(name: str) -> Path:
@@ -546,9 +555,10 @@ def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: 
     if history:
         checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
         # A newer one is right: it is written first, and a run that was killed in between makes its epoch again.
-        is_older = checkpoint["epoch"] < summarize(history)["best_epoch"]
-        if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
-            raise UserError(f"{folder}/ckpt.pt is older than last.pt or of another run: start a new one")
+        if checkpoint["epoch"] < summarize(history)["best_epoch"]:
+            raise UserError(f"{folder}/ckpt.pt is older than last.pt: start a new run")
+        if fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
+            raise UserError(f"{folder}/ckpt.pt is of another run than last.pt: start a new run")
         if args.epochs < len(history):
             raise UserError(f"the run has made {len(history)} epochs already: --epochs can't be fewer")
         if args.epochs != state["arguments"]["epochs"]:
@@ -615,7 +625,7 @@ def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epoc
         stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), checkpoint)
         checkpoint.update(calibrate(logits, stressed, d, "youden"))
     if evaluate.at_bound(checkpoint["temperature"]):
-        warn("the temperature lies at the bound of its fit: validation can't tell it, probabilities mean little")
+        warn("the temperature lies at the bound of its fit: the validation images don't determine it")
     models.save({**checkpoint, "epochs": epochs, "finished": True}, path)
 
 
@@ -626,6 +636,8 @@ def run(args: argparse.Namespace) -> None:
     """Train as the arguments say."""
     rank, world, device = start_processes(args.device)
     master = rank == 0  # writes, prints and validates
+    if master and args.output is not None and args.resume is None:
+        refuse_run(Path(args.output))  # before minutes of decoding
 
     # data and model
     pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
@@ -763,7 +775,12 @@ def make_parser() -> data.Parser:
     parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
     number, yes_no = data.within, argparse.BooleanOptionalAction
     add = parser.add_argument_group("data").add_argument
-    add("--data", metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
+    add(
+        "--data",
+        type=data.filled,
+        metavar="DIR",
+        help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)",
+    )
     add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
     add("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
     add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
@@ -772,7 +789,12 @@ def make_parser() -> data.Parser:
     add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--model", default="mobilenetv3_small_050", help="any timm classification model")
     add_source("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
-    add_source("--weights", metavar="FILE", help="weights from a run, a .safetensors file or a torch state dict")
+    add_source(
+        "--weights",
+        type=data.filled,
+        metavar="FILE",
+        help="weights from a run, a .safetensors file or a torch state dict",
+    )
     add("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
@@ -790,8 +812,8 @@ def make_parser() -> data.Parser:
     rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
     add("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
     add = parser.add_argument_group("run").add_argument
-    add("--output", metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
-    add("--resume", metavar="DIR", help="continue the run in this folder, with its own arguments")
+    add("--output", type=data.filled, metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
+    add("--resume", type=data.filled, metavar="DIR", help="continue the run in this folder, with its own arguments")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
@@ -804,10 +826,24 @@ MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the comman
 
 def threshold_rule(text: str) -> str:
     """An argparse type: youden, stressed, sensitivity=X or X, with X in (0, 1)."""
-    value = text.removeprefix("sensitivity=")
-    if text not in ("youden", "stressed") and not 0 < float(value) < 1:
-        raise ValueError
-    return text
+    with contextlib.suppress(ValueError):
+        if text in ("youden", "stressed") or 0 < float(text.removeprefix("sensitivity=")) < 1:
+            return text
+    raise argparse.ArgumentTypeError(f"{text} is not youden, stressed, sensitivity=X or X, with X between 0 and 1")
+
+
+def to_words(parser: data.Parser, values: dict) -> list[str]:
+    """The command line that gives these values, so that the parser can check them."""
+    words = []
+    for action in parser._actions:
+        value = values.get(action.dest)
+        if value is None:
+            continue
+        if action.nargs == 0:  # a flag, which --no-FLAG may contradict
+            words.append(action.option_strings[0 if value else -1])
+        else:
+            words.append(f"{action.option_strings[0]}={value}")
+    return words
 
 
 def parse_arguments(parser: data.Parser) -> argparse.Namespace:
@@ -823,6 +859,10 @@ def parse_arguments(parser: data.Parser) -> argparse.Namespace:
         odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
         if odd:
             parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd)}")
+        reader = make_parser()
+        reader.prog = f"train.py: {args.resume}/last.pt is damaged or of another version"
+        checked = vars(reader.parse_args(to_words(reader, stored)))
+        stored = {name: checked[name] for name in stored}
         parser.set_defaults(**stored)
         args = parser.parse_args()  # now a value differs from the stored one only where it was given
         for name, value in fixed(stored).items():

@@ -173,7 +173,7 @@ def test_a_link_to_another_class_or_split_is_said_by_what_it_brings(tmp_path, ca
     (root / "train/OTHER").symlink_to("NORMAL", target_is_directory=True)
     records = data.scan(root, "train")
     data.warn_contradictions(records, data.load_images(root, records, 16).digests)
-    assert "3 images stand there with several labels" in capsys.readouterr().err
+    assert "3 images appear under several labels" in capsys.readouterr().err
     assert any("3 images have copies across classes" in line for line in data.check(root)["problems"])
     (root / "test").symlink_to("train", target_is_directory=True)
     with pytest.raises(data.UserError, match="6 patients are in both train and test"):
@@ -308,7 +308,7 @@ def test_positive_class(capsys, case):
     names, asked, index, guessed = POSITIVE[case]
     assert data.positive_index(names.split(), asked) == index
     assert ("is a guess: NORMAL" in capsys.readouterr().err) == guessed
-    with pytest.raises(data.UserError, match="--positive X is none of"):
+    with pytest.raises(data.UserError, match="--positive X is not one of"):
         data.positive_index(names.split(), "X")
 
 
@@ -784,7 +784,7 @@ def test_a_table_in_the_splits_folder(tmp_path, capsys):
 
 BAD_TABLES = {
     "no column file_name; its columns are path, label": "path,label\nx,A\n",
-    "x/1.png stands there twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
+    "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
     "has a column twice": "file_name,label,split,split\nx/1.png,A,train,test\n",
     "../1.png is not within the folder": "file_name,label,split\n../1.png,A,train\n",
     "the split of x/1.png is dev": "file_name,label,split\nx/1.png,A,dev\n",
@@ -1525,6 +1525,33 @@ data.run_script(data.Parser(prog="x"), work, lambda: "go on like this")
 def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(tmp_path):
     assert run_code(WORK, tmp_path, signal.SIGINT) == (130, "interrupted; go on like this\n")
     assert not list(tmp_path.iterdir())
+
+
+class Closed(io.StringIO):
+    """A pipe that nobody reads any more."""
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize(("hint", "code"), [(None, 0), (lambda: "go on like this", 1)])
+def test_a_closed_pipe_ends_quietly_what_may_end(monkeypatch, capsys, hint, code):
+    monkeypatch.setattr(sys, "stdout", Closed())
+    with pytest.raises(SystemExit) as end:
+        data.run_script(data.Parser(prog="x"), lambda: print("a row"), hint)
+    assert end.value.code == code
+    assert capsys.readouterr().err == ("nobody reads the output; go on like this\n" if hint else "")
+
+
+def test_closed_streams_change_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as end:
+        data.run_script(data.Parser(prog="x"), lambda: sys.stdout.write("a row") + sys.stderr.write("a line") - 10)
+    assert end.value.code == 1
 
 
 def test_an_interruption_while_importing_is_one_line(tmp_path):

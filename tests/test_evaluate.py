@@ -287,7 +287,7 @@ def test_probabilities_of_exactly_0_and_1_are_named_and_leave_the_slope_alone(tm
     write_csv(tmp_path / "p.csv", rows)
     done = run_script("evaluate.py", "p.csv", "--bootstrap", 20, cwd=tmp_path)
     assert "3 probabilities of p.csv are exactly 0 or 1, such as that of end0.png" in done.stderr
-    assert "3 probabilities of exactly 0 or 1 are left out of slope and intercept" in done.stdout
+    assert "3 probabilities within 1e-15 of 0 or 1 are left out of slope and intercept" in done.stdout
     found = strict_json((tmp_path / "p.scored.json").read_text())["calibration"]
     assert found["exact"] == 3 and without["exact"] == 0
     assert (found["slope"], found["intercept"]) == (without["slope"], without["intercept"])
@@ -1038,7 +1038,7 @@ def test_one_image_with_two_labels_is_said(run, demo, tmp_path):
     image = min((tmp_path / "d" / "test" / "NORMAL").iterdir())
     shutil.copy(image, tmp_path / "d" / "test" / "PNEUMONIA" / "copy.jpeg")
     _, err = evaluate_files(tmp_path, run, run, "--data", "d", "--output", "out", "--bootstrap", 0)
-    assert err.count("1 images stand there with several labels") == 1  # however many runs are scored on them
+    assert err.count("1 images appear under several labels") == 1  # however many runs are scored on them
 
 
 BAD_CSV = {
@@ -1103,6 +1103,12 @@ def test_arguments_that_no_training_wrote_are_an_error(run, tmp_path, arguments,
     torch.save(ckpt, tmp_path / "ckpt.pt")
     _, err = evaluate_files(tmp_path, "ckpt.pt", "--split", "val", "--bootstrap", 0, "--device", "cpu", code=2)
     assert len(err.splitlines()) == 1 and "ckpt.pt is damaged: " in err and expected in err
+
+
+def test_a_temperature_may_be_a_whole_number(run, tmp_path):
+    models.save({**models.load(run), "temperature": 1}, tmp_path / "ckpt.pt")
+    result, _ = evaluate_files(tmp_path, "ckpt.pt", "--bootstrap", 0, "--device", "cpu")
+    assert result["calibration"]["temperature"] == 1
 
 
 def test_arguments_of_an_older_version_may_lack_the_folds_but_not_the_epochs(run, tmp_path):

@@ -322,6 +322,12 @@ def test_a_slow_list_on_stdin_gives_each_row_at_once(run_folder, demo):
         assert process.wait(60) == 0
 
 
+@pytest.mark.parametrize("shape", [(0, 0), (0, 9)])
+def test_an_image_without_pixels_is_an_error(run_folder, shape):
+    (row,) = predict.predict([np.zeros(shape, np.uint8)], run_folder, "cpu")
+    assert row["error"] == "it has no pixels" and row["label"] is None
+
+
 def test_closed_pipe_ends_quietly(run_folder, demo):
     command = f"{sys.executable} {ROOT / 'predict.py'} --ckpt {run_folder / 'ckpt.pt'} --json {demo} {demo} {demo}"
     command += " | head -n 1; exit ${PIPESTATUS[0]}"

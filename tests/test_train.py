@@ -329,7 +329,7 @@ def older_checkpoint(root):
         (change_an_image, "not those that the run"),
         (another_patient, "not those that the run"),
         (older_checkpoint, "ckpt.pt is older than"),
-        (checkpoint_of_another_seed, "ckpt.pt is older than last.pt or of another run"),
+        (checkpoint_of_another_seed, "ckpt.pt is of another run than last.pt"),
     ],
 )
 def test_a_run_goes_on_with_its_own_data_and_state_alone(run_folder, demo, tmp_path, change, message):
@@ -367,6 +367,19 @@ def test_a_run_of_another_version_is_said(run_folder, tmp_path):
     done = run_script("train.py", "--resume", "run", cwd=tmp_path)
     (line,) = done.stderr.splitlines()
     assert done.returncode == 2 and line.endswith("is of another version of this code: margin")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("epochs", 0), ("folds", 1), ("lr", "x"), ("augment", "odd"), ("threshold", 3), ("img_size", 1)]
+)
+def test_stored_arguments_are_checked_like_those_of_a_command_line(run_folder, tmp_path, name, value):
+    shutil.copytree(run_folder, tmp_path / "run")
+    state = state_of(run_folder)
+    state["arguments"][name] = value
+    models.save(state, tmp_path / "run" / "last.pt")
+    done = run_script("train.py", "--resume", "run", cwd=tmp_path)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "last.pt is damaged" in line and name.replace("_", "-") in line
 
 
 def test_an_interrupted_extension_goes_on_by_itself(run_folder, demo, tmp_path, monkeypatch):
