@@ -415,9 +415,8 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
         losses /= dist.get_world_size()
     bad_steps = (~losses.isfinite()).nonzero()
     if len(bad_steps):
-        raise UserError(
-            f"the loss is not finite in step {int(bad_steps[0]) + 1} of {len(losses)}; start a new run with a lower --lr"
-        )
+        step = int(bad_steps[0]) + 1
+        raise UserError(f"the loss is not finite in step {step} of {len(losses)}; start a new run with a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
