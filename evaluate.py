@@ -1379,7 +1379,7 @@ def calibration_panel(ax, c: dict) -> None:
     ax.plot([0, 1], [0, 1], **CHANCE)
     for point in c["curve"]:
         x = point["predicted"]
-        ax.plot([x] * 3, low_value_high(point["observed"]), "o-", markevery=[1], color=BLUE)
+        ax.plot([x] * 3, low_value_high(point["observed"]), "o-", markevery=[1], color=BLUE, clip_on=False)
         middle = min(int(x * 10), 9) / 10 + 0.05
         ax.text(middle, 1.06, point["images"], ha="center", fontsize="x-small")
     ax.set(xlabel="predicted probability", ylabel="observed frequency", xlim=(0, 1), ylim=(-0.03, 1.03))
