@@ -650,6 +650,7 @@ def pool(runs: list[Scored]) -> Scored:
     unfinished = [s.run for s in runs if not s.run["finished"]]
     run = unfinished[0] if unfinished else first.run
     has_border = all(s.border is not None for s in runs)
+    names = [name for name in first.stressed if all(name in s.stressed for s in runs)]  # a fold may lack a class
     arrays = {
         name: np.concatenate([getattr(s, name) for s in runs]) for name in ("logits", "temperature", "thresholds")
     }
@@ -663,7 +664,7 @@ def pool(runs: list[Scored]) -> Scored:
         threshold=first.threshold if all(s.threshold == first.threshold for s in runs) else own,
         left_out=[item for s in runs for item in s.left_out],
         border=np.concatenate([s.border for s in runs]) if has_border else None,
-        stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in first.stressed},
+        stressed={name: np.concatenate([s.stressed[name] for s in runs]) for name in names},
         leaks={name: sum(s.leaks[name] for s in runs) for name in first.leaks},
         fingerprint=data.hash_lines(s.fingerprint for s in runs),
         run={**run, "arguments": arguments},
