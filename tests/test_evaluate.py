@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import sklearn.metrics as sk
 import torch
-from conftest import run_process, run_script
+from conftest import run_script
 from PIL import Image
 from scipy.optimize import minimize
 from scipy.special import expit, logit
@@ -734,7 +734,7 @@ def run(run_folder, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def evaluated(run) -> SimpleNamespace:
     """What evaluate.py with a run and --stress printed and wrote."""
-    done = run_process("evaluate.py", "ckpt.pt", "--stress", cwd=run)
+    done = run_script("evaluate.py", "ckpt.pt", "--stress", cwd=run)
     assert done.returncode == 0, done.stderr
     text = (run / "test.csv").read_text()
     found = strict_json((run / "test.json").read_text())

@@ -689,7 +689,7 @@ def test_altered_checkpoints(tmp_path, small):
     places = [p for p in spots(original) if p[0] not in ("format", "state_dict")]
     places += [("state_dict",)] + [p for p in spots(original) if p[0] == "state_dict"][::9]
     outcomes = Counter()
-    for _ in range(80):  # a thousand by hand
+    for _ in range(60):  # a thousand by hand
         altered = copy.copy(original)
         place = rng.choice(places)
         inner = altered
@@ -716,7 +716,7 @@ def test_altered_checkpoints(tmp_path, small):
         except data.UserError as e:
             assert "\n" not in str(e), place
             outcomes["refused"] += 1
-    assert outcomes["refused"] > 40 and outcomes["fine"] > 0
+    assert outcomes["refused"] > 30 and outcomes["fine"] > 0
 
 
 def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):

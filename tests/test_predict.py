@@ -328,14 +328,6 @@ def test_an_image_without_pixels_is_an_error(run_folder, shape):
     assert row["error"] == "it has no pixels" and row["label"] is None
 
 
-def test_closed_pipe_ends_quietly(run_folder, demo):
-    command = f"{sys.executable} {ROOT / 'predict.py'} --ckpt {run_folder / 'ckpt.pt'} --json {demo} {demo} {demo}"
-    command += " | head -n 1; exit ${PIPESTATUS[0]}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, check=False)
-    assert len(done.stdout.splitlines()) == 1 and done.returncode == 0
-    assert "Traceback" not in done.stderr and "Broken" not in done.stderr
-
-
 @pytest.mark.parametrize("count", [0, 1, 5, 1000])
 def test_stream_keeps_order_and_little_in_memory(count):
     """However many paths there are, no more than a few batches are ever taken ahead of what came out."""
@@ -403,11 +395,14 @@ def test_a_folder_without_images_is_one_bad_row(run_folder, demo, tmp_path):
     assert [r["error"] for r in as_json(done)] == ["a folder without images", ""]
 
 
-def test_names_that_the_output_can_not_encode(run_folder, demo, tmp_path):
-    shutil.copy(min((demo / "test" / "NORMAL").iterdir()), tmp_path / "胸.jpeg")
-    arguments = ("predict.py", "--ckpt", run_folder / "ckpt.pt", "--csv", "胸.jpeg")
-    done = run_process(*arguments, cwd=tmp_path, env={"PYTHONIOENCODING": "ascii"}, encoding="ascii")
-    assert done.returncode == 0 and done.stdout.splitlines()[1].split(",")[0] == "\\u80f8.jpeg"
+def test_names_that_the_output_can_not_encode(run_folder, demo, tmp_path, monkeypatch):
+    image = shutil.copy(min((demo / "test" / "NORMAL").iterdir()), tmp_path / "胸.jpeg")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["predict.py", "--ckpt", str(run_folder), "--csv", str(image)])
+    with pytest.raises(SystemExit) as end:
+        predict.main()
+    assert end.value.code == 0 and b"\\u80f8.jpeg," in out.buffer.getvalue()
 
 
 def test_a_folder_that_can_not_be_read_is_one_bad_row(tmp_path, monkeypatch):
