@@ -43,8 +43,12 @@ STATE = {  # of last.pt, but for what a Learner restores
     "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
     "epochs": models.Field(list, of=dict),
 }
-EPOCH = {  # what a run that goes on computes with, of each of its epochs
+EPOCH = {  # of each epoch; its number is checked beside it
+    "train_loss": models.Field(float),
+    "lr": models.Field(float, 0),
+    "val_loss": models.Field(float, 0),
     "val_auroc": models.SHARE,
+    "val_accuracy": models.SHARE,
     "images_per_second": models.Field(float, 0),
     "selected": models.Field(bool),
     "seconds": models.Field(float, 0),
@@ -798,8 +802,8 @@ def make_parser() -> data.Parser:
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
-    add("--lr", type=number(float, 0), default=0.003, help="peak rate of AdamW; transformers want less")
-    add("--weight-decay", type=number(float, 0), default=0.05, help="not on norms and biases")
+    add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak rate of AdamW; transformers want less")
+    add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="not on norms and biases")
     add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help="rate of each layer / of the one above")
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none")

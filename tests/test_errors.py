@@ -25,6 +25,7 @@ TRAIN = [
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--lear 1", "unrecognized arguments"),
     ("--weights=", "--weights: it is empty"),
+    ("--lr 1e39", "--lr: 1e39 is not in [0, 1e+30]"),
     ("--output=", "--output: it is empty"),
     ("--resume=", "--resume: it is empty"),
     ("--weights other/metrics.json", "can't be read as weights"),
