@@ -665,9 +665,8 @@ def find_training(root: Path, folds: int, fold: int) -> list[Record]:
 
 # --- read ---
 
-READER_VERSION = (
-    3  # part of the cache's name: raise it when read_image gives other pixels, or build_cache writes other notes
-)
+# Part of the cache's name: raise it when read_image gives other pixels, or build_cache writes other notes.
+READER_VERSION = 3
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
@@ -1385,8 +1384,8 @@ class Inspected:
 
     record: Record
     info: ImageInfo
-    measures: dict[str, float]  # those of the file, and mean and standard deviation of the grey levels
-    file_features: list[float]  # what is known without any grey level
+    file: dict[str, float]  # measures that no grey level has a part in
+    levels: dict[str, float]  # mean and standard deviation of the grey levels
     pixel_key: tuple  # shape and digest
     border: ndarray  # uint8 [348], see border_features
 
@@ -1475,21 +1474,22 @@ def _inspect(root: Path, record: Record) -> tuple[Inspected | None, str]:
     thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
     border = thumbnail[border_ring(32, 3).numpy()]
     key = pixels.shape, digest(pixels)
-    return Inspected(record, info, {**file, **levels}, [*file.values(), info.depth], key, border), ""
+    return Inspected(record, info, file, levels, key, border), ""
 
 
 def _summarise(images: list[Inspected]) -> dict:
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
-    measures = np.array([list(i.measures.values()) for i in images])
+    measures = [[*i.file.values(), *i.levels.values()] for i in images]
     percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
+    names = [*images[0].file, *images[0].levels]
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {
         "images": len(images),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
-        **dict(zip(images[0].measures, percentiles.round(3).tolist())),
+        **dict(zip(names, percentiles.round(3).tolist())),
         **Counter(subtypes + modes),
     }
 
@@ -1509,11 +1509,10 @@ def _audit(images: list[Inspected]) -> list[dict]:
     labels = np.array([i.record.label for i in images])
     patients = np.array([i.record.patient for i in images])
     modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
+    file = [[*i.file.values(), i.info.depth] for i in images]
     sources = {
         "the border alone, without any lung,": np.array([i.border for i in images]),
-        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack(
-            [[i.file_features for i in images], modes]
-        ),
+        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([file, modes]),
     }
     count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
     enough = [label for label in count if count[label] >= 10]

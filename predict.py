@@ -186,8 +186,11 @@ def stream(sources, work, workers: int, limit: int):
 # --- classify ---
 
 
-def classify(sources: list, classifier: Classifier) -> list[Prediction]:
-    """A prediction for each path, open file, Pillow image or array."""
+def classify(sources: list, classifier: Classifier, maps: Path | None = None) -> list[Prediction]:
+    """A prediction for each path, open file, Pillow image or array; heat maps of paths go to the folder maps.
+
+    These hook into the model, which no other thread may use meanwhile.
+    """
     checkpoint = classifier.checkpoint
     pixels, infos, errors = zip(*[data.decode(source, checkpoint["input_size"]) for source in sources])
     images = torch.from_numpy(np.stack(pixels))  # black where one can't be read
@@ -209,6 +212,8 @@ def classify(sources: list, classifier: Classifier) -> list[Prediction]:
             row.unlike = unlike[i].item()
             row.flags = flags(pixels[i], infos[i], row.unlike)
             decide(row, p[i].tolist(), checkpoint)
+        if maps is not None and row.label is not None:
+            add_heat_map(row, pixels[i], classifier, maps)
         rows.append(row)
     return rows
 
@@ -247,21 +252,14 @@ PANEL = (224, 2500)  # pixels: smallest width, largest side
 GREY, WHITE = (90, 90, 90), (255, 255, 255)
 
 
-def classify_with_map(sources: list, classifier: Classifier, folder: Path) -> list[Prediction]:
-    """classify for paths, and a heat map of each in the folder: hooks in the model allow no other thread meanwhile."""
-    rows = classify(sources, classifier)
-    for row in rows:
-        if row.label is not None:
-            add_heat_map(row, classifier, folder)
-    return rows
+def add_heat_map(row: Prediction, pixels: np.ndarray, classifier: Classifier, folder: Path) -> None:
+    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile.
 
-
-def add_heat_map(row: Prediction, classifier: Classifier, folder: Path) -> None:
-    """Write what draw_heat_map draws of one prediction, which becomes an error where its file is gone meanwhile."""
+    pixels: uint8 [size, size], what the model saw.
+    """
     checkpoint = classifier.checkpoint
     try:
         picture, _ = data.read_image(row.path, None)
-        pixels, _ = data.read_image(row.path, checkpoint["input_size"])
     except data.ImageError as e:
         row.label, row.probability = None, None
         row.error = f"no map: {e}"
@@ -435,7 +433,7 @@ def run(args: argparse.Namespace) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         if any(data.is_image(path) and not path.name.endswith(MAP_END) for path in folder.iterdir()):
             raise UserError(f"--cam {args.cam} holds images, with which maps would be confused; take another folder")
-        work = functools.partial(classify_with_map, classifier=classifier, folder=folder)
+        work = functools.partial(classify, classifier=classifier, maps=folder)
         workers, limit = 1, 1  # a heat map takes long: each gives its row at once
     counts, flagged = Counter(), 0
     with tqdm(unit="img", leave=False, disable=None) as bar:

@@ -521,7 +521,7 @@ def new_folder(name: str) -> Path:
 
 
 def save_progress(folder: Path, learner: Learner, metrics: dict, world: int) -> None:
-    """Write last.pt, all that --resume needs for an exact continuation, and metrics.json."""
+    """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json."""
     state = {
         "format": LAST_FORMAT,
         "format_version": models.FORMAT_VERSION,
@@ -536,6 +536,10 @@ def save_progress(folder: Path, learner: Learner, metrics: dict, world: int) -> 
     for name, part in learner.stateful().items():
         state[name] = part.state_dict()
     models.save(state, folder / "last.pt")
+    write_metrics(folder, metrics)
+
+
+def write_metrics(folder: Path, metrics: dict) -> None:
     data.write_json(folder / "metrics.json", {**metrics, **summarize(metrics["epochs"])})
 
 
@@ -718,7 +722,7 @@ def run(args: argparse.Namespace) -> None:
     if master:
         finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
         metrics["finished"] = True
-        save_progress(folder, learner, metrics, world)
+        write_metrics(folder, metrics)
         print_end(folder, d, args, history)
     if world > 1:
         dist.destroy_process_group()
