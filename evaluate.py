@@ -1568,13 +1568,16 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
     needs_images = args.stress or args.data
     no_csv = len(checkpoints) == len(args.inputs)
     problems = [
-        (args.plots and no_matplotlib, "--plots needs matplotlib: pip install matplotlib"),
         (several_plots and not args.output, "--plots of several inputs needs --output DIR"),
         (more_classes and args.threshold is not None, "--threshold is for two classes; leave it out here"),
         (more_classes and args.stress, "--stress is for two classes; leave it out here"),
         (more_classes and several_plots, "--plots of a comparison is for two classes; leave it out here"),
         (needs_images and not checkpoints, "--stress and --data are for checkpoints: a CSV holds no images"),
         (no_csv and args.positive is not None, "--positive is for CSV files: a checkpoint knows its positive class"),
+        (
+            args.plots and no_matplotlib,
+            "--plots needs matplotlib: pip install matplotlib",
+        ),  # last: nothing to mend here
     ]
     for is_there, problem in problems:
         if is_there:

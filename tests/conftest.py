@@ -17,6 +17,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "extra(package): needs an optional package, and is skipped without it")
+
+
+def pytest_runtest_setup(item):
+    for mark in item.iter_markers("extra"):
+        pytest.importorskip(*mark.args)
+
+
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path, monkeypatch):
     """No test writes into the user's cache, goes through a proxy, or inherits a distributed run's rank."""

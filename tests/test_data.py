@@ -629,6 +629,7 @@ def stored(bits, signed, photometric):
     return (samples - signed * 2 ** (bits - 1)).astype(kind)
 
 
+@pytest.mark.extra("pydicom")
 @pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
 @pytest.mark.parametrize("signed", [0, 1])
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
@@ -645,6 +646,7 @@ def test_dicom_reads_as_the_grey_picture(bits, signed, photometric):
         assert (info.width, info.height, info.mode, info.depth) == (90, 60, photometric, bits)
 
 
+@pytest.mark.extra("pydicom")
 @pytest.mark.parametrize("signed", [0, 1])
 @pytest.mark.parametrize("bits", [8, 10, 12, 14])
 def test_dicom_that_states_16_bits_without_a_window_is_guessed(bits, signed):
@@ -661,6 +663,7 @@ def test_dicom_that_states_16_bits_without_a_window_is_guessed(bits, signed):
     assert np.ptp(pixels) <= 2 ** (bits - 8) and info.depth == 16  # a window is taken at its word
 
 
+@pytest.mark.extra("pydicom")
 def test_dicom_window_and_rescale():
     """Against the definitions in the standard, PS3.3 C.11.1.1.2 and C.11.2.1.2.1."""
     samples = stored(12, 0, "MONOCHROME2")
@@ -673,6 +676,7 @@ def test_dicom_window_and_rescale():
     np.testing.assert_array_equal(turned, 255 - PICTURE)
 
 
+@pytest.mark.extra("pydicom")
 def test_dicom_of_many_frames_of_colour_and_compressed():
     pydicom = pytest.importorskip("pydicom")
     frames = np.stack([PICTURE, 255 - PICTURE])
@@ -694,6 +698,7 @@ def test_dicom_of_many_frames_of_colour_and_compressed():
         assert np.abs(data.read_image(file, None)[0].astype(int) - PICTURE).max() <= 6
 
 
+@pytest.mark.extra("pydicom")
 def test_dicom_patients_are_hashed(tmp_path):
     samples = stored(12, 0, "MONOCHROME2")
     for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", "", None)):
@@ -706,6 +711,7 @@ def test_dicom_patients_are_hashed(tmp_path):
     assert patients[3:] == ["train/A/3.dcm", "train/A/4.dcm"]
 
 
+@pytest.mark.extra("pydicom")
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 def test_dicom_that_cannot_be_read(monkeypatch):
     samples = stored(12, 0, "MONOCHROME2")
