@@ -1,28 +1,17 @@
-"""What an image is: find, group by patient, split, read, cache, augment; and three commands of its own.
+"""What an image is: find, group by patient, split, read, cache and change it; and three commands of its own.
 
-python data.py check data/chest_xray         # health of a folder; exit code 1 where a result would be invalid
+python data.py check data/chest_xray         # the health of a folder; exit code 1 where results would be invalid
 python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
 python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
+
+Sections: command line and files (for all scripts), find, split, read, cache, change (augmentation draws the parameters
+of the operations, the stress test fixes them), copies and shortcuts, demo, check, download.
 """
-
-import sys
-
-
-# Set before the libraries are imported, since that takes seconds.
-def _end_in_one_line(kind: type, error: BaseException, trace) -> None:
-    """A sys.excepthook: Ctrl-C outside of run_script, so while something is being imported."""
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-if sys.argv[0].endswith(("train.py", "evaluate.py", "predict.py", "data.py")):
-    sys.excepthook = _end_in_one_line
 
 import argparse
 import contextlib
 import csv
+import errno
 import functools
 import hashlib
 import http.client
@@ -30,23 +19,22 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import posixpath
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import tempfile
 import textwrap
 import time
-import urllib.request
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import joblib
@@ -62,8 +50,18 @@ DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"),
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
+CORES = joblib.cpu_count()  # that this process may use, by its affinity and its container's quota
 
-# --- command line and files, for all four scripts ---
+# --- command line and files ---
+
+FORMULA = re.compile("'*[=+@-]")  # how text begins that a spreadsheet would run
+PATH_COLUMNS = ("file_name", "path")
+MISSING = re.compile(  # words for "not known", in tables and DICOM headers
+    r"-*|\?|n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unknown|unspecified|not available|removed|redacted"
+    r"|anon(ym(ous|i[sz]ed)?)?|de-?identified",
+    re.IGNORECASE,
+)
+AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many are a year
 
 
 class UserError(Exception):
@@ -71,15 +69,15 @@ class UserError(Exception):
 
 
 class ImageError(UserError):
-    """One file that can't be used as an image; the message is the reason."""
+    """A file that can't be used as an image; the message is the reason."""
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, as an exception, so that half-written files are removed."""
+    """SIGTERM as an exception, so that half-written files are removed."""
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
+    def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
@@ -93,16 +91,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, hint=None) -> None:
-    """End the process as work() tells: its exit code, one line and 2 for what the user can fix, 130 for Ctrl-C.
+def run_script(parser: Parser, work, advise=lambda: "nothing half-written is left", output_matters=False) -> None:
+    """Run work() and exit with its code, or with 2 and one line for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
 
-    hint: what to say after an interruption, asked for only then, of work that a closed pipe must not end unsaid.
+    Args:
+        advise: returns how to go on; asked after an interruption or a failed read or write.
+        output_matters: where nobody reads the output any more, say so and exit with 1; else end quietly with 0.
     """
-    advise = hint or (lambda: "nothing half-written is left")
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, one that is closed would be None
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
-    def terminate(*_) -> None:
+    def terminate(*_):
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
@@ -114,10 +113,10 @@ def run_script(parser: Parser, work, hint=None) -> None:
     try:
         code = work()
         sys.stdout.flush()  # here a closed pipe can still be caught
-    except BrokenPipeError:  # the reader has enough
+    except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if hint:
-            parser.exit(1, f"nobody reads the output; {advise()}\n")
+        if output_matters:
+            parser.exit(1, f"nobody reads the output any more; {advise()}\n")
         code = 0
     except UserError as e:
         parser.error(str(e))
@@ -131,17 +130,17 @@ def run_script(parser: Parser, work, hint=None) -> None:
 def within(kind: type, low: float, high: float = math.inf):
     """An argparse type: a number in [low, high]."""
 
-    def parse(text: str) -> float:
+    def parse(text):
         value = kind(text)
         if not low <= value <= high or value == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number at all
+    parse.__name__ = kind.__name__  # argparse names it where the text is not a number at all
     return parse
 
 
-def filled(text: str) -> str:
+def non_empty(text: str) -> str:
     """An argparse type: text that is not empty, as an unset variable of a shell would be."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
@@ -149,7 +148,7 @@ def filled(text: str) -> str:
 
 
 def printable(text: str) -> str:
-    """Text as one line that moves no cursor: a file name or a field of a checkpoint may hold anything."""
+    """Text without characters that move a cursor: a file name or a field of a checkpoint may contain anything."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -159,16 +158,28 @@ def one_line(message: str) -> str:
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
 
 
-def warn(message: str) -> None:
-    """One loud line on stderr, from one process of a distributed run only."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {one_line(message)}", file=sys.stderr, flush=True)
+def with_names(message: str, names: list[str] | None) -> str:
+    """A message, and of what it is about how many there are and the first few."""
+    if names is None:
+        return message
+    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+
+
+def warn(message: str, names: list[str] | None = None) -> None:
+    """One loud line on stderr, from one process of a distributed run only; none where the list of names is empty."""
+    if names != [] and os.environ.get("RANK", "0") == "0":
+        print(f"WARNING: {one_line(with_names(message, names))}", file=sys.stderr, flush=True)
 
 
 def command_line(*words) -> str:
     """A command to show, quoted as the user's shell wants it."""
     words = [str(word) for word in words]
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def count(n: int, noun: str) -> str:
+    """How many: "no file", "1 file", "2 files"."""
+    return f"{n or 'no'} {noun}{'s' * (n > 1)}"
 
 
 @contextlib.contextmanager
@@ -181,6 +192,11 @@ def replacing(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            size = temporary.stat().st_size if temporary.exists() else 0
+            raise OSError(e.errno, f"the disk is full after {size / 1e6:.1f} MB of this file", str(path)) from None
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -195,76 +211,120 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def harmless(cell):
-    """A CSV cell that no spreadsheet takes for a formula: text that begins like one gets an apostrophe."""
-    if isinstance(cell, str) and cell.startswith(("=", "+", "-", "@")):
-        return f"'{cell}"
-    return cell
-
-
 def to_csv(rows: list[dict], header: bool = True) -> str:
-    """Rows as CSV text; the columns are the first row's keys."""
+    """Rows as CSV text; the columns are the first row's keys.
+
+    Text that a spreadsheet would take for a formula gets an apostrophe, which read_table removes.
+    """
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n")
     if header:
-        writer.writeheader()
+        writer.writerow(rows[0])
     for row in rows:
-        writer.writerow({column: harmless(cell) for column, cell in row.items()})
+        cells = [row[column] for column in rows[0]]
+        writer.writerow([f"'{c}" if isinstance(c, str) and FORMULA.match(c) else c for c in cells])
     return text.getvalue()
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, to_csv(rows))
 
 
-def call_within(seconds: float, work, *arguments):
-    """work(*arguments), in a thread that is left behind at the limit, since networks know ways to wait for ever.
+def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
+    """The rows of a table, as spreadsheets, programs and to_csv write them; empty rows are left out.
+
+    Separated by commas, semicolons or tabs (and blanks); UTF-8 with or without a byte order mark. Words for "missing"
+    become "". In file_name and path backslashes become slashes instead.
+
+    Args:
+        columns: names that are found in any case; further columns keep their names as written.
 
     Raises:
-        TimeoutError: at the limit.
+        UserError: not readable as such a table, a column twice, or a row with more cells than the header.
     """
+    names = {name.lower(): name for name in columns}
+    rows = []
     try:
-        with ThreadPool(1) as pool:
-            return pool.apply_async(work, arguments).get(seconds)
-    except multiprocessing.TimeoutError:
-        raise TimeoutError from None
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.partition("\n")[0].count)
+        lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
+        header = [name.strip() for name in next(lines, [])]
+        header = [names.get(name.lower(), name) for name in header]
+        for name in header:
+            if name and header.count(name) > 1:
+                raise UserError(f"{path} has the column {name} twice")
+        for number, cells in enumerate(lines, 2):
+            if any(cells[len(header) :]):
+                raise UserError(f"{path}: row {number} has more cells than the header; is a comma not in quotes?")
+            row = dict.fromkeys(header, "")
+            for name, cell in zip(header, cells):
+                cell = cell.strip()
+                if cell.startswith("'") and FORMULA.match(cell):
+                    cell = cell[1:]
+                if name in PATH_COLUMNS:
+                    cell = cell.replace("\\", "/")
+                elif MISSING.fullmatch(cell):
+                    cell = ""
+                row[name] = sys.intern(cell)  # a million rows share two labels
+            row.pop("", None)  # such as the row numbers that pandas writes
+            if any(row.values()):
+                rows.append(row)
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
+        raise UserError(f"{path} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?") from None
+    return rows
 
 
-CORES = joblib.cpu_count()  # that this process may use: its affinity and its container's quota count
+def as_number(text: str) -> float | None:
+    """A number, also with a decimal comma, or a DICOM age such as 058Y or 003M in years; None for other text."""
+    unit = AGE_UNITS.get(text[-1:].upper())
+    try:
+        number = float((text[:-1] if unit else text).replace(",", "."))
+    except ValueError:
+        return None
+    return number / (unit or 1) if math.isfinite(number) else None
+
+
+def sha256(path: Path) -> str:
+    """Of a file's bytes."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def hash_lines(lines) -> str:
+    """SHA-256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
 
 def parallel(work, items, name: str):
     """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
-    with (
-        ThreadPoolExecutor(CORES) as pool,
-        tqdm(total=len(items), desc=name, leave=False, unit="img", disable=None) as bar,
-    ):
+    with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(items), desc=name, leave=False, disable=None) as bar:
         for start in range(0, len(items), 512):
             for result in pool.map(work, items[start : start + 512]):
                 bar.update()
                 yield result
 
 
-# --- find, group by patient, split ---
+# --- find ---
+
+HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # files and folders of systems and programs
+MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the name of a drawing
+# A DICOM file with its preamble, or without: it begins with an element of group 2 or 8 of small number.
+DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
+TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv; others are groups
 
 
 @dataclass(slots=True)
 class Record:
-    """One image file, and what is known of it before it is opened."""
+    """One image file, and what is known of it before it is decoded."""
 
     path: str  # relative to the root, with forward slashes
     label: str  # class name
-    split: str  # train, val, test, or left out
-    patient: str  # the path itself where nothing tells the patient
+    split: str  # train, val or test
+    patient: str  # the path itself where the patient is unknown
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
-    bytes: int
-    mtime_ns: int
+    stamp: str  # size, times and inode: another one means another file
+    view: str = ""  # ViewPosition of a DICOM header
     groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
 
     @property
@@ -273,7 +333,7 @@ class Record:
 
 
 def identify(name: str) -> tuple[str | None, str, str]:
-    """Patient key, subtype (bacterial, viral or empty) and name series, as the file names of the public copies tell.
+    """Patient, subtype (bacterial, viral or empty) and name series, from the file names of the public copies.
 
     The patient is None for names of no known scheme.
     """
@@ -288,45 +348,40 @@ def identify(name: str) -> tuple[str | None, str, str]:
     return f"{series}-{int(m['number'])}", subtype, series
 
 
-def is_hidden(name: str) -> bool:
-    """Files and folders of systems and programs."""
-    return name.startswith((".", "@eaDir", "__MACOSX", "#recycle", "$RECYCLE"))
+def normal_form(patient: str) -> str:
+    """A patient's id without what spreadsheets change: case, blanks around it, leading zeros, a trailing .0."""
+    return re.sub(r"\.0+$", "", patient.strip().lower()).lstrip("0")
 
 
-def is_dicom(path: Path) -> bool:
-    """By its first bytes, where the ending allows it: such files often have none, or a number."""
-    if not re.fullmatch(r"(\.dcm|\.\d+)?", path.suffix.lower()):
-        return False
+def is_dicom(path: str | Path) -> bool:
+    """By its first bytes, whatever its ending."""
     with contextlib.suppress(OSError):
-        if path.is_file():  # a named pipe would wait for ever
+        if os.path.isfile(path):  # reading from a named pipe would block forever
             with open(path, "rb") as f:
-                return f.read(132)[128:] == b"DICM"
+                return DICOM_START.match(f.read(132)) is not None
     return False
 
 
 def is_image(path: Path) -> bool:
-    """By its ending, but for DICOM files."""
+    """By its ending, or by its content for DICOM files."""
     return path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path)
 
 
-def refuse_folder(error: OSError) -> None:
-    raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
-
-
-def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
+def walk(folder: Path, passed_over: Counter, onerror):
     """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
 
-    passed_over counts the other files by ending; onerror is told of unreadable folders.
+    passed_over counts the other files by ending; onerror is called with the OSError of each unreadable folder.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
         real = os.path.realpath(top)
         if real in seen:
+            passed_over["folder linked twice"] += 1
             subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(itertools.filterfalse(is_hidden, subfolders))
-        for name in sorted(itertools.filterfalse(is_hidden, files)):
+        subfolders[:] = sorted(itertools.filterfalse(HIDDEN.match, subfolders))
+        for name in sorted(itertools.filterfalse(HIDDEN.match, files)):
             path = Path(top, name)
             if is_image(path):
                 yield path
@@ -335,16 +390,15 @@ def walk(folder: Path, passed_over: Counter, onerror=refuse_folder):
 
 
 def find_root(data: str | None) -> Path:
-    """The folder with train/ and test/. Without data: data/chest_xray, else that of the demo set."""
+    """The folder with train/ and test/. Without data: data/chest_xray, else the folder of the demo set."""
     if data is None:
         return DEFAULT_ROOT if DEFAULT_ROOT.exists() else DEMO_ROOT
     root = Path(data)
     if not root.is_dir():
-        raise UserError(f"data folder {root} does not exist; name another, or run python data.py download")
+        problem = "is a file" if root.is_file() else "does not exist"
+        raise UserError(f"{root} {problem}; name the folder with train/ and test/, or run python data.py download")
     inner = root / "chest_xray"
-    if inner.is_dir() and not any(split_folder(root, split).is_dir() for split in ("train", "test")):
-        return inner
-    return root
+    return inner if inner.is_dir() and not split_folders(root) else root
 
 
 def is_demo(root: Path) -> bool:
@@ -352,245 +406,321 @@ def is_demo(root: Path) -> bool:
 
 
 def prepare_demo(root: Path) -> None:
-    """Draw the demo set where root is its place and it is missing; say so loudly wherever root is a demo set."""
+    """Draw the demo set where root is its place and it is missing; warn loudly wherever root is a demo set."""
     if root == DEMO_ROOT and not root.exists():
         draw_demo(root)
     if is_demo(root):
-        warn(f"DEMO DATA: {root} holds synthetic phantoms, not radiographs. No result says anything about patients.")
+        warn(f"DEMO DATA: {root} contains synthetic phantoms, not radiographs. No result says anything about patients.")
 
 
-def split_of(folder: str) -> str | None:
-    """The split that a folder or a word in metadata.csv names, in any case."""
-    return SPLIT_NAMES.get(folder.lower())
-
-
-def split_folder(root: Path, split: str) -> Path:
-    """The folder whose name means the split; ROOT/split where there is none.
+def split_folders(root: Path) -> dict[str, Path]:
+    """The folders whose names mean a split, by split.
 
     Raises:
-        UserError: there are several.
+        UserError: there are several for one.
     """
-    folders = sorted(folder for folder in root.glob("*/") if split_of(folder.name) == split)
-    if len(folders) > 1:
-        raise UserError(f"{root} has several folders for {split}: {', '.join(f.name for f in folders)}; merge them")
-    return folders[0] if folders else root / split
+    folders = {}
+    for folder in sorted(root.glob("*/")):
+        split = SPLIT_NAMES.get(folder.name.lower())
+        if split in folders:
+            raise UserError(f"{root} has several folders for {split}: {folders[split].name}, {folder.name}; merge them")
+        if split:
+            folders[split] = folder
+    return folders
 
 
-Metadata = dict[str, dict[str, str | None]]  # rows of metadata.csv by path; each has its split, one of SPLITS, or None
-TABLE_COLUMNS = ("patient", "subtype", "label", "split")  # further columns are groups
-
-
-def read_metadata(root: Path) -> Metadata:
+def read_metadata(root: Path, say=warn) -> dict[str, dict]:
     """The rows of ROOT/metadata.csv, or of ROOT/SPLIT/metadata.csv, by path relative to root; empty without one.
 
-    The convention of Hugging Face's image folders: file_name is relative to the table's folder. Separated by commas,
-    semicolons or tabs; UTF-8 with or without a byte order mark.
+    The convention of Hugging Face's image folders: file_name is relative to the table's folder. Each row gets its
+    split, one of SPLITS or None, and loses the columns that look like identifiers. say(message, names) is called with
+    each warning.
 
     Raises:
-        UserError: not readable as such a table, a file is listed twice, or one in a table of labels has no split.
+        UserError: see read_table; or no file_name, a file listed twice, or one in a table of labels without a split.
     """
     rows = {}
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
         folder = table.parent.relative_to(root).as_posix()
-        try:
-            text = table.read_text(encoding="utf-8-sig")
-            header = text.split("\n", 1)[0]
-            delimiter = max(",;\t", key=header.count)
-            reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, restval="")
-            columns, lines = reader.fieldnames or [], list(reader)
-        except (OSError, UnicodeDecodeError, csv.Error) as e:
-            raise UserError(
-                f"{table} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?"
-            ) from None
-        if len(set(columns)) < len(columns):
-            raise UserError(f"{table} has a column twice: {', '.join(columns)}")
+        lines = read_table(table, TABLE_COLUMNS)
+        columns = list(lines[0]) if lines else []
         if "file_name" not in columns:
-            raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
+            raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns) or 'empty'}")
+        identifiers = []
         for column in columns:
-            meant = re.sub(r"[ _-]?id$", "", column.strip().lower())
-            if meant in TABLE_COLUMNS and column != meant:
-                raise UserError(f"{table}: call the column {meant} instead of {column}, or otherwise if it is none")
-        if "split" in columns and "label" not in columns:
-            warn(f"{table} has a column split but no column label: the folders tell the split")
-        for row in lines:
-            if any(row.pop(None, [])):
-                raise UserError(f"{table}: the row of {row['file_name']} has more cells than there are columns")
-            name = row.pop("file_name").replace("\\", "/")
-            if not name and not any(row.values()):
+            if column in TABLE_COLUMNS:
                 continue
-            path = posixpath.normpath(posixpath.join(folder, name))
+            meant = re.sub(r"[ _-]?id$", "", column.lower())
+            if meant in TABLE_COLUMNS:
+                raise UserError(f"{table}: rename column {column} to {meant}, or to something else if it isn't one")
+            values = [line[column] for line in lines if line[column]]
+            if len(values) >= 20 and len(set(values)) > len(values) / 2 and None in map(as_number, values):
+                identifiers.append(column)
+        say(f"{table}: columns of identifiers, which differ between most images, left out", identifiers)
+        has_labels = "label" in columns
+        if "split" in columns and not has_labels:
+            say(f"{table} has a column split but no column label: the folders decide the split")
+        for line in lines:
+            path = posixpath.normpath(posixpath.join(folder, line["file_name"]))
             if path.startswith(("/", "../")):
-                raise UserError(f"{table}: {name} is not within the folder; file_name is relative to that of the table")
+                raise UserError(f"{table}: {path} is outside of {root}; file_name is relative to the table's folder")
             if path in rows:
                 raise UserError(f"{table}: {path} is listed twice")
-            row = {key: value.strip() for key, value in row.items()}
-            told = row.get("split") if "label" in columns else None
-            row["split"] = split_of(told or path.split("/")[0])
-            if "label" in columns and row["split"] is None:
-                raise UserError(f"{table}: the split of {path} is {told or 'not told'}: train, val or test?")
-            rows[path] = row
+            asked = line.get("split") if has_labels else None
+            split = SPLIT_NAMES.get((asked or path.split("/")[0]).lower())
+            if has_labels and split is None:
+                raise UserError(
+                    f"{table}: the split of {path} is {asked or 'missing'}; write train, val or test, the same for all "
+                    "images of a patient, for example test where zlib.crc32(patient.encode()) % 5 == 0, else train"
+                )
+            rows[path] = {column: cell for column, cell in line.items() if column not in identifiers} | {"split": split}
     return rows
 
 
-def make_record(root: Path, path: str, label: str, split: str, row: dict[str, str]) -> Record:
-    """What the table, the file's name, or the header of a DICOM file tells; row: of metadata.csv, may be empty."""
+def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
+    """The images of one split, or of all that are there, sorted by split, class and path: those of ROOT/SPLIT/CLASS/,
+    or, in whatever folders, those that metadata.csv gives labels.
+
+    No image is decoded. One whose patient is unknown is its own patient. The images of a small val/ are found as train.
+    In metadata.csv file_name may lack its ending. say(message, names) is called with each warning.
+
+    Raises:
+        UserError: a folder is missing or can't be read, or a class name that can't be printed, differs from another in
+            case alone, or is missing in train.
+    """
+    splits = SPLITS if split is None else (split,)
+    found = _find_images(root, splits, read_metadata(root, say), say)
+    n_val = sum(its_split == "val" for _, its_split, _, _ in found)
+    is_small = 0 < n_val < SMALL_VAL
+    if is_small:
+        say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is drawn by patient")
+    records = []
+    for path, its_split, label, row in sorted(found, key=lambda item: (SPLITS.index(item[1]), item[2])):
+        records.append(_make_record(root, path, label, "train" if is_small and its_split == "val" else its_split, row))
+    known = {}  # the classes of train, or of the only split
+    for name in splits:
+        part = [r for r in records if r.split == name]
+        known = known or {r.label.lower(): r.label for r in part}
+        check_classes(part, sorted(known.values()), f"{root}/{name}")
+    return records
+
+
+def _find_images(root, splits, table, say):
+    """(path, split, label, row of the table) of each image, sorted by path; see scan."""
+    has_labels = any("label" in row for row in table.values())
+    labels = {row["label"].lower() for row in table.values() if row.get("label")}
+    folders = split_folders(root)
+    if len(splits) == 1 and splits[0] not in folders and not has_labels:
+        raise UserError(
+            f"{root} has no folder {splits[0]}/; expected images in {root}/{splits[0]}/CLASS/, "
+            "or a metadata.csv with the columns file_name, label and split"
+        )
+    files, passed_over, errors = [], Counter(), []
+    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
+        files += sorted(walk(folder, passed_over, errors.append))
+    for error in errors:
+        raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
+    if passed_over and not has_labels:
+        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+
+    found, listed = [], set()
+    unlisted, unlabelled, masks, contradicting = [], [], [], []
+    for file in files:
+        path = file.relative_to(root).as_posix()
+        name = path if path in table else posixpath.splitext(path)[0]
+        row = table.get(name, {})
+        listed.add(name)
+        if table and not row:
+            unlisted.append(path)
+        first, *below = path.split("/")
+        if has_labels:
+            split, label = row.get("split"), row.get("label")
+        else:
+            split, label = SPLIT_NAMES[first.lower()], below[0] if len(below) > 1 else None
+        if split not in splits:
+            continue
+        if not label:
+            unlabelled.append(path)
+            continue
+        if not has_labels and MASK.search("/".join(below[1:]).lower()):
+            masks.append(path)
+            continue
+        in_path = labels.intersection(path.lower().split("/"))
+        if in_path and label.lower() not in in_path:
+            contradicting.append(path)
+        found.append((path, split, label, row))
+    say("metadata.csv has no row for these images", unlisted)
+    missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
+    say("metadata.csv has rows whose file is missing", missing)
+    say("metadata.csv contradicts the folder about the label, and overrules it", contradicting)
+    say("left out, without a label or in no class folder", unlabelled)
+    say("left out as masks or annotations, by their names", masks)
+    return found
+
+
+def _make_record(root, path, label, split, row):
+    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, may be empty."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
-    patient, subtype, series = identify(os.path.basename(path))
-    try:
-        info = os.stat(file)
-    except OSError:  # a broken link is named when it is read
-        info = os.lstat(file)
+    in_name, subtype, series = identify(os.path.basename(path))
+    in_header = view = ""
+    if is_dicom(file):
+        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
+            from pydicom import dcmread
+
+            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID", "ViewPosition"])
+            in_header = str(header.get("PatientID") or "").strip()
+            view = str(header.get("ViewPosition") or "").strip().upper()
+    in_table = row.get("patient", "")
+    in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
+    if in_header:  # nothing of a header is written anywhere
+        in_header = hashlib.sha256(in_header.encode()).hexdigest()[:16]
+    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # decoding names a broken link
     return Record(
         path=path,
         label=label,
         split=split,
-        patient=row.get("patient") or patient or dicom_patient(Path(file)) or path,
+        patient=in_table or in_header or in_name or path,
         subtype=row.get("subtype") or subtype,
         series=series,
-        bytes=info.st_size,
-        mtime_ns=info.st_mtime_ns,
-        groups={k: v for k, v in row.items() if k not in TABLE_COLUMNS},
+        stamp=f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}",
+        view=view,
+        groups={column: cell for column, cell in row.items() if column not in TABLE_COLUMNS},
     )
 
 
-def warn_rows(message: str, paths: list[str]) -> None:
-    """One line where there are such paths: how many, and the first few."""
-    if paths:
-        more = ", ..." if len(paths) > 3 else ""
-        warn(f"metadata.csv {message}: {len(paths)} ({', '.join(paths[:3])}{more})")
-
-
-def label_by_folder(root: Path, split: str) -> dict[str, str]:
-    """The class of each image, by path, of ROOT/split/CLASS/, sorted, as ImageFolder finds them."""
-    folder = split_folder(root, split)
-    if not folder.is_dir():
-        raise UserError(f"{root} has no folder {split}/; expected {root}/{split}/CLASS/*.jpeg")
-    labels, loose, passed_over = {}, 0, Counter()
-    for place in sorted(folder.iterdir()):
-        if is_hidden(place.name):
-            continue
-        if not place.is_dir():
-            loose += is_image(place)
-            continue
-        files = sorted(walk(place, passed_over))
-        if not files:
-            warn(f"{place} holds no image")
-        for file in files:
-            labels[file.relative_to(root).as_posix()] = place.name
-    if loose:
-        warn(f"{loose} images that lie in {folder} itself, in no class folder, are passed over")
-    if passed_over:
-        counts = ", ".join(f"{n} {suffix}" for suffix, n in passed_over.most_common(6))
-        warn(f"passed over in {folder}: {passed_over.total()} files that are no images by their ending ({counts})")
-    return labels
-
-
-def scan(root: Path, split: str, table: Metadata | None = None) -> list[Record]:
-    """The images of a split, sorted by class and path: those of ROOT/split/CLASS/, or, in whatever folders, those that
-    metadata.csv gives labels.
-
-    No image is decoded. One whose patient nothing tells is its own patient. table: of read_metadata, where it was read.
-
-    Raises:
-        UserError: no such folder, or names of classes that can't be told apart or printed.
-    """
-    table = read_metadata(root) if table is None else table
-    rows = {path: row for path, row in table.items() if row["split"] == split}
-    if any("label" in row for row in table.values()):
-        there = [path for path in rows if os.path.isfile(os.path.join(root, path))]
-        labels = {path: rows[path].get("label", "") for path in sorted(there)}
-    else:
-        labels = label_by_folder(root, split)
-    if table:
-        warn_rows(f"does not know these images of {split}", [path for path in labels if path not in table])
-    warn_rows(f"has rows of {split} whose file is not there", [path for path in rows if path not in labels])
-    warn_rows(f"has rows of {split} without a label, left out", [path for path in labels if not labels[path]])
-    records = [make_record(root, path, label, split, table.get(path, {})) for path, label in labels.items() if label]
-    records.sort(key=lambda r: r.label)
-    classes = sorted({r.label for r in records})
-    for name in classes:
-        if not name.isprintable():
-            raise UserError(f"the class {name!r} of {root}/{split} has control characters in its name; rename it")
-    if len({name.lower() for name in classes}) < len(classes):
-        raise UserError(f"classes of {root}/{split} differ in case alone: {', '.join(classes)}; rename one of them")
-    return records
-
-
 def check_classes(records: list[Record], classes: list[str], where: str) -> None:
-    """Raise UserError where the records' classes are not among classes, naming those that differ in case alone."""
-    known = {c.lower(): c for c in classes}
-    for label in sorted({r.label for r in records} - set(classes)):
-        if label.lower() in known:
-            raise UserError(
-                f"{where} calls a class {label} that is {known[label.lower()]} elsewhere; rename one of them"
-            )
-        raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}")
+    """Raise UserError where a record's class is not among classes, or can't be printed."""
+    for label in sorted({r.label for r in records}):
+        if not label.isprintable():
+            raise UserError(f"{where} has control characters in the name of a class, {label!r}; rename it")
+        if label not in classes:
+            raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}; rename one?")
 
 
-def scan_all(root: Path) -> list[Record]:
-    """scan of train/, val/ and test/, where there are such with images; the split of a small val/ is train.
+# --- split ---
+
+NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|no[ _-]?findings?|controls?)(?![a-z])")
+
+
+def find_training(root: Path) -> list[Record]:
+    """The records of train/ and val/; no image is decoded.
 
     Raises:
-        UserError: as scan, or the splits have other classes than train.
+        UserError: fewer than two classes, or a patient on both sides of a split.
     """
-    records = []
-    table = read_metadata(root)  # once: it may have hundreds of thousands of rows
-    listed = {row["split"] for row in table.values()}
-    for split in SPLITS:
-        if split not in listed and not split_folder(root, split).is_dir():
-            continue
-        more = scan(root, split, table)
-        if not more:
-            warn(f"{root}/{split} has no class folders with images")
-        if records:
-            check_classes(more, sorted({r.label for r in records}), f"{root}/{split}")
-        if split == "val" and len(more) < SMALL_VAL:
-            warn(
-                f"{root}/val holds only {len(more)} images: they are used for training; validation is drawn by patient"
-            )
-            for r in more:
-                r.split = "train"
-        records += more
-    return records
-
-
-def positive_index(classes: list[str], asked: str | None) -> int:
-    """Index of the positive class: the one asked for, else PNEUMONIA in any case, else (with a warning) the last."""
-    if asked is not None:
-        if len(classes) != 2:
-            raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
-        if asked not in classes:
-            raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
-        return classes.index(asked)
-    names = [name.upper() for name in classes]
-    if "PNEUMONIA" in names:
-        return names.index("PNEUMONIA")
-    if len(classes) == 2:
-        warn(f"the positive class is a guess: {classes[-1]}, not {classes[0]}; name it with --positive CLASS")
-    return len(classes) - 1
-
-
-def named_patients(records: list[Record]) -> set[str]:
-    """Patients that are known."""
-    return {r.patient for r in records if r.known_patient}
-
-
-def count_seen(records: list[Record], digests: Tensor, pixels: Tensor, patients: list[str]) -> tuple[int, int]:
-    """How many of the images, by their digests, and of their known patients are among those pixels and patients."""
-    seen_images = torch.isin(digests, pixels).sum()
-    seen_patients = named_patients(records) & set(patients)
-    return int(seen_images), len(seen_patients)
+    records = scan(root)
+    classes = sorted({r.label for r in records if r.split == "train"})
+    if len(classes) < 2:
+        raise UserError(
+            f"{root}/train has images of {', '.join(classes) or 'no class'}; "
+            "expected two or more class folders, such as NORMAL/ and PNEUMONIA/, or a metadata.csv with labels"
+        )
+    for sides, patients in shared_patients(records).items():
+        raise UserError(
+            f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would be "
+            f"invalid; remove them from one side (python data.py check --json {root} lists them)"
+        )
+    remark_patients(records)
+    return [r for r in records if r.split != "test"]
 
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     """Known patients on both sides of a split: {"train and test": [patient, ...]}."""
-    named = {s: named_patients([r for r in records if r.split == s]) for s in SPLITS}
-    shared = {}
-    for a, b in itertools.combinations(SPLITS, 2):
-        both = named[a] & named[b]
-        if both:
-            shared[f"{a} and {b}"] = sorted(both)
-    return shared
+    known = {s: {r.patient for r in records if r.split == s and r.known_patient} for s in SPLITS}
+    both = {f"{a} and {b}": sorted(known[a] & known[b]) for a, b in itertools.combinations(SPLITS, 2)}
+    return {sides: patients for sides, patients in both.items() if patients}
+
+
+def remark_patients(records: list[Record], say=warn) -> None:
+    """Call say with each thing that is odd about the patients of the records, and with the patients or images."""
+    images = defaultdict(list)  # of each patient
+    spellings = defaultdict(set)
+    for r in records:
+        images[r.patient].append(r)
+        spellings[normal_form(r.patient)].add(r.patient)
+    unknown = [r.path for r in records if not r.known_patient]
+    say(f"images of unknown patients, each counts as its own, among {len(records)}", unknown)
+    large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
+    say("patients with more than 5 % of all images; is it a placeholder?", large)
+    several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
+    say("patients with images of several classes", several)
+    alike = []
+    for names in spellings.values():
+        splits = {r.split for name in names for r in images[name]}
+        if len(names) > 1 and len(splits) > 1:
+            alike.append(" = ".join(sorted(names)))
+    say("patients on both sides of a split in another spelling; write them alike", alike)
+
+
+def sort_classes(labels, asked: str | None) -> list[str]:
+    """The classes, sorted by name but the positive one last.
+
+    It is the one asked for, else PNEUMONIA, else the last by name that does not say negative, which is a guess.
+    """
+    classes = sorted(set(labels))
+    if asked is not None and len(classes) != 2:
+        raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
+    if asked is not None and asked not in classes:
+        raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
+    by_name = [name for name in classes if name.upper() == "PNEUMONIA"]
+    guess = [name for name in classes if not NEGATIVE.search(name.lower())] or classes
+    positive = asked or (by_name or guess)[-1]
+    others = [name for name in classes if name != positive]
+    if len(classes) == 2 and not asked and not by_name:
+        warn(f"the positive class is a guess: {positive}, not {others[0]}; name it with --positive CLASS")
+    return [*others, positive]
+
+
+def number_patients(records: list[Record], copies: ndarray) -> ndarray:
+    """int64 [n], from 0 in order of appearance: images of one patient, and copies of each other, have one number.
+
+    copies: from copy_groups.
+    """
+    first = {}
+    links = []
+    for i, record in enumerate(records):
+        links.append((i, first.setdefault(record.patient, i)))
+        links.append((i, first.setdefault(int(copies[i]), i)))
+    return _connected(len(records), np.array(links))
+
+
+def is_validation(records: list[Record], patient_index: ndarray, folds: int, fold: int) -> ndarray:
+    """bool [n]: the images of val/, or else of one of the folds, a function of the records and folds alone.
+
+    Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
+    from their names, those with most images first, each to the fold with the fewest images of the stratum so far.
+
+    Args:
+        patient_index: from number_patients.
+        fold: 0 to folds - 1.
+
+    Raises:
+        UserError: a class with fewer than two patients.
+    """
+    in_val = np.array([r.split == "val" for r in records])
+    if in_val.any():
+        return in_val
+    images = defaultdict(list)  # of each patient
+    for record, number in zip(records, patient_index.tolist()):
+        images[number].append(record)
+    n_patients = Counter(label for own in images.values() for label in {r.label for r in own})
+    for label, n in sorted(n_patients.items()):
+        if n < 2:
+            raise UserError(f"class {label} has too few patients to keep some for validation")
+        if n < folds:
+            warn(f"class {label} has {n} patients for {folds} folds: some folds lack it")
+    order = []
+    for number, own in images.items():
+        stratum = tuple(sorted({(r.label, r.subtype, r.series) for r in own}))
+        order.append((stratum, -len(own), seed_from(min(r.patient for r in own)), number))
+    dealt, total, chosen = Counter(), Counter(), []
+    for stratum, minus_n, _, number in sorted(order):
+        smallest = min(range(folds), key=lambda k: (dealt[stratum, k], total[k]))
+        dealt[stratum, smallest] -= minus_n
+        total[smallest] -= minus_n
+        if smallest == fold:
+            chosen.append(number)
+    return np.isin(patient_index, chosen)
 
 
 def seed_from(*numbers) -> int:
@@ -604,69 +734,10 @@ def generator_from(*numbers) -> torch.Generator:
     return torch.Generator().manual_seed(seed_from(*numbers))
 
 
-def draw_folds(records: list[Record], folds: int) -> list[int]:
-    """The fold, 0 to folds - 1, of each record: a function of the records and folds alone.
-
-    Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
-    from their keys, those with most images first, each to the fold with the fewest images of the stratum so far.
-    """
-    images, kinds = Counter(), defaultdict(set)
-    for r in records:
-        images[r.patient] += 1
-        kinds[r.patient].add((r.label, r.subtype, r.series))
-    strata = {patient: tuple(sorted(kinds[patient])) for patient in kinds}
-    fold_of, count, total = {}, Counter(), Counter()
-    for patient in sorted(strata, key=lambda p: (strata[p], -images[p], seed_from(p))):
-        stratum = strata[patient]
-        fold = min(range(folds), key=lambda k: (count[stratum, k], total[k]))
-        fold_of[patient] = fold
-        count[stratum, fold] += images[patient]
-        total[fold] += images[patient]
-    return [fold_of[r.patient] for r in records]
-
-
-def find_training(root: Path, folds: int, fold: int) -> list[Record]:
-    """The records of train/ (and val/), each with its split, train or val; no pixel of test/ is read.
-
-    Where there is no val/ to speak of, the patients of one of the folds are val.
-
-    Raises:
-        UserError: a patient on both sides of a split, or a class with fewer patients than it takes to hold some out.
-    """
-    records = scan_all(root)
-    classes = sorted({r.label for r in records if r.split == "train"})
-    if len(classes) < 2:
-        found = f"only one class with images, {classes[0]}" if classes else "no class folders with images"
-        raise UserError(f"{root}/train has {found}; expected two or more, such as NORMAL/ and PNEUMONIA/")
-    for sides, shared in shared_patients(records).items():
-        raise UserError(
-            f"{len(shared)} patients are in both {sides} of {root} ({', '.join(shared[:3])}), so no result would hold; "
-            f"remove them from one side (python data.py check --json {root} lists them)"
-        )
-    records = [r for r in records if r.split != "test"]
-    unnamed = sum(not r.known_patient for r in records)
-    if unnamed:
-        warn(
-            f"the patient can't be parsed from {unnamed} of {len(records)} file names: "
-            "each such image counts as its own patient"
-        )
-    if any(r.split == "val" for r in records):
-        return records
-    for label in classes:
-        patients = {r.patient for r in records if r.label == label}
-        if len(patients) < 2:
-            raise UserError(f"class {label} has too few patients to hold some out for validation")
-        if len(patients) < folds:
-            warn(f"class {label} has {len(patients)} patients for {folds} folds: some folds hold none of it")
-    for record, its_fold in zip(records, draw_folds(records, folds)):
-        record.split = "val" if its_fold == fold else "train"
-    return records
-
-
 # --- read ---
 
-# Part of the cache's name: raise it when read_image gives other pixels, or build_cache writes other notes.
-READER_VERSION = 3
+# Part of the cache's name: raise it when read_image returns other pixels, or _build_cache writes other notes.
+READER_VERSION = 4
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
@@ -683,19 +754,23 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file is called
     "JPEG2000": ".jp2 .j2k",
     "PPM": ".pbm .pgm .ppm .pnm",
 }
-FULL_SCALES = {2**bits - 1 for bits in range(8, 16)}
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
+FULL_SCALES = {2**bits - 1 for bits in range(8, 16)}
+EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the types of samples
 
 
 @dataclass(slots=True)
 class ImageInfo:
-    """What a file tells beside its grey levels."""
+    """What a file says beside its grey levels."""
 
     width: int  # as stored, before EXIF rotation
     height: int
     mode: str  # Pillow's, or the DICOM photometric interpretation
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
+    is_mask: bool = False  # at most three grey levels
+    view: str = ""  # ViewPosition of a DICOM header
+    hash: bytes = b""  # see difference_hash
 
     def __post_init__(self) -> None:  # so that nothing too large is decoded
         if not self.width * self.height:
@@ -709,19 +784,20 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
 
     Args:
         source: path, open seekable binary file, Pillow image, or uint8 array [height, width] or [height, width, 3].
-            Of several frames the first one counts.
+            Of several frames the first one counts. From a path, a file, or a JPEG of Image.open that is not loaded yet
+            come the very levels that a model was trained on; with size, an array or a loaded image of a large JPEG
+            differs a little, since the decoder halves the file before the resize.
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
 
     Returns:
-        uint8 array [size, size] (or [height, width]), and what else the file tells.
+        uint8 array [size, size] (or [height, width]), and what else the file says.
 
-    Samples of 8 bits keep their levels. Deeper ones are scaled linearly: of DICOM files the first window or else the
-    full range of the stored bits, of others, and of DICOM files without a window that state 16 bits (as many do
-    whatever the depth), from black to white as the file states them or find_range guesses. Transparent pixels are
-    black, EXIF rotation is applied.
+    Samples of 8 bits keep their levels. Deeper ones are scaled linearly, see _open_dicom for DICOM files, and for
+    others from black to white as the file states them or find_range guesses. Transparent pixels are black, EXIF
+    rotation is applied.
 
     Raises:
-        ImageError: missing, empty, damaged, no image, too large, not finite, or a DICOM file without pydicom.
+        ImageError: missing, empty, damaged, not an image, too large, not finite, or a DICOM file without pydicom.
     """
     try:
         if not isinstance(source, str | os.PathLike):
@@ -742,198 +818,236 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
 
 
 def _read(source, size):
-    image, info = _open(source)
-    if size and image is not source:  # the JPEG decoder halves the image while that leaves twice what the resize needs
-        image.draft(None, (2 * size, 2 * size))
+    if isinstance(source, ndarray):
+        source = Image.fromarray(source)
+    elif getattr(source, "format", None) == "JPEG" and source.tile:  # not loaded, so not changed since it was opened
+        source = source.fp
+    if isinstance(source, Image.Image):
+        image, info = source, ImageInfo(*source.size, source.mode)
+    else:
+        image, info = _open(source)
+        if size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
+            image.draft(None, (2 * size, 2 * size))
     image.load()
-    deep = image.mode[0] in "IF"
-    if deep:
-        black, white = find_range(image)  # now, since a turned copy lacks the file's tags
+    is_deep = image.mode[0] in "IF"
+    if is_deep:
+        black, white = stated_range(image)  # now, since a turned copy lacks the file's tags
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
-    if deep:
-        image = _scale(_bands(image), image.size[::-1], black, white)
+    if is_deep:
+        image = _scale(image, black, white)
         info.depth = int(abs(white - black)).bit_length()
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image if image.mode == "RGB" else image.convert("RGB")  # of what is RGB it would make a copy
+        image = image if image.mode == "RGB" else image.convert("RGB")  # of an RGB image it would make a copy
         thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
         image = image.convert("L")
+    info.is_mask = image.resize((64, 64), Image.NEAREST).getcolors(3) is not None
+    info.hash = difference_hash(image)
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
 
 
-def _open(source):
-    """A Pillow image, not yet decoded, and its ImageInfo."""
-    if isinstance(source, ndarray):
-        source = Image.fromarray(source)
-    if not isinstance(source, Image.Image):
-        source.seek(128)
-        if source.read(4) == b"DICM":
-            return _open_dicom(source)
-        source = Image.open(source, formats=list(FORMATS))
-        if source.mode[0] not in "IF" and ";16" in str(source.tile):
-            raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
-    return source, ImageInfo(*source.size, source.mode)
+def _open(file):
+    """A Pillow image, not yet decoded but for DICOM, and its ImageInfo."""
+    file.seek(0)
+    if DICOM_START.match(file.read(132)):
+        return _open_dicom(file)
+    image = Image.open(file, formats=list(FORMATS))
+    if image.mode[0] not in "IF" and ";16" in str(image.tile):
+        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
+    return image, ImageInfo(*image.size, image.mode)
 
 
-def _bands(image: Image.Image):
-    """Yield the rows of an image as arrays of about a million pixels: the whole as one would take gigabytes."""
-    rows = 1 + 2**20 // image.width
-    for top in range(0, image.height, rows):
-        yield np.asarray(image.crop((0, top, image.width, min(top + rows, image.height))))
-
-
-def _scale(bands, shape: tuple[int, int], black: float, white: float) -> Image.Image:
-    """8-bit image from bands of any samples; black may lie above white."""
-    levels, top = np.empty(shape, np.uint8), 0
-    for band in bands:
-        scaled = (band - black) * (255 / (white - black))
-        if not np.isfinite(scaled).all():
-            raise ImageError("holds values that are not finite")
-        levels[top : top + len(band)] = scaled.clip(0, 255).round()
-        top += len(band)
-    return Image.fromarray(levels)
-
-
-def find_range(image: Image.Image) -> tuple[float, float]:
-    """Black and white of samples of 16 or 32 bits, or of floats: as the file states them, else guessed from the values.
-
-    White is guessed as the smallest 2^d - 1, from 8 bits on, that all but a thousandth of the pixels (at least one)
-    keep to, on a grid of up to 1024 x 1024. So a few odd pixels change nothing, and every depth is found of a picture
-    that has more than a thousandth of its pixels in the upper half of its range (as all of 1,665 public radiographs
-    had). A darker picture can't be told from a brighter one of fewer bits: it comes out brighter, by a power of two.
-    Black is 0, or the power of two below it that the negative samples keep to likewise. Floats may end at 1, 3, 7 ...
-    """
+def stated_range(image: Image.Image) -> tuple[float, float]:
+    """Black and white of samples of 16 or 32 bits, or of floats: as the file states them, else from find_range."""
     grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
-    samples = np.sort(grid, axis=None).astype(float)
-    odd = max(1, len(samples) // 1000)
-    lowest, highest = samples[odd], samples[-1 - odd]
-    black = -(2.0 ** np.ceil(np.log2(-lowest))) if lowest < 0 else 0.0
-    white = 2.0 ** np.ceil(np.log2(max(highest, 1) + 1)) - 1
-    white = max(white, -black - 1)  # of signed samples either end tells the depth
+    black, white = find_range(np.asarray(grid))
     tags = getattr(image, "tag_v2", {})
     (largest,) = tags.get(281, (0,))  # MaxSampleValue
     if image.mode != "F":
-        white = max(white, black + 255)
         if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled these to 16 bits
             white = 65535.0
         elif tags.get(258) == (12,):  # BitsPerSample
             white = 4095.0
-        elif largest in FULL_SCALES:  # another number is no depth but the brightest pixel's
+        elif largest in FULL_SCALES:  # another number is not a depth but the brightest pixel's
             white = float(largest)
     if tags.get(262) == 0:  # white is zero, which Pillow sees to for 8 bits only
         return white, black
     return black, white
 
 
+def find_range(samples: ndarray) -> tuple[float, float]:
+    """Black and white of samples of unknown depth, guessed from their values.
+
+    White is guessed as the smallest 2^d - 1, from 8 bits on, that all but a thousandth of the pixels (at least one)
+    keep to, those at the extreme of the type left out: they are saturated or a burned-in marker. So a few odd pixels
+    change nothing, and every depth is found of a picture that has more than a thousandth of its pixels in the upper
+    half of its range (as all of 1,665 public radiographs had). A darker picture can't be distinguished from a brighter
+    one of fewer bits: it comes out brighter, by a power of two. Black is 0, or the power of two below it that the
+    negative samples keep to likewise. Floats may end at 1, 3, 7 ...
+    """
+    is_float = samples.dtype.kind == "f"
+    samples = np.sort(samples, axis=None).astype(float)
+    inner = samples[~np.isin(samples, EXTREMES)]
+    samples = inner if len(inner) else samples
+    odd = min(max(1, len(samples) // 1000), (len(samples) - 1) // 2)
+    lowest, highest = samples[odd], samples[-1 - odd]
+    black = -(2.0 ** np.ceil(np.log2(-lowest))) if lowest < 0 else 0.0
+    white = 2.0 ** np.ceil(np.log2(max(highest, 1) + 1)) - 1
+    white = max(white, -black - 1)  # of signed samples either end shows the depth
+    return black, white if is_float else max(white, black + 255)
+
+
+def _scale(image, black, white):
+    """8-bit image from samples of any kind; black may lie above white."""
+    rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
+    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+    return Image.fromarray(np.concatenate([_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]))
+
+
+def _to_levels(samples, black, white):
+    """uint8 from samples of any kind."""
+    scaled = (samples - black) * (255 / (white - black))
+    if not np.isfinite(scaled).all():
+        raise ImageError("has values that are not finite")
+    return scaled.clip(0, 255).round().astype(np.uint8)
+
+
+@np.errstate(over="ignore")
 def _open_dicom(file):
-    """The first frame of a DICOM file, 8 bits grey or RGB, as PS3.3 C.7.6.3 and C.11.2 say; no lookup tables."""
+    """The first frame of a DICOM file in 8 bits, grey or RGB, as PS3.3 C.7.6.3, C.11.1 and C.11.2 say.
+
+    Black and white are the ends of what the last lookup table or the first window may return, or else of the stored
+    bits; a dark picture stays dark. 16 stored bits with neither are guessed, since many writers say 16 whatever the
+    depth. Padding is black.
+    """
     try:
         from pydicom import dcmread
-        from pydicom.pixels import pixel_array
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
     except ImportError:
         raise ImageError("a DICOM file needs pydicom: pip install pydicom") from None
     file.seek(0)
-    dataset = dcmread(file)
+    dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
         raise ImageError("a DICOM file without an image")
+    if "TransferSyntaxUID" not in dataset.file_meta:  # a file without its preamble
+        is_implicit, _ = dataset.original_encoding
+        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not is_implicit else "")
     bits = dataset.BitsStored
-    info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
+    view = str(dataset.get("ViewPosition") or "").strip().upper()
+    info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # as large again
     if values.ndim == 3:
         return Image.fromarray(values), info  # pydicom makes RGB of YBR
-    if info.mode not in ("MONOCHROME1", "MONOCHROME2"):
-        raise ValueError(f"DICOM pixels of kind {info.mode}")
-    slope = dataset.get("RescaleSlope") or 1
-    intercept = dataset.get("RescaleIntercept") or 0
+    size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
+    if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
+        raise ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
+    unsigned = f"u{size}"
+
+    # Every value that a sample can have goes through tables and window, and the picture looks its levels up.
+    stored = np.arange(256**size).astype(unsigned).view(values.dtype).astype(int)
     lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
     highest = lowest + 2**bits - 1
-    if dataset.get("HighBit", bits - 1) != bits - 1:
-        raise ValueError("DICOM samples that are shifted: their high bit is not the last of those stored")
-    center = np.ravel(dataset.get("WindowCenter") or 0)[0]  # of several windows the first
-    width = np.ravel(dataset.get("WindowWidth") or 0)[0]
-    if width <= 1 and bits == 16:  # many writers say 16 whatever the depth
-        lowest, highest = find_range(Image.fromarray(values))
-        info.depth = int(highest - lowest).bit_length()
-    black, white = sorted((slope * lowest + intercept, slope * highest + intercept))
-    if width > 1:
-        black, white = center - width / 2, center + width / 2 - 1
+    is_padding = np.zeros(len(stored), bool)
+    if dataset.get("PixelPaddingValue") is not None:
+        ends = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
+        first, last = sorted(np.array(ends).astype(values.dtype))  # signed ones may be written as unsigned
+        is_padding = (stored >= first) & (stored <= last)
+    dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
+    dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
+    if not np.ravel(dataset.get("WindowWidth") or 0)[0]:  # a placeholder
+        dataset.pop("WindowWidth", None)
+    black = white = None
+    for sequence in ("ModalityLUTSequence", "VOILUTSequence"):
+        if dataset.get(sequence):
+            descriptor = dataset[sequence][0].LUTDescriptor
+            black, white = 0, 2 ** descriptor[2] - 1
+            descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
+    shown = apply_modality_lut(stored, dataset)
+    if dataset.get("VOILUTSequence"):
+        shown = np.rint(shown).astype(int)
+    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
+    shown = apply_voi_lut(shown, dataset)
+    if white is None:
+        if bits == 16:
+            grid = values[:: 1 + values.shape[0] // 1024, :: 1 + values.shape[1] // 1024]
+            is_picture = ~is_padding[grid.view(unsigned)]
+            lowest, highest = find_range(grid[is_picture] if is_picture.any() else grid)
+            info.depth = int(highest - lowest).bit_length()
+        possible = shown[(stored >= lowest) & (stored <= highest)]
+        black, white = possible.min(), possible.max()
+    levels = _to_levels(shown, black, white)
     if info.mode == "MONOCHROME1":
-        black, white = white, black
-    bands = np.array_split(values, 1 + values.size // 2**20)
-    return _scale(bands, values.shape, (black - intercept) / slope, (white - intercept) / slope), info
+        levels = 255 - levels
+    levels[is_padding] = 0
+    bands = np.array_split(values.view(unsigned), 1 + values.size // 2**20)
+    return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
 
 
-def dicom_patient(path: Path) -> str | None:
-    """What stands for the PatientID of a DICOM file, since no part of a header is written anywhere.
-
-    None where the header tells none, can't be read, or the file is of another kind.
-    """
-    patient = ""
-    with contextlib.suppress(Exception):
-        if is_dicom(path):
-            from pydicom import dcmread
-
-            header = dcmread(path, stop_before_pixels=True, specific_tags=["PatientID"])
-            patient = str(header.get("PatientID") or "").strip()
-    return hashlib.sha256(patient.encode()).hexdigest()[:16] if patient else None
+def decode(source, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
+    """read_image's levels and info, and the reason where it fails (zeros, None, reason)."""
+    try:
+        image, info = read_image(source, size)
+    except ImageError as e:
+        return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
+    return image, info, ""
 
 
 # --- cache ---
+
+IS_MASK = "a mask or drawing: at most three grey levels"
 
 
 @dataclass
 class Images:
     """Decoded images, in the order of their records."""
 
-    pixels: Tensor  # uint8 [n, size, size]; zeros where the file can't be read
-    digests: Tensor  # int64 [n], equal where the pixels are
-    failed: dict[int, str]  # position and reason of each file that can't be read
+    images: Tensor  # uint8 [n, size, size]; zeros where the file can't be read
+    hashes: ndarray  # uint64 [n, 4], see difference_hash; no copy of any other where the image failed
+    digests: list[str]  # of the files' bytes: SHA-256, 16 hex digits; empty where the file can't be read
+    failed: dict[int, str]  # position and reason of each file that can't be used
 
 
-def digest(pixels: ndarray) -> int:
-    """64-bit BLAKE2b of an image's pixels, signed."""
-    return int.from_bytes(hashlib.blake2b(pixels, digest_size=8).digest(), signed=True)
+def _examine(root, size, record):
+    """Image and info of a record, see decode, and what the cache notes: digest, hash, depth, reason of failure."""
+    path = root / record.path
+    image, info, reason = decode(path, size)
+    if info and info.is_mask:
+        reason = IS_MASK
+    # Where there is no image, no two hashes are those of copies.
+    bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
+    digest = sha256(path)[:16] if info else ""
+    return image, info, {"digest": digest, "hash": bits.hex(), "depth": info and info.depth, "reason": reason}
 
 
-def decode(source, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
-    """read_image's pixels and info, and the reason where it fails."""
-    try:
-        pixels, info = read_image(source, size)
-    except ImageError as e:
-        return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
-    return pixels, info, ""
+def _hashes(notes):
+    """uint64 [n, 4]."""
+    return np.frombuffer(bytes.fromhex("".join(note["hash"] for note in notes)), np.uint64).reshape(-1, 4)
 
 
-def cache_paths(root: Path, records: list[Record], size: int) -> list[Path]:
-    """Where the decoded images may lie: beside the data, or in the user's cache folder."""
-    key = hash_lines(f"{r.path} {r.bytes} {r.mtime_ns}" for r in records)
-    kind = "test" if records[0].split == "test" else "train"
-    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    folder = hash_lines([str(root.resolve())])[:16]
-    return [root / ".cache" / name, user_cache / "pneumonia" / folder / name]
+def _build_cache(path, root, records, size):
+    """Write the levels of all images, as JSON what _examine notes, and a SHA-256 of all before it.
 
-
-def build_cache(path: Path, root: Path, records: list[Record], size: int) -> None:
-    """Write the pixels of all records and, as JSON, digest, depth and reason of failure of each.
-
-    Other caches of the same split and size go, and so does what a build that was killed left behind.
+    Other caches of the same split and size are removed, and what a build that was killed left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes = []
+    notes, checksum = [], hashlib.sha256()
     with replacing(path) as f:
-        for pixels, info, reason in parallel(lambda r: decode(root / r.path, size), records, "decoding"):
-            notes.append([digest(pixels), info and info.depth, reason])
-            f.write(pixels)
-        f.write(json.dumps(notes).encode())
+        for image, _, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
+            notes.append(note)
+            checksum.update(image)
+            f.write(image)
+        text = json.dumps(notes).encode()
+        checksum.update(text)
+        f.write(text + checksum.digest())
     split_and_size, _, _ = path.name.rsplit("-", 2)
     for old in path.parent.glob(f"*{split_and_size}-*"):
         with contextlib.suppress(OSError):  # another process was faster, or uses it
@@ -941,28 +1055,27 @@ def build_cache(path: Path, root: Path, records: list[Record], size: int) -> Non
                 old.unlink()
 
 
-def open_cache(path: Path, root: Path, records: list[Record], size: int) -> Images:
-    """What build_cache wrote, checked; images of several depths are said.
-
-    Raises:
-        ValueError, TypeError: the bytes are not those that were written, or a file that could not be read then can be.
-        OSError: no such cache.
-    """
-    stored = np.memmap(path, mode="c")  # copy-on-write, since torch wants to be able to write
-    pixels, notes = np.split(stored, [len(records) * size**2])
-    digests, depths, reasons = zip(*json.loads(notes.tobytes()))
-    pixels = pixels.reshape(-1, size, size)
-    if tuple(parallel(digest, pixels, "checking")) != digests:
-        raise ValueError("damaged")
-    failed = {i: reason for i, reason in enumerate(reasons) if reason}
-    for i in failed:
-        if not decode(root / records[i].path, size)[2]:
-            raise ValueError("readable now")
-    counts = Counter(filter(None, depths))
-    if len(counts) > 1:
-        mixed = " and ".join(f"of {depth} bits ({counts[depth]})" for depth in sorted(counts))
+def _open_cache(path, root, records, size):
+    """What _build_cache wrote; None where it is missing, damaged or outdated. Images of several depths are said."""
+    if not os.access(path, os.R_OK):
+        return None
+    stored = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)  # c: torch wants to write
+    if hashlib.sha256(stored[:-32]).digest() != stored[-32:].tobytes():
+        warn(f"the image cache {path} is damaged: decoding again")
+        return None
+    images, text = np.split(stored[:-32], [len(records) * size**2])
+    notes = json.loads(text.tobytes())
+    failed = {i: note["reason"] for i, note in enumerate(notes) if note["reason"]}
+    for i, reason in failed.items():
+        if reason != IS_MASK and not decode(root / records[i].path, size)[2]:
+            warn(f"{records[i].path} can be read now: decoding again")
+            return None
+    depths = Counter(note["depth"] for note in notes if not note["reason"])
+    if len(depths) > 1:
+        mixed = " and ".join(f"of {depth} bits ({depths[depth]})" for depth in sorted(depths))
         warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
-    return Images(torch.from_numpy(pixels), torch.tensor(digests), failed)
+    images = torch.from_numpy(images.reshape(-1, size, size))
+    return Images(images, _hashes(notes), [note["digest"] for note in notes], failed)
 
 
 def load_images(root: Path, records: list[Record], size: int) -> Images:
@@ -970,77 +1083,55 @@ def load_images(root: Path, records: list[Record], size: int) -> Images:
     be written in the user's cache folder.
 
     Args:
-        records: from scan or find_training; the file is rebuilt when a path, size or time of one of them changes.
+        records: from scan or find_training; the file is rebuilt when a path or stamp of one of them changes.
         size: side of the square images.
 
     Raises:
         UserError: neither place can be written.
     """
-    paths = cache_paths(root, records, size)
-    for path in paths:
+    key = hash_lines(f"{r.path} {r.stamp}" for r in records)
+    kind = "test" if records[0].split == "test" else "train"
+    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
+    for place in places:
+        images = _open_cache(place / name, root, records, size)
+        if images is not None:
+            return images
+    for place in places:
         try:
-            return open_cache(path, root, records, size)
-        except (ValueError, TypeError, RecursionError) as e:
-            warn(f"the image cache {path} is outdated or damaged ({e}): decoding again")
-        except OSError:
-            pass  # not there, or just replaced
-    for path in paths:
-        try:
-            build_cache(path, root, records, size)
-            return open_cache(path, root, records, size)
+            _build_cache(place / name, root, records, size)
         except OSError as e:
-            reason = f"no image cache in {path.parent} ({e.strerror or e})"
-            if path == paths[0]:
-                warn(f"{reason}; trying the user's cache folder")
-    raise UserError(f"{reason}; set XDG_CACHE_HOME to a folder that can be written")
+            warn(f"no image cache in {place} ({e.strerror or e})")
+        images = _open_cache(place / name, root, records, size)
+        if images is not None:
+            return images
+    raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 
 
-def hash_lines(lines) -> str:
-    """SHA-256 of lines of text, none of which is kept."""
-    total = hashlib.sha256()
-    for line in lines:
-        total.update(line.encode(errors="surrogateescape") + b"\n")
-    return total.hexdigest()
-
-
-def fingerprint(records: list[Record], digests: Tensor) -> str:
-    """SHA-256 over paths, labels, splits and pixels, as decoded at one size: the same for every copy of the data."""
-    return hash_lines(f"{r.path} {r.label} {r.split} {d}" for r, d in zip(records, digests.tolist()))
-
-
-def find_copies(records: list[Record], digests: list, attribute: str) -> list[list[str]]:
-    """Groups of paths whose pixels are the same, by their digests, and whose records differ in the attribute."""
-    paths, found = defaultdict(list), defaultdict(set)
-    for record, digest_of_pixels in zip(records, digests):
-        paths[digest_of_pixels].append(record.path)
-        found[digest_of_pixels].add(getattr(record, attribute))
-    return [paths[d] for d in paths if len(found[d]) > 1]
-
-
-def warn_contradictions(records: list[Record], digests: Tensor) -> None:
-    """Say loudly where the same pixels appear under several labels."""
-    several = len(find_copies(records, digests.tolist(), "label"))
-    if several:
-        warn(f"{several} images appear under several labels: python data.py check --json lists them")
+def fingerprint(records: list[Record], digests: list[str]) -> str:
+    """SHA-256 over digests, paths, labels and splits: the same for every copy of the data and every input size."""
+    return hash_lines(f"{digest} {r.path} {r.label} {r.split}" for r, digest in zip(records, digests))
 
 
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
-    """Name and count the files that can't be read; the same as a list of {path, reason}."""
+    """Name and count the files that can't be used; the same as a list of {path, reason}."""
     left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
     for item in left_out[:10]:
         warn(f"left out: {item['path']}: {item['reason']}")
     if len(left_out) > 10:
-        warn(f"left out: {len(left_out) - 10} more files that can't be read")
+        warn(f"left out: {count(len(left_out) - 10, 'more file')} that can't be used")
     return left_out
 
 
-# --- augment ---
+# --- change ---
 #
-# An operation is a function (x, u, strength): x float32 [batch, 1, side, side] in [0, 1] on any device, which it may
-# overwrite; u float32 [batch, NUMBERS] in [0, 1), the operation's own random numbers of each image; it returns the
-# changed images. To add one, write the function and give it an entry in a preset.
+# An operation is a function (x, parameters) that returns the changed images: x float32 [n, 1, side, side] in [0, 1] on
+# any device, which it may overwrite; each parameter a number for all images, or a tensor [n] with one for each. To add
+# an augmentation, write the operation and give it a line in a preset, with how its parameters are drawn.
 
 NUMBERS = 4  # random numbers that an operation has for each image
+STARTS = 2**20  # places in the table of standard normals
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -1048,170 +1139,171 @@ def to_float(images: Tensor) -> Tensor:
     return images.unsqueeze(1).float().div_(255)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """uint8 [n, side, side] from float32 [n, 1, side, side] in [0, 1]."""
-    return x[:, 0].mul(255).round_().clamp_(0, 255).byte()
+def column(parameter):
+    """A parameter in a shape that goes with images: [n] as [n, 1, 1, 1], a number as it is."""
+    return parameter.view(-1, 1, 1, 1) if isinstance(parameter, Tensor) else parameter
 
 
-def column(values: Tensor) -> Tensor:
-    """[batch] as [batch, 1, 1, 1], to go with images."""
-    return values.view(-1, 1, 1, 1)
+def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0) -> Tensor:
+    """A window of the image as size x size pixels, bilinearly; outside of the image its edge is repeated.
 
-
-def signed(u: Tensor) -> Tensor:
-    """[0, 1) as [-1, 1)."""
-    return 2 * u - 1
-
-
-@dataclass(frozen=True)
-class Crop:
-    """Strength of random_resized_crop."""
-
-    size: int  # side of the result in pixels
-    scale: float  # smallest part of the area that is kept
-
-
-def random_resized_crop(x: Tensor, u: Tensor, crop: Crop) -> Tensor:
-    """A window of random area, aspect (3:4 to 4:3) and place, resampled bilinearly (Szegedy et al. 2015)."""
-    area = 1 - u[:, 0] * (1 - crop.scale)
-    distortion = torch.exp(signed(u[:, 1]) * math.log(4 / 3) / 2)
-    side = area.sqrt()
-    sides = torch.stack([side * distortion, side / distortion]).clamp(max=1)  # width and height
-    middles = signed(u[:, 2:4].T) * (1 - sides)
-    centres = (torch.arange(crop.size, device=x.device) * 2 + 1) / crop.size - 1
-    columns, rows = sides[:, :, None] * centres + middles[:, :, None]
+    Args:
+        width, height: of the window, in parts of the image's sides; above 1 it zooms out.
+        right, down: how far its centre is from the image's, in parts of the image's sides.
+        turn: degrees by which the window is turned clockwise about its centre, so that the picture turns to the left.
+    """
+    centres = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # of pixels; the image goes from -1 to 1
+    columns = column(width) * centres
+    rows = column(height) * centres[:, None]
+    if isinstance(turn, Tensor) or turn:
+        angle = column(torch.as_tensor(turn, device=x.device).deg2rad())
+        cos, sin = angle.cos(), angle.sin()
+        columns, rows = columns * cos - rows * sin, columns * sin + rows * cos
+    columns = columns + 2 * column(right)
+    rows = rows + 2 * column(down)
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
-    grid = torch.stack(torch.broadcast_tensors(columns[:, None, :], rows[:, :, None]), 3)
-    return F.grid_sample(x, grid, align_corners=False)
+    grid = torch.stack(torch.broadcast_tensors(columns, rows), -1).view(-1, size, size, 2)
+    return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False, padding_mode="border")
 
 
-def flip(x: Tensor, u: Tensor, probability: float) -> Tensor:
-    """Left and right exchanged."""
-    chosen = u[:, 0] < probability
+def flip(x: Tensor, chosen: Tensor) -> Tensor:
+    """Left and right exchanged where chosen, bool [n]."""
     x[chosen] = x[chosen].flip(3)
     return x
 
 
-def brightness(x: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Grey levels times a factor in [1 - strength, 1 + strength]."""
-    return x.mul_(column(1 + signed(u[:, 0]) * strength)).clamp_(max=1)
+def brightness(x: Tensor, factor) -> Tensor:
+    """Grey levels times a factor."""
+    return x.mul_(column(factor)).clamp_(max=1)
 
 
-def contrast(x: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Distances from the image's mean times a factor in [1 - strength, 1 + strength]."""
-    factor = column(1 + signed(u[:, 0]) * strength)
+def contrast(x: Tensor, factor) -> Tensor:
+    """Distances from the image's mean times a factor."""
     mean = x.mean((1, 2, 3), keepdim=True)
-    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
+    return x.mul_(column(factor)).add_(mean * (1 - column(factor))).clamp_(0, 1)
 
 
-def gamma(x: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Grey levels to a power in [exp(-strength), exp(strength)]."""
-    return x.pow_(column(torch.exp(signed(u[:, 0]) * strength)))
+def gamma(x: Tensor, exponent) -> Tensor:
+    """Grey levels to a power."""
+    return x.pow_(column(exponent))
 
 
-def exchange_border(x: Tensor, u: Tensor, probability: float) -> Tensor:
-    """A ring of 4 to 18 % of the sides comes from the image before in the batch.
+def lower_resolution(x: Tensor, factor) -> Tensor:
+    """Shrunk to a factor of the sides and enlarged again, bilinearly; a factor of 1 changes nothing."""
+    side = x.shape[-1]
+    sides = (torch.as_tensor(factor) * side).round().int().expand(len(x)).cpu()
+    for smaller in set(sides.tolist()) - {side}:
+        chosen = sides == smaller
+        shrunk = F.interpolate(x[chosen], size=(smaller, smaller), mode="bilinear", antialias=True)
+        x[chosen] = F.interpolate(shrunk, size=(side, side), mode="bilinear")
+    return x
 
-    The border shows the device and the technique, not the lungs; exchanged, it tells nothing of the label (a cut-and-
+
+def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
+    """A ring, its width in parts of the sides, comes from others, float32 like x; from the image before without them.
+
+    The border shows the device and the technique, not the lungs; exchanged, it says nothing of the label (a cut-and-
     paste augmentation as CutMix, Yun et al. 2019, whose label stays that of the lungs).
     """
-    width = (u[:, 0] < probability) * (0.04 + 0.14 * u[:, 1])
     place = torch.linspace(0, 1, x.shape[-1], device=x.device)
     to_edge = torch.minimum(place, 1 - place)
     depth = torch.minimum(to_edge[:, None], to_edge)
-    return torch.where(depth < column(width), x.roll(1, 0), x)
+    return torch.where(depth < column(width), x.roll(1, 0) if others is None else others, x)
 
 
 @functools.cache
-def standard_normals(count: int, device: torch.device) -> Tensor:
-    """float32 [count], always the same: drawing them anew in each step takes longer than all else in noise."""
-    return torch.randn(count, generator=torch.Generator().manual_seed(0)).to(device)
+def standard_normals(n: int, device: torch.device) -> Tensor:
+    """float32 [n], always the same: drawing them anew in each step takes longer than all else in noise."""
+    return torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
 
 
-def noise(x: Tensor, u: Tensor, strength: float) -> Tensor:
-    """Gaussian noise on half of the images, its standard deviation uniform up to strength (1 is the whole range)."""
-    pixels = x[0].numel()
-    normals = standard_normals(2**20 + pixels, x.device)
-    start = (u[:, 1] * 2**20).long()
-    windows = normals.unfold(0, pixels, 1)[start]  # unfold is a view: only these windows are copied
-    deviation = strength * signed(u[:, 0]).clamp(min=0)  # 0 for half of the images
-    return torch.addcmul(x, windows.view_as(x), column(deviation)).clamp_(0, 1)
+def noise(x: Tensor, sd, start: Tensor) -> Tensor:
+    """Gaussian noise; its standard deviation is 1 for the whole range.
 
-
-def preset(name: str, size: int) -> list[tuple]:
-    """The operations of an --augment preset with their strengths, in order; crops come out at size pixels."""
-    medium = [
-        (random_resized_crop, Crop(size, 0.08)),
-        (flip, 0.5),
-        (brightness, 0.3),
-        (contrast, 0.3),
-        (gamma, 0.4),
-    ]
-    robust = [(exchange_border, 0.7), *medium, (noise, 0.05)]
-    return {"none": [], "medium": medium, "robust": robust}[name]
+    start: int64 [n], below STARTS: where in the table of standard normals the noise of each image begins.
+    """
+    n_pixels = x[0].numel()
+    normals = standard_normals(STARTS + n_pixels, x.device)
+    windows = normals.unfold(0, n_pixels, 1)[start]  # unfold is a view: only these windows are copied
+    return torch.addcmul(x, windows.view_as(x), torch.as_tensor(column(sd))).clamp_(0, 1)
 
 
 PRESETS = ("none", "medium", "robust")
 
 
-def draw(operations: list[tuple], count: int, seed: int, epoch: int) -> list[Tensor]:
-    """One epoch's random numbers of each operation: float32 [count, NUMBERS] in [0, 1), row i for image i, on the CPU.
+def preset(name: str, size: int) -> list[tuple]:
+    """The operations of an --augment preset in order, each with a function that draws its parameters.
+
+    The function takes float32 [n, NUMBERS] in [0, 1), the operation's own random numbers of each image, and returns
+    the parameters by name. Crops come out at size pixels.
+    """
+
+    def crop(u):
+        """8 to 100 % of the area, aspect 3:4 to 4:3, anywhere in the image (Szegedy et al. 2015)."""
+        side = (1 - 0.92 * u[:, 0]).sqrt()
+        distortion = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3) / 2)
+        width = (side * distortion).clamp(max=1)
+        height = (side / distortion).clamp(max=1)
+        right = (u[:, 2] - 0.5) * (1 - width)
+        down = (u[:, 3] - 0.5) * (1 - height)
+        return {"size": size, "width": width, "height": height, "right": right, "down": down}
+
+    medium = [
+        (resample, crop),
+        (flip, lambda u: {"chosen": u[:, 0] < 0.5}),
+        (brightness, lambda u: {"factor": 1 + 0.3 * (2 * u[:, 0] - 1)}),
+        (contrast, lambda u: {"factor": 1 + 0.3 * (2 * u[:, 0] - 1)}),
+        (gamma, lambda u: {"exponent": torch.exp(0.4 * (2 * u[:, 0] - 1))}),
+    ]
+    robust = [
+        (exchange_border, lambda u: {"width": (u[:, 0] < 0.7) * (0.04 + 0.14 * u[:, 1])}),
+        *medium,
+        # The deviation is 0 for half of the images.
+        (noise, lambda u: {"sd": 0.05 * (2 * u[:, 0] - 1).clamp(min=0), "start": (u[:, 1] * STARTS).long()}),
+    ]
+    return {"none": [], "medium": medium, "robust": robust}[name]
+
+
+def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list[Tensor]:
+    """One epoch's random numbers of each operation: float32 [n, NUMBERS] in [0, 1), row i for image i, on the CPU.
 
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
     another operation changes what an operation draws for an image.
     """
-    names = [operation.__name__ for operation, _ in operations]
-    return [torch.rand(count, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
+    former = {"resample": "random_resized_crop"}  # so that a seed draws the crops that it always has
+    names = [former.get(operation.__name__, operation.__name__) for operation, _ in operations]
+    return [torch.rand(n, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
 
 
-def shuffle(count: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: a permutation of range(count), a function of (seed, epoch)."""
-    return torch.randperm(count, generator=generator_from(seed, epoch, "order"))
+def shuffle(n: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch: a permutation of range(n), a function of (seed, epoch)."""
+    return torch.randperm(n, generator=generator_from(seed, epoch, "order"))
 
 
 def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
     """Apply a preset.
 
     Args:
-        images: uint8 [batch, side, side], on any device.
-        operations: from preset; numbers: for each of them float32 [batch, NUMBERS], the rows of draw for these images.
+        images: uint8 [n, side, side], on any device.
+        operations: from preset; numbers: for each of them the rows of draw_numbers for these images.
 
     Returns:
-        float32 [batch, 1, size, size] in [0, 1].
+        float32 [n, 1, size, size] in [0, 1].
     """
     x = to_float(images)
-    for (operation, strength), u in zip(operations, numbers):
-        x = operation(x, u, strength)
+    for (operation, draw), u in zip(operations, numbers):
+        x = operation(x, **draw(u))
     return x
 
 
-def normalise(x: Tensor, mean: float, std: float) -> Tensor:
-    """What the model sees: float32 [batch, 1, side, side] from augment's or to_float's output, which is overwritten."""
-    return x.sub_(mean).div_(std)
+def normalise(x: Tensor, preprocessing: dict) -> Tensor:
+    """What the model sees: float32 [n, 1, side, side] from augment's or to_float's output, which is overwritten."""
+    return x.sub_(preprocessing["mean"]).div_(preprocessing["std"])
 
 
-def hide_margin(images: Tensor, margin: float) -> Tensor:
-    """uint8 [batch, side, side] whose outer part, margin of each side, is filled with the image's mean.
-
-    What stands there tells of the device and the technique rather than of the lungs.
-    """
-    width = round(images.shape[-1] * margin)
-    inside = slice(width, images.shape[-1] - width)
-    mean = images.mean((1, 2), keepdim=True, dtype=torch.float32)
-    hidden = mean.round().byte().expand_as(images).clone()  # torch.where would take three times as long
-    hidden[:, inside, inside] = images[:, inside, inside]
-    return hidden
-
-
-def to_input(images: Tensor, pre: dict) -> Tensor:
-    """What a model sees of whole images: float32 [batch, 1, side, side] from uint8 [batch, side, side].
-
-    pre: mean, std and margin, as a checkpoint has them.
-    """
-    return normalise(to_float(hide_margin(images, pre["margin"])), pre["mean"], pre["std"])
-
-
-# --- stress and shortcuts ---
+def to_input(images: Tensor, preprocessing: dict) -> Tensor:
+    """What the model sees of whole images: float32 [n, 1, side, side] from uint8 [n, side, side]."""
+    return normalise(to_float(images), preprocessing)
 
 
 def draw_partners(records: list[Record]) -> Tensor | None:
@@ -1227,61 +1319,127 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     return torch.tensor(partners)
 
 
-def border_ring(size: int, width: int) -> Tensor:
-    """bool [size, size]: true on the outer width pixels."""
-    ring = torch.ones(size, size, dtype=torch.bool)
-    ring[width : size - width, width : size - width] = False
-    return ring
-
-
-def border_features(images: Tensor) -> Tensor:
-    """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail."""
-    thumbnails = F.adaptive_avg_pool2d(to_float(images.cpu()), 32)[:, 0]
-    return thumbnails[:, border_ring(32, 3)]
-
-
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
-    """Yield (name, copy) of uint8 images [batch, side, side] under changes that leave the diagnosis as it is.
+    """Yield (name, copy) of uint8 images [n, side, side] under changes that leave the diagnosis as it is.
 
-    Exposure (brightness and contrast x 0.65 and x 1.4, gamma 0.7 and 1.4), JPEG at quality 30, a Gaussian blur of
-    1 pixel at 224 (in proportion elsewhere), the central 85 % of each side, resized back, Gaussian noise with a
-    standard deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with those of another image.
+    Exposure, compression, a Gaussian blur of 1 pixel at 224 (in proportion elsewhere), geometry, resolution, noise with
+    a standard deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with another image.
 
     Args:
         partners: uint8 like images, each of another class; None leaves out the exchange.
         paths: of the images; the noise is a function of them.
     """
-    from torchvision.transforms.v2 import functional as TF  # takes as long to import as a small folder to classify
+    from torchvision.transforms.v2.functional import gaussian_blur  # as long to import as a small folder to classify
 
     size = images.shape[-1]
-    x = to_float(images)
-
-    for factor in (0.65, 1.4):
-        yield f"brightness x {factor}", to_uint8(TF.adjust_brightness(x, factor))
-        yield f"contrast x {factor}", to_uint8(TF.adjust_contrast(x, factor))
-    for exponent in (0.7, 1.4):
-        yield f"gamma {exponent}", to_uint8(TF.adjust_gamma(x, exponent))
-    yield "JPEG quality 30", torch.from_numpy(np.stack([recompress(i) for i in images.numpy()]))
-    kernel = 2 * max(4, math.ceil(size / 56)) + 1  # to four standard deviations
-    yield "blur", to_uint8(TF.gaussian_blur(x, kernel, size / 224))
-    edge = round(size * 0.075)
-    inner = size - 2 * edge
-    yield "crop of 85 %", to_uint8(TF.resized_crop(x, edge, edge, inner, inner, [size, size]))
-    for sd in (0.02, 0.05):
-        normals = [torch.randn(1, size, size, generator=generator_from(path)) for path in paths]
-        yield f"noise {sd}", to_uint8(x + sd * torch.stack(normals))
+    compressed = []
+    for image in images.numpy():
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=30)
+        compressed.append(np.asarray(Image.open(buffer)))
+    start = torch.tensor([seed_from(path) % STARTS for path in paths])
+    changes = [
+        ("brightness x 0.65", brightness, 0.65),
+        ("contrast x 0.65", contrast, 0.65),
+        ("brightness x 1.4", brightness, 1.4),
+        ("contrast x 1.4", contrast, 1.4),
+        ("gamma 0.7", gamma, 0.7),
+        ("gamma 1.4", gamma, 1.4),
+        ("JPEG quality 30", lambda _: to_float(torch.from_numpy(np.stack(compressed)))),
+        ("blur", gaussian_blur, 2 * max(4, math.ceil(size / 56)) + 1, size / 224),  # to four standard deviations
+        ("crop of 85 %", resample, size, 0.85, 0.85),
+        ("zoomed out to 115 %", resample, size, 1.15, 1.15),
+        ("shifted by 7 %", resample, size, 1, 1, -0.07, -0.07),
+        ("turned by 7 degrees", resample, size, 1, 1, 0, 0, 7.0),
+        ("turned by -7 degrees", resample, size, 1, 1, 0, 0, -7.0),
+        ("stretched by 15 %", resample, size, 1 / 1.15, 1),
+        ("half resolution", lower_resolution, 0.5),
+        ("noise 0.02", noise, 0.02, start),
+        ("noise 0.05", noise, 0.05, start),
+    ]
     if partners is not None:
-        yield "border exchanged", torch.where(border_ring(size, round(size * 0.1)), partners, images)
+        changes.append(("border exchanged", exchange_border, 0.1, to_float(partners)))
+    for name, operation, *parameters in changes:
+        x = operation(to_float(images), *parameters)
+        yield name, x[:, 0].mul(255).round_().clamp_(0, 255).byte()
 
 
-def recompress(pixels: ndarray) -> ndarray:
-    """A grey image [height, width] as JPEG at quality 30 (Pillow's: torchvision's JPEG operation is deprecated)."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=30)
-    return np.asarray(Image.open(buffer))
+# --- copies and shortcuts ---
+
+# Bits in which hashes of copies may differ. Of 665 radiographs, 99 % changed by up to 12 bits by JPEG at quality 30,
+# halving, or 0.8 times the brightness; the nearest two patients among 5,216 differ in 23, of four demo sets in 14.
+SAME = 12
+BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True)  # of a thumbnail of 32 x 32
 
 
-# --- the demo set ---
+def difference_hash(image: Image.Image) -> bytes:
+    """What stays of a grey image when it is compressed, resized or re-exposed: 256 bits.
+
+    16 x 17 area-averaged pixels, each compared with its right neighbour.
+    """
+    small = np.asarray(image.resize((17, 16), Image.BOX))
+    return np.packbits(small[:, :-1] > small[:, 1:]).tobytes()
+
+
+def _connected(n, links):
+    """int64 [n]: equal numbers for what links, int64 [m, 2], connect; from 0 in order of appearance."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    graph = coo_array((np.ones(len(links), bool), tuple(links.T)), shape=(n, n))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def copy_groups(hashes: ndarray) -> ndarray:
+    """int64 [n]: equal numbers for copies, images whose hashes, uint64 [n, 4], differ in at most SAME bits.
+
+    Copies of copies are copies too.
+    """
+    unique, place = np.unique(hashes, axis=0, return_inverse=True)
+    first = unique[:, 0].copy()
+
+    def find_links(start):
+        """The copies among 64 hashes and those that follow; most pairs differ enough in their first 64 bits."""
+        links = []
+        for other in range(start, len(unique), 4096):
+            near = np.bitwise_count(first[start : start + 64, None] ^ first[other : other + 4096]) <= SAME
+            pairs = np.argwhere(near) + (start, other)
+            a, b = unique[pairs.T]
+            links.append(pairs[np.bitwise_count(a ^ b).sum(1) <= SAME])
+        return np.concatenate(links)
+
+    links = [np.empty((0, 2), int), *parallel(find_links, range(0, len(unique), 64), "comparing")]
+    return _connected(len(unique), np.concatenate(links))[place.ravel()]
+
+
+def seen_before(records: list[Record], hashes: ndarray, seen: dict) -> tuple[ndarray, set[str]]:
+    """Which images are copies of one in seen["hashes"], bool [n], and which known patients are in seen["patients"].
+
+    hashes: uint64 [n, 4] of the records; seen: patients and hashes as a checkpoint has them.
+    """
+    groups = copy_groups(np.concatenate([hashes, seen["hashes"].numpy().view(np.uint64)]))
+    is_seen = np.isin(groups[: len(records)], groups[len(records) :])
+    return is_seen, {r.patient for r in records if r.known_patient}.intersection(seen["patients"])
+
+
+def border_features(images: Tensor) -> Tensor:
+    """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail.
+
+    images: uint8 [n, height, width].
+    """
+    thumbnails = F.adaptive_avg_pool2d(to_float(images.cpu()), 32)[:, 0]
+    return thumbnails[:, torch.from_numpy(BORDER)]
+
+
+def auroc_error(auroc: float, n_positive: int, n_negative: int) -> float:
+    """Standard error of an AUROC from so many positive and negative images, or patients (Hanley and McNeil 1982)."""
+    pair = auroc / (2 - auroc) - auroc**2
+    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
+    variance = auroc * (1 - auroc) + (n_positive - 1) * pair + (n_negative - 1) * triple
+    return math.sqrt(max(variance, 0.0) / (n_positive * n_negative))
+
+
+# --- demo ---
 
 PHANTOM_SIDE = 112  # pixels; drawn at this size, then resized
 KINDS = (  # class, subtype, and file names as in the best-known and in the newer copies of the public set
@@ -1296,30 +1454,28 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
 
     One patient in five is for test; two in three have a pneumonia: focal consolidation (bacterial) or diffuse streaks
     (viral). All but the pattern in the lungs is drawn without regard to the class. Every pixel is a function of the
-    seed. demo.json marks the set and says where the opacities are: for each path ellipses [x, y, rx, ry] in parts of
-    the image's width and height.
+    seed. demo.json marks the set.
 
     Raises:
-        UserError: folder is not empty.
+        UserError: folder is a file or not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} exists and is not empty; choose another folder or remove it")
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is not an empty folder; choose another one or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary, folder.name)
-        opacities = {}
         for i in range(images):
             patient, visit = 1 + i // 2, 1 + i % 2
             label, subtype, usual, newer = KINDS[patient % 3]
             name = (usual if patient % 4 else newer).format(patient, visit)
-            path = f"{'train' if patient % 5 else 'test'}/{label}/{name}"
-            (new / path).parent.mkdir(parents=True, exist_ok=True)
+            path = new / ("train" if patient % 5 else "test") / label / name
+            path.parent.mkdir(parents=True, exist_ok=True)
             anatomy = np.random.default_rng([seed, patient, 0])
             today = np.random.default_rng([seed, patient, visit])
-            phantom, opacities[path] = _draw_phantom(anatomy, today, subtype)
-            phantom.save(new / path, quality=int(today.integers(20, 96)))
-        write_json(new / DEMO_MARK, {"images": images, "seed": seed, "opacities": opacities})
+            phantom, _ = _draw_phantom(anatomy, today, subtype)
+            phantom.save(path, quality=int(today.integers(20, 96)))
+        write_json(new / DEMO_MARK, {"images": images, "seed": seed})
         try:
             os.rename(new, folder)
         except OSError:
@@ -1327,8 +1483,11 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
                 raise
 
 
-def _draw_phantom(anatomy, today, subtype: str):
-    """One phantom, drawn with two random generators, as a grey Pillow image, and its opacities as in demo.json."""
+def _draw_phantom(anatomy, today, subtype):
+    """One phantom as a grey Pillow image, from two random generators, and where its opacities are.
+
+    Opacities are ellipses (x, y, rx, ry) in parts of the image's width and height.
+    """
     x = np.linspace(0, 1, PHANTOM_SIDE)
     y = x[:, None]
     middle = anatomy.uniform(0.46, 0.54)
@@ -1345,11 +1504,12 @@ def _draw_phantom(anatomy, today, subtype: str):
     lines = 0.9 - 3 * np.abs(_smooth(today, 20))
     for ellipse in ellipses:
         pattern += 0.6 * _ellipse(x, y, *ellipse) * (patches if subtype == "bacterial" else lines)
-    # An opacity moves the grey levels of the lungs about but adds none, so that no histogram tells the class.
+    # An opacity moves the grey levels of the lungs about but adds none, so that no histogram shows the class.
     levels = ImageOps.equalize(_to_image(50 * pattern + 100), _to_image(255 * lungs))
     air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** today.uniform(1, 3)
 
     image = trunk * (0.7 + 0.1 * ribs + 0.1 * heart - lungs * air)
+    image += 0.04 * (1 + _smooth(today, 7))  # scattered radiation: no two films are alike
     image += today.uniform(0, 0.04) * today.standard_normal(image.shape)
     image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
     width = today.integers(180, 450)
@@ -1375,7 +1535,9 @@ def _smooth(rng, bumps):
 
 # --- check ---
 
-COPIES = {"across splits": "split", "across classes": "label", "of other or unknown patients": "patient"}
+LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # endings of compressed pictures
+LATERAL = ("LL", "RL", "LATERAL")
+MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
 
 
 @dataclass(slots=True)
@@ -1383,124 +1545,124 @@ class Inspected:
     """What check() keeps of an image."""
 
     record: Record
-    info: ImageInfo
-    file: dict[str, float]  # measures that no grey level has a part in
-    levels: dict[str, float]  # mean and standard deviation of the grey levels
-    pixel_key: tuple  # shape and digest
-    border: ndarray  # uint8 [348], see border_features
+    info: ImageInfo | None  # None where it can't be used
+    notes: dict  # see _examine
+    measures: list[float]  # see MEASURES
+    border: ndarray | None  # uint8 [348], see border_features
 
 
 def check(root: Path) -> dict:
-    """The health of a data folder: counts, shapes, what would invalidate a result, and what tells the classes too.
+    """The health of a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
     Returns:
-        dict: root; demo; folders: for each SPLIT/CLASS what _summarise tells of it; unreadable: paths and reasons;
-        duplicates: for each kind groups of paths with the same pixels; shared_patients: of "train and test" and so on;
-        audit: see _audit; problems: one line for each thing that makes a result invalid; warnings: one line for each
-        thing that a model could take for the disease.
+        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS see _summarise;
+        audit: see _audit; problems, which make results invalid, and warnings: for each message the list of what it is
+        about, or None.
 
     Raises:
-        UserError: the folder has no images.
+        UserError: the folder has no images, or what training refuses too.
     """
-    records = scan_all(root)
+    problems, remarks = {}, {}
+    add_problem, remark = problems.setdefault, remarks.setdefault  # called with (message, names), as warn is
+    records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has none of the folders train/, val/, test/")
-    folders, unreadable, problems, remarks = defaultdict(list), [], [], []
-    results = parallel(functools.partial(_inspect, root), records, "checking")
-    for record, (inspected, reason) in zip(records, results):
-        readable = folders[f"{record.split}/{record.label}"]  # there even where it stays empty
-        if inspected:
-            readable.append(inspected)
-        else:
-            unreadable.append({"path": record.path, "reason": reason})
+        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(remarks)}")
+    inspected = list(parallel(functools.partial(_inspect, root), records, "checking"))
+    folders = defaultdict(list)
+    for image in inspected:
+        usable = folders[f"{image.record.split}/{image.record.label}"]  # there even where it stays empty
+        if not image.notes["reason"]:
+            usable.append(image)
     images = list(itertools.chain(*folders.values()))
-    read, keys = [i.record for i in images], [i.pixel_key for i in images]
-    duplicates = {kind: find_copies(read, keys, attribute) for kind, attribute in COPIES.items()}
-    shared = shared_patients(records)
-    audited = [i for i in images if i.record.split != "test"]
-    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would tell no more, but take time and memory
+    groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
+    for image, number in zip(images, copy_groups(_hashes([i.notes for i in images])).tolist()):
+        groups[number].append(image.record)
+    for group in groups.values():
+        for attribute, found in copies.items():
+            if len({getattr(r, attribute) for r in group}) > 1:
+                found.append(" = ".join(r.path for r in group))
+                break
+    audited = [image for image in images if image.record.split != "test"]
+    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
 
-    for sides, patients in shared.items():
-        problems.append(f"{len(patients)} patients are in both {sides}, such as {patients[0]}")
-    labels = {r.label for r in records}
+    for sides, patients in shared_patients(records).items():
+        add_problem(f"patients in both {sides}", patients)
+    add_problem("copies across splits", copies["split"])
+    add_problem("copies under several labels", copies["label"])
+    remark("copies under several patients, who count as one", copies["patient"])
     for split in dict.fromkeys(r.split for r in records):
-        missing = labels - {r.label for r in records if r.split == split}
-        if missing:
-            problems.append(f"{split}/ has no image of {', '.join(sorted(missing))}")
-    for kind, groups in duplicates.items():
-        if groups:
-            problems.append(f"{len(groups)} images have copies {kind}, such as {', '.join(groups[0])}")
-    for folder, inspected in folders.items():
-        depths = sorted({i.info.depth for i in inspected})
+        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
+        add_problem(f"{split} has no image of", sorted(missing))
+    for folder, usable in folders.items():
+        depths = sorted({i.info.depth for i in usable})
         if not depths:
-            problems.append(f"{folder} holds no readable image")
+            add_problem(f"{folder} has no readable image")
         if len(depths) > 1:
-            remarks.append(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
-    if unreadable:
-        remarks.append(f"{len(unreadable)} files can't be read, such as {': '.join(unreadable[0].values())}")
+            remark(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
+    remark_patients(records, remark)
+    failed = {i.record.path: i.notes["reason"] for i in inspected if i.notes["reason"]}
+    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
+    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
+    lateral = [r.path for r in records if r.view in LATERAL]
+    remark(f"lateral views among {len(records)} images", lateral if len(lateral) < len(records) else [])
     for row in audit:
         low, high = row["ci95"]
         if low > 0.6:
-            remarks.append(
-                f"{row['from']} tells {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
+            remark(
+                f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
                 "a model can learn the device instead of the disease"
             )
+    fingerprints = {}
+    for name in ("train", "test"):
+        part = [i for i in inspected if (i.record.split == "test") == (name == "test")]
+        if part:
+            fingerprints[name] = fingerprint([i.record for i in part], [i.notes["digest"] for i in part])
     return {
         "root": str(root),
         "demo": is_demo(root),
-        "folders": {folder: _summarise(inspected) for folder, inspected in folders.items() if inspected},
-        "unreadable": unreadable,
-        "duplicates": duplicates,
-        "shared_patients": shared,
+        "fingerprints": fingerprints,
+        "folders": {folder: _summarise(usable) for folder, usable in folders.items() if usable},
         "audit": audit,
-        "problems": problems,
-        "warnings": remarks,
+        "problems": {message: names for message, names in problems.items() if names != []},
+        "warnings": {message: names for message, names in remarks.items() if names != []},
     }
 
 
-def _inspect(root: Path, record: Record) -> tuple[Inspected | None, str]:
-    """The image of a record, or None and the reason why it can't be read."""
-    pixels, info, reason = decode(root / record.path, None)
-    if reason:
-        return None, reason
-    height, width = pixels.shape
-    file = {
-        "width": width,
-        "height": height,
-        "aspect": width / height,
-        "bytes per pixel": record.bytes / pixels.size,
-    }
-    levels = {"brightness": float(pixels.mean()), "contrast": float(pixels.std())}
-    thumbnail = np.asarray(Image.fromarray(pixels).resize((32, 32), Image.BOX))
-    border = thumbnail[border_ring(32, 3).numpy()]
-    key = pixels.shape, digest(pixels)
-    return Inspected(record, info, file, levels, key, border), ""
+def _inspect(root, record):
+    """One image, and what there is to measure of it."""
+    image, info, notes = _examine(root, None, record)
+    if notes["reason"]:
+        return Inspected(record, info, notes, [], None)
+    height, width = image.shape
+    bytes_per_pixel = os.path.getsize(root / record.path) / image.size
+    measures = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
+    border = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
+    return Inspected(record, info, notes, measures, border)
 
 
-def _summarise(images: list[Inspected]) -> dict:
+def _summarise(images):
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
     records = [i.record for i in images]
-    measures = [[*i.file.values(), *i.levels.values()] for i in images]
-    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
-    names = [*images[0].file, *images[0].levels]
+    percentiles = np.percentile([i.measures for i in images], (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
     return {
         "images": len(images),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
-        **dict(zip(names, percentiles.round(3).tolist())),
+        **dict(zip(MEASURES, percentiles.round(3).tolist())),
         **Counter(subtypes + modes),
     }
 
 
-def _audit(images: list[Inspected]) -> list[dict]:
-    """How well two classes are told without the lungs: gradient boosting on border and file, out of fold by patient.
+def _audit(images):
+    """How well two classes are separated without the lungs: gradient boosting on border or file, out of fold by
+    patient.
 
     Returns:
-        for each pair of classes with 10 or more patients each, and for border (outer 3 pixels of a 32 x 32 thumbnail)
-        and file: dict of from, classes, auroc and ci95 (Hanley and McNeil 1982, of as many images as patients, since
-        those of one patient are alike).
+        for each pair of classes with 10 or more patients each, and for border (see border_features) and file: dict of
+        from, classes, auroc and ci95 (Hanley and McNeil 1982, of as many images as patients, since those of one patient
+        are alike).
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.metrics import roc_auc_score
@@ -1509,19 +1671,20 @@ def _audit(images: list[Inspected]) -> list[dict]:
     labels = np.array([i.record.label for i in images])
     patients = np.array([i.record.patient for i in images])
     modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
-    file = [[*i.file.values(), i.info.depth] for i in images]
+    file = np.array([[*i.measures[:4], i.info.depth] for i in images])
+    file[[not LOSSY.fullmatch(i.record.path) for i in images], 3] = 0  # how many bytes depends on the picture
     sources = {
         "the border alone, without any lung,": np.array([i.border for i in images]),
         "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([file, modes]),
     }
-    count = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
-    enough = [label for label in count if count[label] >= 10]
+    n_patients = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
+    enough = [label for label in n_patients if n_patients[label] >= 10]
     rows = []
     for a, b in itertools.combinations(enough, 2):
         pair = np.isin(labels, (a, b))
         is_b = labels[pair] == b
         for source, features in sources.items():
-            scores = cross_val_predict(
+            probabilities = cross_val_predict(
                 HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
                 features[pair],
                 is_b,
@@ -1529,19 +1692,11 @@ def _audit(images: list[Inspected]) -> list[dict]:
                 cv=StratifiedGroupKFold(5),
                 method="predict_proba",
             )
-            auroc = float(roc_auc_score(is_b, scores[:, 1]))
-            half = 1.96 * auroc_error(auroc, count[b], count[a])
+            auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
+            half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
             ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
             rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
-
-
-def auroc_error(auroc: float, positives: int, negatives: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images, or patients (Hanley and McNeil 1982)."""
-    pair = auroc / (2 - auroc) - auroc**2
-    triple = 2 * auroc**2 / (1 + auroc) - auroc**2
-    variance = auroc * (1 - auroc) + (positives - 1) * pair + (negatives - 1) * triple
-    return math.sqrt(max(variance, 0.0) / (positives * negatives))
 
 
 def print_check(report: dict) -> None:
@@ -1554,21 +1709,23 @@ def print_check(report: dict) -> None:
         names = list(folders)[start : start + columns]
         print("\n" + " " * 19, *(f"{name:>{width}}" for name in names))
         for row in dict.fromkeys(itertools.chain(*(folders[name] for name in names))):
-            print(f"{row:19}", *(f"{_cell(folders[name].get(row, 0)):>{width}}" for name in names))
+            cells = []
+            for name in names:
+                value = folders[name].get(row, 0)
+                if isinstance(value, list):  # percentiles
+                    value = " ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in value)
+                cells.append(f"{value:>{width}}")
+            print(f"{row:19}", *cells)
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
     print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
+    for name, value in report["fingerprints"].items():
+        print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
-        for line in report[f"{kind}s"]:
-            text = printable(f"{kind.upper()}: {line}")
+        for message, names in report[f"{kind}s"].items():
+            text = printable(f"{kind.upper()}: {with_names(message, names)}")
             print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
-    print("a result on this folder would not be valid" if report["problems"] else "no problem found")
-
-
-def _cell(value: int | list[float]) -> str:
-    """A count, or three percentiles."""
-    if isinstance(value, int):
-        return str(value)
-    return " ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in value)
+    verdict = "; results on this folder would be invalid" if report["problems"] else ""
+    print(f"{count(len(report['problems']), 'problem')}, {count(len(report['warnings']), 'warning')}{verdict}")
 
 
 # --- download ---
@@ -1578,47 +1735,38 @@ URL += "f12eaf6d-6023-432f-acc9-80c9d7393433/file_downloaded"
 SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 
 
-def download(folder: Path, url: str = URL, checksum: str = SHA256, hours: float = 6) -> Path:
+def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
 
     Raises:
-        UserError: no connection, no end after so many hours, another checksum, or a damaged archive.
+        UserError: no connection, a server that is silent for a minute, another checksum, or a damaged archive.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
+    patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            call_within(3600 * hours, _fetch, url, archive)  # a server can drip its answer, headers too
-            if sha256(archive) != checksum:
-                raise ValueError("the checksum is another one")
+            socket.setdefaulttimeout(60)  # download_url_to_file sets none, and takes none
+            torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum, progress=sys.stderr.isatty())
             shutil.unpack_archive(archive, unpacked)  # a known one, by its checksum
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, http.client.HTTPException) as e:
+        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
             raise UserError(
-                f"the download failed, is damaged or took more than {hours:g} hours ({e!r}); try again, or by hand: "
-                f"fetch {url} (or on Kaggle paultimothymooney/chest-xray-pneumonia) and unpack it, so that "
-                f"{target}/train and {target}/test exist"
+                f"the download failed or is damaged ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
+        finally:
+            socket.setdefaulttimeout(patience)
     return target
-
-
-def _fetch(url: str, path: Path) -> None:
-    """Write what url holds to path."""
-    with (
-        urllib.request.urlopen(url, timeout=60) as response,
-        open(path, "wb") as f,
-        tqdm.wrapattr(f, "write", desc="downloading", unit="B", unit_scale=True, leave=False, disable=None) as counted,
-    ):
-        shutil.copyfileobj(response, counted)
 
 
 def make_parser() -> Parser:
     parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="the health of a folder; exit code 1 where a result would be invalid")
+    sub = commands.add_parser("check", help="the health of a folder; exit code 1 where results would be invalid")
     sub.add_argument("dir", metavar="DIR", help="folder with train/ and test/")
     sub.add_argument("--json", action="store_true", help="print JSON alone")
     sub = commands.add_parser("download", help="fetch the public dataset (Kermany et al. 2018, CC BY 4.0, 1.2 GB)")
@@ -1637,10 +1785,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report, indent=1)) if args.json else print_check(report)
         return 1 if report["problems"] else 0
     if args.command == "download":
-        print(f"{download(Path(args.dir))} is there")
+        print(f"dataset ready in {download(Path(args.dir))}")
     else:
         draw_demo(Path(args.dir), args.images, args.seed)
-        print(f"{args.dir}: {args.images} synthetic phantoms; they are no radiographs")
+        print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
     return 0
 
 

@@ -1,33 +1,39 @@
-"""What a model is: build it with timm, take pretrained weights, save it, load it, explain it, know its inputs.
+"""What a model is: build it with timm, give it weights, save and load it, ask it, explain it.
 
-Every model has one grey input channel and one logit per class.
+Every model has one grey input channel and one logit per class; the positive class is the last.
+
+Sections: build; weights; save and load; ask; explain; know what is unlike.
 """
 
 import argparse
 import contextlib
 import difflib
+import hashlib
 import http.client
 import io
 import json
+import multiprocessing
 import sys
 import urllib.error
 import urllib.request
 import zipfile
 from dataclasses import dataclass
-from pathlib import Path
+from multiprocessing.pool import ThreadPool
+from pathlib import Path, PurePath
 
 import numpy as np
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 import data
-from data import UserError, warn
+from data import UserError
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,80 +48,96 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
-    torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the batch that an image stood in
+    torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the other images of its batch
     return device
 
 
 # --- build ---
 
 
-def pretrained_config(name: str) -> timm.models.PretrainedCfg:
-    """What timm knows of a model's weights: their input, and where they are, if there are any.
+def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
+    """timm's name of the architecture, its configuration (input, and where its weights are), and its own arguments.
+
+    name: a model of timm, with or without a tag; or one of the hub or a folder: hf-hub:OWNER/NAME, timm/NAME,
+    local-dir:FOLDER.
 
     Raises:
-        UserError: timm has no such model, or none with such a tag; names the nearest.
+        UserError: no such model; names the nearest.
     """
+    source, _, place = name.rpartition(":")
+    if source or "/" in name:
+        look_up = timm.models._hub.load_model_config_from_path if source == "local-dir" else load_model_config_from_hf
+        try:
+            config, architecture, arguments = look_up(place)
+        except Exception as e:  # noqa: BLE001, the hub, the network and foreign files fail in many ways
+            raise UserError(f"model {name} can't be looked up: {data.one_line(e)}") from None
+        return architecture, timm.models.PretrainedCfg(**config), arguments or {}
     try:
         if timm.is_model(name) and "." not in name:
-            return timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg()  # timm's old names have none
-        return timm.get_pretrained_cfg(name, allow_unregistered=False)
+            return name, timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg(), {}  # old names have none
+        return name, timm.get_pretrained_cfg(name, allow_unregistered=False), {}
     except RuntimeError:
-        nearest = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5))
-        raise UserError(f"timm has no model {name!r}; nearest: {nearest or 'none'}") from None
+        known = timm.list_models()
+        nearest = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
+        listed = ", ".join(nearest[:4]) or "none"
+        raise UserError(f"timm has no model {name!r}; nearest: {listed}") from None
 
 
 def preprocessing(name: str, size: int | None) -> dict:
-    """Input size, and mean and std of grey levels in [0, 1] as timm's weights expect them.
+    """input_size in pixels, and mean and std of grey levels in [0, 1] as timm's weights expect them.
 
-    Where size is None, it is 160 pixels, or the model's own if it takes one size alone.
+    Where size is None, it is 160, or the model's own if it takes one size alone.
     """
-    config = pretrained_config(name)
+    _, config, _ = resolve(name)
     if size is None:
-        size = config.input_size[-1] if takes_one_size(name) else 160
+        size = config.input_size[-1] if config.fixed_input_size else 160
     return {"input_size": size, "mean": float(np.mean(config.mean)), "std": float(np.mean(config.std))}
 
 
-def takes_one_size(name: str) -> bool:
-    """Whether the architecture is built for one input size, as models of tokens are for their position table."""
-    return bool(pretrained_config(name).fixed_input_size)
-
-
-def build(name: str, classes: int, size: int, **kwargs) -> nn.Module:
-    """A timm model with one input channel and classes logits; kwargs go to timm.create_model.
+def build(name: str, n_classes: int, size: int, **kwargs) -> nn.Module:
+    """A timm model with one input channel and n_classes logits; kwargs go to timm.create_model.
 
     Raises:
-        UserError: unknown name, or an input size that the architecture does not take.
+        UserError: unknown name, or a model that can't have this input or a new classifier.
     """
-    if takes_one_size(name):
-        kwargs["img_size"] = size
+    architecture, config, arguments = resolve(name)
+    if config.fixed_input_size:
+        arguments = {**arguments, "img_size": size}
+    options = {**arguments, "in_chans": 1, "num_classes": n_classes, **kwargs}
     try:
-        model = timm.create_model(name, in_chans=1, num_classes=classes, **kwargs)
-    except AssertionError as e:
-        raise UserError(f"{name} can't be built for {size} x {size} pixels ({e}); try another size") from None
-    if not kwargs.get("pretrained"):
-        # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
-        model.reset_classifier(classes)
+        model = timm.create_model(architecture, pretrained_cfg=config, **options)
+        if not kwargs.get("pretrained"):
+            # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
+            model.reset_classifier(n_classes)
+    except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as e:
+        if kwargs.get("pretrained"):
+            raise
+        needs = f"one input channel, {n_classes} classes and {size} x {size} pixels"
+        raise UserError(f"{name} can't be built for {needs}: {data.one_line(e)}") from None
     return model
 
 
-def check_size(model: nn.Module, size: int) -> None:
-    """Raise UserError where the model, in evaluation mode from then on, can't take size x size pixels."""
+def require_size(model: nn.Module, n_classes: int, size: int) -> None:
+    """Raise UserError where the model, in evaluation mode from then on, doesn't make logits of size x size pixels."""
     x = torch.zeros(2, 1, size, size, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
-            model.eval()(x)
+            logits = model.eval()(x)
     except (RuntimeError, AssertionError, ValueError) as e:
-        raise UserError(f"the model does not take {size} x {size} pixels ({e}); try another size") from None
+        reason = data.one_line(e)
+        raise UserError(f"the model does not take {size} x {size} pixels ({reason}); try another size") from None
+    if not isinstance(logits, Tensor) or logits.shape != (2, n_classes):
+        raise UserError("the model has no classifier that can be replaced: it does not give one logit per class")
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, the faster one, but where it crashes or does not fit; images of one channel are in both."""
+    """channels_last, the faster one, except where it crashes or does not fit."""
     if device.type == "mps":  # batch norms go wrong there in the backward pass (PyTorch issue 175189)
         return torch.contiguous_format
     if any(parameter.ndim == 5 for parameter in model.parameters()):
         return torch.contiguous_format
     for layer in model.modules():
-        # In the backward pass of such a layer oneDNN writes where it must not (its issue 6035).
+        # In the backward pass of these layers oneDNN writes where it must not (its issue 6035).
         if device.type == "cpu" and isinstance(layer, nn.Conv2d):
             shape = layer.kernel_size, layer.stride
             if shape == ((1, 1), (2, 2)) and layer.in_channels < 16:
@@ -123,14 +145,20 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
     return torch.channels_last
 
 
-def parameters(model: nn.Module) -> int:
+def n_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-# --- pretrained weights ---
+# --- weights ---
 
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net", "network", "weights")
-PREFIXES = ("module.", "_orig_mod.", "model.", "net.")
+COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # buffers that other programs add
+SAFE = [  # what may be beside the weights, and runs nothing
+    argparse.Namespace,
+    np.dtype,
+    *{type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "b1")},
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((PurePath, f"pathlib{place}.{kind}") for place in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
+]
 
 
 def build_pretrained(
@@ -144,38 +172,35 @@ def build_pretrained(
         insist: raise where there are none; otherwise the model keeps its random weights.
 
     Returns:
-        the model; where its weights come from: source (a file, hub or random), note (what was taken and what was not,
-        one line) and failed (why there are none); and of a checkpoint of this suite what it has seen: patients and
-        pixels, as in its data.
+        the model; their origin: source (a file, hub or random), note (one line: what was used and what was not), failed
+        (why there are none) and sha256 (of a file, else empty); and of a run of this suite its checkpoint.
     """
     if weights is not None:
-        return from_file(name, classes, size, weights)
-    config = pretrained_config(name)
+        return from_file(name, classes, size, in_run_folder(weights))
+    _, config, _ = resolve(name)
     failed = f"timm has no pretrained weights for {name}"
     if config.has_weights:
-        model, reason = from_hub(name, size)
+        model, reason = from_hub(name, config, size)
         if model is not None:
             model.reset_classifier(len(classes))
             note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-            return model, {"source": "hub", "note": note, "failed": ""}, None
+            return model, {"source": "hub", "note": note, "failed": "", "sha256": ""}, None
         failed = f"no pretrained weights for {name}: {reason}"
     if insist:
         raise UserError(f"{failed}; use --weights FILE or --no-pretrained")
     model = build(name, len(classes), size)
-    return model, {"source": "random", "note": "random weights", "failed": failed}, None
+    return model, {"source": "random", "note": "random weights", "failed": failed, "sha256": ""}, None
 
 
-def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
+def from_hub(name: str, config: timm.models.PretrainedCfg, size: int) -> tuple[nn.Module | None, str]:
     """timm's pretrained model with its own head, or None and the reason."""
     from huggingface_hub import constants
 
     offline = constants.HF_HUB_OFFLINE
     try:
-        # Offline the hub's library takes its cache at once; otherwise it would try for minutes.
+        # Offline the hub's library uses its cache at once; otherwise it would try for minutes.
         constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
-        return build(name, pretrained_config(name).num_classes, size, pretrained=True), ""
-    except UserError:
-        raise
+        return build(name, config.num_classes, size, pretrained=True), ""
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
         sentence = data.one_line(e).partition(". ")[0].rstrip(".")
         return None, sentence or type(e).__name__
@@ -184,218 +209,131 @@ def from_hub(name: str, size: int) -> tuple[nn.Module | None, str]:
 
 
 def answers(address: str) -> bool:
-    """Whether a server answers within a few seconds; looking up its name would know no limit."""
+    """Whether a server answers within six seconds; asked in a thread, since looking up its name may block for longer."""
     request = urllib.request.Request(address, method="HEAD")
     try:
-        data.call_within(6, urllib.request.urlopen, request, None, 4)
-    except (OSError, http.client.HTTPException) as e:
-        return isinstance(e, urllib.error.HTTPError)  # an answer too
+        with ThreadPool(1) as pool:
+            pool.apply_async(urllib.request.urlopen, (request, None, 4)).get(6)
+    except urllib.error.HTTPError:  # an answer too
+        return True
+    except (OSError, http.client.HTTPException, multiprocessing.TimeoutError):
+        return False
     return True
 
 
-def from_file(name: str, classes: list[str], size: int, weights: str) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with weights of a file: every tensor must fit. The head is new, but where the classes are known.
+def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
+    """build_pretrained with weights of a file: every tensor must fit. The head is new unless the classes are known.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
-    path = in_run_folder(weights)
-    content = read_weights(path)
-    seen = None
-    known_classes = []
-    if "format" in content:
-        content = load(path)
-        known_classes = content["classes"]
-        seen = {key: content["data"][key] for key in ("patients", "pixels")}
-        if content["input_size"] != size:
-            warn(
-                f"{path} is of images of {content['input_size']} px, not {size}: whether it was trained on those that "
-                "validate it now is told by their patients alone"
-            )
-    state = unwrap(content, path)
-    config = pretrained_config(name)
-    stem, head = first_name(config.first_conv), first_name(config.classifier)
-    keeps_head = set(classes) <= set(known_classes)
+    content, checkpoint = read_weights(path), None
+    if content.get("format") == FORMAT:
+        content = checkpoint = load(path)
+    _, config, _ = resolve(name)
+    stem = config.first_conv[0] if isinstance(config.first_conv, tuple) else config.first_conv
+    heads = config.classifier if isinstance(config.classifier, tuple) else (config.classifier,)
+    state, others = find_state(content, build(name, len(classes), size), config.classifier)
+    if not state:
+        raise UserError(f"{path} is not a state dict of tensors")
+    keeps_head = checkpoint is not None and set(classes) <= set(checkpoint["classes"])
     try:
         if keeps_head:
-            rows = [known_classes.index(c) for c in classes]
-            for key in {f"{head}.weight", f"{head}.bias"} & state.keys():
+            rows = [checkpoint["classes"].index(c) for c in classes]
+            for key in {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")} & state.keys():
                 state[key] = state[key][rows]
-        count = len(state.get(f"{head}.weight", ()))
+        n_rows = len(state.get(f"{heads[0]}.weight", ()))
         channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
-        overlay = {"state_dict": state, "num_classes": count, "input_size": (channels, size, size)}
-        # Strict: one tensor too many, too few or of another shape is another architecture.
-        model = build(name, count, size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except UserError:
-        raise
-    except Exception as e:  # noqa: BLE001, timm's filters stumble over foreign tensors in many ways
-        raise UserError(f"{path} does not hold weights of {name}: {data.one_line(e)}") from None
-    note = f"{len(state)} tensors of {path} taken"
+        overlay = {"state_dict": state, "num_classes": n_rows, "input_size": (channels, size, size)}
+        # Strict: one tensor too many, too few or of another shape means another architecture.
+        model = build(name, n_rows, size, pretrained=True, pretrained_cfg_overlay=overlay)
+    except Exception as e:  # noqa: BLE001, timm's filters fail on foreign tensors in many ways
+        raise UserError(f"{path} does not fit {name}: {data.one_line(e)}") from None
+    for key, value in model.named_parameters():
+        if not value.isfinite().all():
+            raise UserError(f"{path} has NaN or infinite weights: {key}")
+    note = f"{data.count(len(state), 'tensor')} of {path}"
+    if others:
+        note += f"; not used: {data.count(len(others), 'other')} ({others[0]})"
     if channels != 1:
         note += f"; {stem}: {channels} input channels summed to 1"
-    if keeps_head:
-        note += f"; head of its classes {', '.join(classes)} taken"
-    else:
+    if not keeps_head:
         model.reset_classifier(len(classes))
-        note += "; new head"
-    return model, {"source": str(path), "note": note, "failed": ""}, seen
-
-
-def first_name(names: str | tuple | None) -> str:
-    """timm names one layer, or several of which the first counts, or none."""
-    return names[0] if isinstance(names, tuple) else names or ""
+    note += f"; its head for {', '.join(classes)}" if keeps_head else "; new head"
+    return model, {"source": str(path), "note": note, "failed": "", "sha256": data.sha256(path)}, checkpoint
 
 
 def in_run_folder(path: str | Path) -> Path:
-    """A run's folder stands for its checkpoint."""
+    """A run's folder means the checkpoint in it."""
     path = Path(path)
     return path / "ckpt.pt" if path.is_dir() else path
 
 
 def read_weights(path: Path) -> dict:
-    """Whatever dict a .safetensors file, or a file saved by torch, holds."""
+    """Whatever dict is in a .safetensors file, or in a file saved by torch."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
+    reason = ""
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # beside the weights of timm's own train.py
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001, unpicklers fail in any way, and name options that are none of ours
-        raise UserError(f"{path} can't be read as weights: no .safetensors file, nor tensors saved by torch") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} does not hold a state dict of tensors")
-    return content
+        with torch.serialization.safe_globals(SAFE):
+            reason = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:  # noqa: BLE001, unpicklers fail in any way
+        reason = reason and f"; it contains {reason}, which may run code"
+        raise UserError(f"{path} is not a .safetensors or torch weights file{reason}") from None
 
 
-def unwrap(content: dict, path: Path) -> dict[str, Tensor]:
-    """The state dict in what a training program saved: under another key, or with a prefix before every name."""
-    state = content
-    for key in WRAPPERS * 3:  # deep enough for what is known, in any order
-        if isinstance(state.get(key), dict):
-            state = state[key]
-    if not state or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise UserError(f"{path} does not hold a state dict of tensors")
-    for prefix in PREFIXES * 2:  # they come in any order too, one within another
-        if all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    for key, value in state.items():
-        if not is_sound(value):
-            raise UserError(f"{path} holds NaN, infinite, sparse or quantized weights: {key}")
-    return state
+def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dict[str, Tensor], list[str]]:
+    """The model's state dict in what a training program saved, and the names of the other tensors.
+
+    Whatever one prefix completes the model's names is taken off, and of several one of averaged weights is preferred.
+    Where none does, the tensors are returned under their own names: timm's filters know those of other programs.
+    """
+    tensors = dict(flatten(content))
+    known = model.state_dict().keys()
+    needed = [key for key in known if not key.startswith(heads or ".") and not key.endswith(COUNTERS)]
+    ends = [name.removesuffix(needed[0]) for name in tensors if name.endswith(needed[0])]
+    prefixes = [prefix for prefix in ends if all(prefix + key in tensors for key in needed)]
+    prefix = min(prefixes, key=lambda prefix: "ema" not in prefix, default="")
+    layers = tuple(f"{layer}." for layer, _ in model.named_children())
+    state = {}
+    for name, tensor in tensors.items():
+        key = name.removeprefix(prefix)
+        # A layer that the model lacks is kept, and makes loading fail: it means another architecture.
+        foreign = key not in known and (key.endswith(COUNTERS) or not key.startswith(layers))
+        if name.startswith(prefix) and not (prefixes and foreign):
+            state[key] = tensor
+    others = [name for name in tensors if name.removeprefix(prefix) not in state]
+    return state, others
 
 
-def is_sound(value: Tensor) -> bool:
-    """Of finite numbers, neither sparse nor quantized nor without data."""
-    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
-    return plain and bool(value.isfinite().all())
+def flatten(content: dict, prefix: str = ""):
+    """Yield each tensor in nested dicts, with the keys that lead to it, joined by dots."""
+    for key, value in content.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, Tensor):
+            yield f"{prefix}{key}", value
 
 
 # --- save and load ---
 
-CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
-FEATURES = CELLS**2 + FINE_CELLS**2 + 2
-BORDER_FEATURES = 348  # see data.border_features
 
-
-@dataclass(frozen=True)
-class Field:
-    """What may stand under one key of a checkpoint."""
-
-    kind: type  # float takes whole numbers too
-    low: float = -1e30  # for numbers, which are never NaN or infinite
-    high: float = 1e30
-    shape: tuple[int, ...] | None = None  # for tensors, which must be finite
-    dtype: torch.dtype = torch.float32
-    of: type | None = None  # what a list holds
-    keys: dict | None = None  # fields that a dict must have
-    optional: bool = False  # it may be None
-
-
-TEXT, COUNT, SHARE = Field(str), Field(int, 0), Field(float, 0, 1)
-BORDER = Field(Tensor, shape=(BORDER_FEATURES,), dtype=torch.float64)
-FIELDS = {
-    "model": TEXT,
-    "state_dict": Field(dict),
-    "classes": Field(list, of=str),
-    "positive": TEXT,
-    "input_size": Field(int, 1, 10_000),
-    "mean": Field(float, -10, 10),
-    "std": Field(float, 0.001, 10),
-    "margin": Field(float, 0, 0.4),
-    "temperature": Field(float, 0.001, 1000),
-    "threshold": Field(dict, keys={"value": Field(float, 0, 1, optional=True), "rule": TEXT, "from": TEXT}),
-    "validation": Field(dict, keys={"val_loss": Field(float, 0), "val_auroc": SHARE, "val_accuracy": SHARE}),
-    "epoch": COUNT,
-    "epochs": COUNT,
-    "finished": Field(bool),
-    "data": Field(
-        dict,
-        keys={
-            "root": TEXT,
-            "demo": Field(bool),
-            "fingerprint": TEXT,
-            "images": COUNT,
-            "patients": Field(list, of=str),
-            "pixels": Field(Tensor, dtype=torch.int64),
-            "val_patients": Field(list, of=str),
-            "val_pixels": Field(Tensor, dtype=torch.int64),
-        },
-    ),
-    "arguments": Field(dict, keys={"epochs": Field(int, 1), "folds": Field(int, 2, 1000), "fold": Field(int, 0, 999)}),
-    "environment": Field(dict),
-    "weights": Field(dict, keys={"source": TEXT, "note": TEXT, "failed": TEXT}),
-    "input_check": Field(
-        dict,
-        keys={
-            "mean": Field(Tensor, shape=(FEATURES,)),
-            "whiten": Field(Tensor, shape=(FEATURES, FEATURES)),
-            "cut": Field(float, 1e-6),
-        },
-    ),
-    "border": Field(
-        dict, optional=True, keys={"mean": BORDER, "scale": BORDER, "weight": BORDER, "bias": Field(float)}
-    ),
-}
-
-
-def faults(content: dict, fields: dict[str, Field], prefix: str = ""):
-    """Yield what is wrong with the values of a checkpoint, in a few words each."""
-    for key, field in fields.items():
-        name = f"{prefix}{key}"
-        value = content.get(key)
-        kind = (int, float) if field.kind is float else field.kind
-        if key not in content:
-            yield f"it holds no {name}"
-        elif value is None and field.optional:
-            continue
-        elif not isinstance(value, kind) or isinstance(value, bool) != (field.kind is bool):
-            yield f"{name} is no {field.kind.__name__}"
-        elif field.kind in (int, float) and not field.low <= value <= field.high:
-            yield f"{name} is {value:.6g}, not in [{field.low:g}, {field.high:g}]"
-        elif field.kind is Tensor and not fits(value, field):
-            yield f"{name} is another tensor than was saved"
-        elif field.of and not all(isinstance(member, field.of) for member in value):
-            yield f"{name} holds what does not belong there"
-        elif field.keys:
-            yield from faults(value, field.keys, f"{name}.")
-
-
-def fits(value: Tensor, field: Field) -> bool:
-    same_shape = field.shape is None or field.shape == value.shape
-    return same_shape and value.dtype == field.dtype and is_sound(value)
-
-
-def save(checkpoint: dict, path: Path) -> None:
-    """Write a dict of plain types and tensors; no reader ever sees half of it."""
+def save(content: dict, path: Path) -> None:
+    """Write a dict of plain types and tensors, sealed; no reader ever sees half of the file."""
     buffer = io.BytesIO()  # torch.save on a full disk raises RuntimeError, writing to a file OSError
-    torch.save(canonical(checkpoint), buffer)
+    torch.save(canonical(content), buffer)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        archive.writestr(zipfile.ZipInfo(f"{folder}/{SEAL}"), seal(archive))
     with data.replacing(path) as f:
         f.write(buffer.getbuffer())
 
 
 def canonical(x):
-    """The same, with equal strings being one object: a pickle tells them apart, equal runs shall not."""
+    """The same, with equal strings being one object: pickle writes them differently, and equal runs must be equal."""
     if isinstance(x, dict):
         return {canonical(k): canonical(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -403,94 +341,59 @@ def canonical(x):
     return sys.intern(str(x)) if isinstance(x, str) else x
 
 
-def load(path: str | Path, kind: str = FORMAT, fields: dict[str, Field] = FIELDS) -> dict:
-    """Read a checkpoint onto the CPU and check it; a run's folder stands for the one in it.
+SEAL = "seal"
 
-    Args:
-        kind: which format it must have; fields: what such a file holds.
+
+def seal(archive: zipfile.ZipFile) -> str:
+    """SHA-256 over the names and bytes of all members of what torch.save wrote, but the seal itself."""
+    total = hashlib.sha256()
+    for name in archive.namelist():
+        if not name.endswith(f"/{SEAL}"):
+            with archive.open(name) as member:
+                total.update(f"{name} {hashlib.file_digest(member, 'sha256').hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def load(path: str | Path, kind: str = FORMAT) -> dict:
+    """Read what save wrote onto the CPU, and compare its seal; a run's folder means the checkpoint in it.
+
+    kind: the format that it must have.
 
     Raises:
-        UserError: missing, damaged, no checkpoint of this suite, or of a later format version.
+        UserError: missing, altered, damaged, not of this suite, or of another format version.
     """
     path = in_run_folder(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
-        with zipfile.ZipFile(path) as z:
-            if z.testzip():  # torch would not notice
-                raise ValueError("a checksum does not match")
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            stored = [archive.read(name).decode() for name in archive.namelist() if name.endswith(f"/{SEAL}")]
+            is_intact = stored == [seal(archive)]
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        found, version = content.get("format"), content.get("format_version")
     except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
-        raise UserError(f"{path} is damaged or no checkpoint of this suite") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != kind:
+        raise UserError(f"{path} is damaged, or not a file of this suite") from None
+    if found != kind:
         raise UserError(f"{path} is not a {kind} of this suite")
-    version = checkpoint.get("format_version")
-    if not isinstance(version, int):
-        raise UserError(f"{path} has no format version: it is damaged")
-    if version > FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this code reads up to {FORMAT_VERSION}: update the code")
-    if kind == FORMAT and version < FORMAT_VERSION:
-        checkpoint = upgrade(checkpoint)
-    found = list(faults(checkpoint, fields))
-    if kind == FORMAT and not found:
-        found = list(contradictions(checkpoint))
-    if found:
-        raise UserError(f"{path} is damaged: {found[0]}")
-    return checkpoint
-
-
-def upgrade(checkpoint: dict) -> dict:
-    """A checkpoint of an earlier version with what it lacked; a run of version 1 had ended, as far as it knew."""
-    upgraded = {
-        "finished": True,
-        "epochs": checkpoint.get("epoch"),
-        "border": None,
-        "margin": 0.0,
-        "weights": {"source": "unknown", "note": "", "failed": ""},
-        **checkpoint,
-    }
-    with contextlib.suppress(TypeError, KeyError):  # faults says what is wrong
-        upgraded["arguments"] = {"folds": 10, "fold": 0, **checkpoint["arguments"]}
-        about = checkpoint["data"]
-        upgraded["data"] = {
-            "images": len(about["pixels"]),
-            "val_patients": [],
-            "val_pixels": torch.zeros(len(about["val"]), dtype=torch.int64),  # so many; which ones is not known
-            **about,
-        }
-    return upgraded
-
-
-def contradictions(checkpoint: dict):
-    """Yield where fields, each right by itself, contradict each other, or could not be written in reports."""
-    classes = checkpoint["classes"]
-    if len(set(classes)) != len(classes) or len(classes) < 2 or checkpoint["positive"] not in classes:
-        yield f"its classes are {classes}, the positive one {checkpoint['positive']}"
-    if (len(classes) == 2) != (checkpoint["threshold"]["value"] is not None):
-        yield "two classes have a threshold, more have none"
-    try:
-        json.dumps([checkpoint["arguments"], checkpoint["environment"]], allow_nan=False, sort_keys=True)
-    except (TypeError, ValueError):
-        yield "its arguments or environment are no JSON"
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: train again")
+    if not is_intact:
+        raise UserError(f"{path} was altered or damaged after it was written")
+    return content
 
 
 def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     """The model of a checkpoint, in evaluation mode.
 
     Raises:
-        UserError: weights that are not finite, or are not those of this version of timm's model.
+        UserError: the weights do not fit this version of timm's model.
     """
-    name, state = checkpoint["model"], checkpoint["state_dict"]
-    model = build(name, len(checkpoint["classes"]), checkpoint["input_size"])
-    finite = {key: value.isfinite() for key, value in model.state_dict().items()}  # but for limits that are infinite
+    name, n_classes = checkpoint["model"], len(checkpoint["classes"])
+    model = build(name, n_classes, checkpoint["input_size"], **checkpoint["model_arguments"])
     try:
-        model.load_state_dict(state)
-    except (RuntimeError, AttributeError) as e:  # such as a key that is no text
+        model.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as e:
         raise UserError(f"the weights do not fit this version of timm's {name}: {data.one_line(e)}") from None
-    for key, value in model.state_dict().items():
-        if not value[finite[key]].isfinite().all():
-            raise UserError(f"the checkpoint has NaN or infinite weights: {key}; train again")
-    check_size(model, checkpoint["input_size"])
     return model.eval().to(device, memory_format=memory_format(model, device))
 
 
@@ -510,15 +413,18 @@ def is_finished(folder: Path) -> bool:
         return False
 
 
+# --- ask ---
+
+
 @torch.inference_mode()
-def infer(model: nn.Module, batches, pre: dict) -> Tensor:
+def infer(model: nn.Module, batches, preprocessing: dict) -> Tensor:
     """Logits, float64 [images, classes] on the CPU, of an iterable of uint8 batches [batch, side, side]; computed in
     float32 throughout.
 
-    pre: see data.to_input.
+    preprocessing: mean and std, as a checkpoint has them.
     """
     device = next(model.parameters()).device
-    inputs = (data.to_input(batch.to(device, non_blocking=True), pre) for batch in batches)
+    inputs = (data.to_input(batch.to(device, non_blocking=True), preprocessing) for batch in batches)
     logits = [model(x).float() for x in inputs]
     return torch.cat(logits).cpu().double()
 
@@ -529,9 +435,42 @@ def in_batches(images: Tensor, index: Tensor, size: int = 64):
         yield images[part]
 
 
-def probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Calibrated probabilities, float64 [n, classes], from logits like them (temperature: Guo et al. 2017)."""
-    return F.softmax(logits / temperature, dim=1)
+@dataclass
+class Decision:
+    """What a model says of images, after calibration; a row an image."""
+
+    calibrated_logits: Tensor  # float64 [n, classes]: log-odds of each class against the rest
+    probabilities: Tensor  # float64 [n, classes]: their sigmoid; near 1 it no longer ranks
+    predicted: Tensor  # int64 [n]: positions in classes
+
+
+def decide(logits: Tensor, checkpoint: dict) -> Decision:
+    """The one decision, for training, evaluation and prediction.
+
+    Two classes: the last one from the threshold on. More: the most probable one.
+
+    Args:
+        logits: float64 [n, classes]. checkpoint: its slope, intercept and threshold count.
+    """
+    calibrated_logits = calibrate(logits, checkpoint["slope"], checkpoint["intercept"])
+    if logits.shape[1] == 2:
+        predicted = (calibrated_logits[:, 1] >= checkpoint["threshold"]["logit"]).long()
+    else:
+        predicted = calibrated_logits.argmax(1)
+    return Decision(calibrated_logits, calibrated_logits.sigmoid(), predicted)
+
+
+def calibrate(logits: Tensor, slope: float, intercept: float) -> Tensor:
+    """Log-odds of each class against the rest, float64 [n, classes], from logits like them (Platt 1999).
+
+    All logits are multiplied by slope; intercept is added to the last.
+    """
+    scaled = logits.double() * slope
+    scaled[:, -1] += intercept
+    n_classes = scaled.shape[1]
+    itself = torch.eye(n_classes, dtype=torch.bool)
+    others = scaled[:, None, :].expand(-1, n_classes, -1).masked_fill(itself, -torch.inf)
+    return scaled - others.logsumexp(2)
 
 
 # --- explain ---
@@ -617,7 +556,10 @@ def to_grid(t: Tensor, side: int) -> Tensor | None:
     return None
 
 
-# --- know what it has not seen ---
+# --- know what is unlike ---
+
+CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
+FEATURES = CELLS**2 + FINE_CELLS**2 + 2
 
 
 def image_features(images: Tensor) -> Tensor:
@@ -642,22 +584,16 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
     A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: what one learnt for a
     diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
     """
-    count, total, outer = 0, 0.0, 0.0
-    for batch in train_batches:
-        both = torch.cat([batch, batch.flip(2)])  # mirrored is as good: an augmentation
-        features = image_features(both).double()
-        count += len(features)
-        total = total + features.sum(0)
-        outer = outer + features.T @ features
-    mean = total / count
-    covariance = outer / count - torch.outer(mean, mean)
-    scale = covariance.diagonal().clamp(min=1e-8).sqrt()
+    # Mirrored images too: they are as good.
+    features = torch.cat([image_features(both) for batch in train_batches for both in (batch, batch.flip(2))]).double()
+    scale = features.std(0).clamp(min=1e-4)
+    standardised = (features - features.mean(0)) / scale
     # Shrunk to the identity: few images must not make it singular.
-    correlation = 0.9 * covariance / torch.outer(scale, scale) + 0.1 * torch.eye(FEATURES, dtype=torch.float64)
+    correlation = 0.9 * standardised.T @ standardised / len(features) + 0.1 * torch.eye(FEATURES)
     whiten = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
-    check = {"mean": mean.float(), "whiten": whiten.float(), "cut": 1.0}
+    check = {"mean": features.mean(0).float(), "whiten": whiten.float(), "cut": 1.0}
     scores = torch.cat([unlikeness(check, batch) for batch in val_batches])
-    check["cut"] = float(scores.quantile(0.99))
+    check["cut"] = float(scores.quantile(0.99).clamp(min=1e-6))
     return check
 
 
@@ -676,26 +612,25 @@ def distance(check: dict, images: Tensor) -> Tensor:
     return ((image_features(images) - check["mean"]) @ check["whiten"]).norm(dim=1)
 
 
-def fit_border(features: Tensor, positive: np.ndarray) -> dict[str, Tensor | float]:
+def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | float]:
     """A logistic regression that tells the class from the border alone: a warning, if it can.
 
     Args:
-        features: float32 [n, BORDER_FEATURES] from data.border_features. positive: bool [n].
+        features: float32 [n, 348] from data.border_features. is_positive: bool [n].
 
     Returns:
-        mean, scale and weight of the standardised features, float64 [BORDER_FEATURES], and bias.
+        weight of each feature, float64 [348], and bias.
     """
     from sklearn.linear_model import LogisticRegression  # here, since prediction does without scikit-learn
 
     features = features.double()
     mean = features.mean(0)
     scale = features.std(0).clamp(min=1e-3)  # a black edge does not vary
-    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), positive)
-    weight = torch.from_numpy(fitted.coef_[0])
-    return {"mean": mean, "scale": scale, "weight": weight, "bias": float(fitted.intercept_[0])}
+    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), is_positive)
+    weight = torch.from_numpy(fitted.coef_[0]) / scale
+    return {"weight": weight, "bias": float(fitted.intercept_[0] - mean @ weight)}
 
 
 def border_logit(border: dict, images: Tensor) -> np.ndarray:
     """Logit of the positive class from the border alone, float64 [n], of uint8 images [n, side, side]."""
-    standardised = (data.border_features(images).double() - border["mean"]) / border["scale"]
-    return (standardised @ border["weight"] + border["bias"]).numpy()
+    return (data.border_features(images).double() @ border["weight"] + border["bias"]).numpy()

@@ -2,8 +2,11 @@
 
 python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
 python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
-python train.py --resume runs/20260101-120000-resnet18           # go on after an interruption, to the bit
+python train.py --resume runs/20260101-120000-resnet18           # continue after an interruption, to the bit
 torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
+
+Sections: what follows from step and history; data; learner and epoch; operating point; the run's files; the run;
+command line.
 """
 
 import argparse
@@ -16,46 +19,34 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 
-import data  # before the libraries: it looks after Ctrl-C while they are being imported
-
-# isort: split
+import filelock
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from sklearn.utils.class_weight import compute_class_weight
+from numpy import ndarray
+from scipy.optimize import minimize_scalar
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_curve
+from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import data
 import evaluate
 import models
-from data import UserError, warn
+from data import UserError, count, warn
 
-LAST_FORMAT = "training state"
-STATE = {  # of last.pt, but for what a Learner restores
-    "arguments": models.FIELDS["arguments"],
-    "fingerprint": models.TEXT,
-    "world": models.COUNT,
-    "weights": models.FIELDS["weights"],
-    "seen": models.Field(dict, optional=True, keys={k: models.FIELDS["data"].keys[k] for k in ("patients", "pixels")}),
-    "epochs": models.Field(list, of=dict),
-}
-EPOCH = {  # of each epoch; its number is checked beside it
-    "train_loss": models.Field(float),
-    "lr": models.Field(float, 0),
-    "val_loss": models.Field(float, 0),
-    "val_auroc": models.SHARE,
-    "val_accuracy": models.SHARE,
-    "images_per_second": models.Field(float, 0),
-    "selected": models.Field(bool),
-    "seconds": models.Field(float, 0),
-}
+STATE_FORMAT = "training state"
+REPORTS = ("test*", "val*", "train*", "report.md")  # what evaluate.py may have written into a run's folder
+FEW_IMAGES, FEW_OF_A_CLASS = 50, 10
 
 
-# --- what follows from the step, and from the epochs so far ---
+# --- what follows from step and history ---
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -65,67 +56,32 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def is_selected(history: list[dict], positives: int, negatives: int) -> bool:
-    """Whether the last epoch is the one to keep so far: its validation AUROC lies within a standard error of the best.
+def selected_epoch(history: list[dict], n_positive: int, n_negative: int) -> int:
+    """The epoch to keep, from 1 on: the latest one within a standard error of the best validation AUROC up to it.
 
-    AUROC saturates here: between epochs that it can't tell apart, the longer trained one is better.
+    AUROC saturates here: of epochs that it can't tell apart, the longer trained one is better.
+
+    Args:
+        n_positive, n_negative: validation patients (images of one patient are alike).
     """
-    best = max(h["val_auroc"] for h in history)
-    return history[-1]["val_auroc"] >= best - data.auroc_error(best, positives, negatives)
+    selected, best = 0, 0.0
+    for epoch_log in history:
+        best = max(best, epoch_log["val_auroc"])
+        if epoch_log["val_auroc"] >= best - data.auroc_error(best, n_positive, n_negative):
+            selected = epoch_log["epoch"]
+    return selected
 
 
-def epochs_since_best(history: list[dict]) -> int:
-    """How many epochs have passed since the validation AUROC was highest for the first time."""
-    aurocs = [h["val_auroc"] for h in history]
-    return len(aurocs) - 1 - aurocs.index(max(aurocs)) if aurocs else 0
-
-
-def summarize(history: list[dict]) -> dict:
-    """What metrics.json says of the whole run, once an epoch is made."""
-    if not history:
-        return {}
+def to_metrics(about: dict, history: list[dict], best_epoch: int, finished: bool) -> dict:
+    """The content of metrics.json; about: what doesn't change in a run."""
     return {
-        "best_epoch": max((h["epoch"] for h in history if h["selected"]), default=0),  # the selected one
-        "seconds": round(sum(h["seconds"] for h in history), 3),
-        "images_per_second": float(np.median([h["images_per_second"] for h in history])),
+        **about,
+        "finished": finished,
+        "best_epoch": best_epoch,  # the selected one
+        "seconds": round(sum(epoch_log["seconds"] for epoch_log in history), 3),
+        "lengths": list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history)),
+        "epochs": history,
     }
-
-
-# --- processes ---
-
-
-def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """(rank, number of processes, device): from torchrun's environment, or one process."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
-        return 0, 1, models.pick_device(name)
-    if name in ("auto", "cuda") and torch.cuda.is_available():
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = models.pick_device(name)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    # The others wait while the master fetches weights, decodes a new folder and validates.
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
-    return dist.get_rank(), world, device
-
-
-def broadcast(value):
-    """The master's value, on every rank."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
-@contextlib.contextmanager
-def master_first(rank: int):
-    """The others enter when the master has left: it draws, fetches or decodes, and they find the files."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
 
 
 # --- data ---
@@ -136,15 +92,15 @@ class TrainingSet:
     """The images that a run trains and validates on."""
 
     root: Path
-    records: list[data.Record]  # split is train, val, or left out where the file can't be read
-    images: Tensor  # uint8 [n, size, size], in the order of records; they alone may lie on a GPU
-    digests: Tensor  # int64 [n], see data.Images
-    labels: Tensor  # int64 [n], positions in classes
-    train: Tensor  # int64, positions of the training images in records
-    val: Tensor  # int64, and of the validation images
-    classes: list[str]
-    positive_index: int  # position of the positive class in classes
-    left_out: list[dict]  # path and reason
+    records: list[data.Record]  # of train/ and val/, in the order of the images
+    images: Tensor  # uint8 [n, size, size]; they alone may be on a GPU
+    hashes: ndarray  # uint64 [n, 4], see data.difference_hash
+    labels: Tensor  # int64 [n]: positions in classes
+    patient_index: ndarray  # int64 [n], see data.number_patients
+    train: Tensor  # int64: positions of the training images
+    val: Tensor  # int64: positions of the validation images
+    classes: list[str]  # the positive one last
+    left_out: list[dict]  # path and reason of each file that can't be read
     fingerprint: str  # see data.fingerprint
 
     def about(self) -> dict:
@@ -154,191 +110,150 @@ class TrainingSet:
             "demo": data.is_demo(self.root),
             "fingerprint": self.fingerprint,
             "classes": self.classes,
-            "positive": self.classes[self.positive_index],
             "images": {"train": len(self.train), "val": len(self.val)},
-            "patients": {"train": self.patients(self.train), "val": self.patients(self.val)},
+            "patients": {"train": self.n_patients(self.train), "val": self.n_patients(self.val)},
             "left_out": self.left_out,
         }
 
-    def records_of(self, index: Tensor) -> list[data.Record]:
-        return [self.records[i] for i in index.tolist()]
+    def n_patients(self, index: Tensor) -> int:
+        return len(np.unique(self.patient_index[index]))
 
-    def patients(self, index: Tensor) -> int:
-        return len({r.patient for r in self.records_of(index)})
+    def is_positive(self, index: Tensor) -> Tensor:
+        return self.labels[index] == len(self.classes) - 1
 
-    def val_patients(self) -> tuple[int, int]:
-        """How many patients of validation are positive, and how many are not; images of one patient are alike."""
-        positive = self.labels[self.val] == self.positive_index
-        return self.patients(self.val[positive]), self.patients(self.val[~positive])
+    def selected_epoch(self, history: list[dict]) -> int:
+        """See selected_epoch."""
+        positive = self.is_positive(self.val)
+        return selected_epoch(history, self.n_patients(self.val[positive]), self.n_patients(self.val[~positive]))
+
+    def traces(self, index: Tensor) -> tuple[set[str], Tensor]:
+        """By what images are recognised later: their known patients, and their hashes as int64 [n, 4]."""
+        patients = {self.records[i].patient for i in index.tolist() if self.records[i].known_patient}
+        return patients, torch.from_numpy(self.hashes[index].view(np.int64))
 
     @functools.cached_property
     def checks(self) -> dict:
-        """What a checkpoint knows of the training images: how such images look, and what their border alone tells.
-
-        As long to fit as an epoch's validation: not before the first checkpoint.
-        """
-        train, val = models.in_batches(self.images, self.train), models.in_batches(self.images, self.val)
+        """What a checkpoint knows of the training images: how they look, and what their border alone tells."""
+        some = self.train[:: 1 + len(self.train) // 20_000]  # more would tell no more, but need a kilobyte each
+        batches = functools.partial(models.in_batches, self.images)
         border = None
         if len(self.classes) == 2:
-            index = self.train[:: 1 + len(self.train) // 20_000]  # more would tell no more, but take a kilobyte each
-            features = torch.cat([data.border_features(batch) for batch in models.in_batches(self.images, index)])
-            border = models.fit_border(features, (self.labels[index] == self.positive_index).numpy())
-        return {"input_check": models.fit_input_check(train, val), "border": border}
+            features = torch.cat([data.border_features(batch) for batch in batches(some)])
+            border = models.fit_border(features, self.is_positive(some).numpy())
+        return {"input_check": models.fit_input_check(batches(some), batches(self.val)), "border": border}
 
 
 def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
-    """Find, split and decode the images, and check that each class is there to train and to validate on."""
+    """Find, decode and split the images.
+
+    Raises:
+        UserError: a class without an image to train or to validate on, or what data.find_training refuses.
+    """
     root = data.find_root(args.data)
     data.prepare_demo(root)
-    records = data.find_training(root, args.folds, args.fold)
-    classes = sorted({r.label for r in records})
-    if args.threshold != "stressed" and len(classes) > 2:
+    records = data.find_training(root)
+    classes = data.sort_classes({r.label for r in records}, args.positive)
+    if len(classes) > 2 and args.threshold != "0.5":
         raise UserError("--threshold is for two classes; leave it out here")
-    positive_index = data.positive_index(classes, args.positive)
     loaded = data.load_images(root, records, size)
-    fingerprint = data.fingerprint(records, loaded.digests)  # before what failed is left out, as evaluate.py has it
-    for i in loaded.failed:
-        records[i].split = "left out"
+    patient_index = data.number_patients(records, data.copy_groups(loaded.hashes))
+    is_validation = data.is_validation(records, patient_index, args.folds, args.fold)
+    is_readable = np.ones(len(records), bool)
+    is_readable[list(loaded.failed)] = False
+    labels = torch.tensor([classes.index(r.label) for r in records])
     index = {}
-    for split, purpose in (("train", "training"), ("val", "validation")):
-        index[split] = torch.tensor([i for i, r in enumerate(records) if r.split == split])
-        missing = sorted(set(classes) - {r.label for r in records if r.split == split})
-        if missing:
-            raise UserError(f"class {missing[0]} has no image for {purpose} here; another --fold, or fewer --folds?")
+    for split, chosen in (("train", ~is_validation), ("val", is_validation)):
+        index[split] = torch.from_numpy(np.flatnonzero(chosen & is_readable))
+        sizes = labels[index[split]].bincount(minlength=len(classes)).tolist()
+        if 0 in sizes:
+            name = classes[sizes.index(0)]
+            raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
+    if sum(sizes) < FEW_IMAGES or min(sizes) < FEW_OF_A_CLASS:
+        warn(
+            f"only {count(sum(sizes), 'validation image')} ({min(sizes)} of a class): what is chosen on them is chance"
+        )
     return TrainingSet(
         root=root,
         records=records,
-        images=loaded.pixels,
-        digests=loaded.digests,
-        labels=torch.tensor([classes.index(r.label) for r in records]),
+        images=loaded.images,
+        hashes=loaded.hashes,
+        labels=labels,
+        patient_index=patient_index,
         train=index["train"],
         val=index["val"],
         classes=classes,
-        positive_index=positive_index,
         left_out=data.report_left_out(records, loaded.failed),
-        fingerprint=fingerprint,
+        fingerprint=data.fingerprint(records, loaded.digests),
     )
 
 
-def warn_overlap(d: TrainingSet, seen: dict | None) -> None:
-    """Say loudly where labels contradict each other, or where this run, or the one that its weights come from, is
-    trained on what validates it.
+def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
+    """Warn where labels contradict each other, or where this run, or the one that its weights come from (parent: the
+    data of its checkpoint), is trained on what validates it.
     """
-    used = torch.cat([d.train, d.val])
-    data.warn_contradictions(d.records_of(used), d.digests[used])
-    copies = int(torch.isin(d.digests[d.val], d.digests[d.train]).sum())
-    if copies:
-        warn(
-            f"LEAK: {copies} of {len(d.val)} validation images have the same pixels as training images of "
-            "other or unknown patients (python data.py check --json lists them): "
-            "validation, and all that is chosen by it, is flattered"
-        )
-    if seen is None:
-        return
-    images, patients = data.count_seen(d.records_of(d.val), d.digests[d.val], seen["pixels"], seen["patients"])
-    if images or patients:
-        warn(
-            f"LEAK: the weights were trained on {images} of the {len(d.val)} validation images and on {patients} of "
-            "their patients: validation, and all that is chosen by it, is flattered; use that run's --folds and --fold"
-        )
+    records = [d.records[i] for i in d.val.tolist()]
+    own_patients, own_hashes = d.traces(d.train)
+    sources = {"this run": {"patients": sorted(own_patients), "hashes": own_hashes}, "the run of --weights": parent}
+    for source, seen in sources.items():
+        if seen is None:
+            continue
+        is_seen, patients = data.seen_before(records, d.hashes[d.val], seen)
+        if is_seen.any() or patients:
+            warn(
+                f"LEAK: {source} is trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
+                f"{len(patients)} of their patients: validation, and all that is chosen by it, looks better than it is"
+            )
 
 
-@dataclass
-class Feed:
-    """How the images of an epoch are drawn and changed."""
-
-    operations: list  # of data.preset, with their strengths
-    pre: dict  # mean, std and margin
-    seed: int
-    batch_size: int  # of all processes together
-    share: slice  # of each batch, for this process
-    device: torch.device
-
-
-def batches(d: TrainingSet, feed: Feed, epoch: int):
+def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tensor], preprocessing: dict, device):
     """Yield the (x, y) of each step: augmented, normalised images [batch, 1, side, side] and their labels [batch].
 
-    The incomplete last batch is left out: other images each epoch.
+    order: int64 [steps, batch], positions of images; operations: of data.preset; numbers: of data.draw_numbers.
     """
-    order = d.train[data.shuffle(len(d.train), feed.seed, epoch)]
-    whole = len(order) - len(order) % feed.batch_size
-    draws = data.draw(feed.operations, len(d.images), feed.seed, epoch)
-    for index in order[:whole].view(-1, feed.batch_size)[:, feed.share]:
-        x = data.hide_margin(d.images[index].to(feed.device, non_blocking=True), feed.pre["margin"])
-        numbers = [u[index].to(feed.device, non_blocking=True) for u in draws]
-        x = data.augment(x, feed.operations, numbers)
-        yield data.normalise(x, feed.pre["mean"], feed.pre["std"]), d.labels[index].to(feed.device, non_blocking=True)
+    for index in order:
+        images = d.images[index].to(device, non_blocking=True)
+        drawn = [u[index].to(device, non_blocking=True) for u in numbers]
+        x = data.augment(images, operations, drawn)
+        yield data.normalise(x, preprocessing), d.labels[index].to(device, non_blocking=True)
 
 
-# --- model and loop ---
+# --- learner and epoch ---
 
 
 @dataclass
 class Learner:
-    """What training changes, what it is called through, and what its weights have seen before."""
+    """What training changes, and what it is called through."""
 
-    model: torch.nn.Module  # holds the weights
-    net: torch.nn.Module  # what is called: the model, perhaps wrapped or compiled
-    ema: ModelEmaV3
+    model: torch.nn.Module  # has the weights
+    network: torch.nn.Module  # what is called: the model, perhaps wrapped or compiled
+    average: ModelEmaV3  # of the weights: what is validated and kept
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    frozen: bool  # all but the head, running statistics and dropout included
-    seen: dict | None = None  # patients and pixels that the weights were trained on before this run
+    is_frozen: bool  # all but the head, running statistics and dropout included
 
-    def stateful(self) -> dict:
+    def parts(self) -> dict:
+        """Whatever has a state to save."""
         return {
             "model": self.model,
-            "ema": self.ema.module,
+            "average": self.average.module,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
 
-    def restore(self, state: dict) -> None:
-        """Take over what save_progress wrote.
-
-        Raises:
-            UserError: it is of another model, or damaged.
-        """
-        try:
-            for name, part in self.stateful().items():
-                part.load_state_dict(state[name])
-            for parameter, moments in self.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):
-                    if moments[name].shape != parameter.shape:  # torch does not look
-                        raise ValueError(f"{name} of another shape")
-        except Exception as e:  # noqa: BLE001, what does not fit fails in many ways
-            raise UserError(f"last.pt does not fit the run ({e}): it is damaged, start a new run") from None
-        self.seen = state["seen"]
-
-
-def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
-    """See models.build_pretrained; a resumed run brings its own weights, so that none are fetched."""
-    torch.manual_seed(args.seed)
-    if args.resume is not None or args.pretrained is False:
-        origin = {"source": "random", "note": "random weights, as asked", "failed": ""}
-        return models.build(args.model, len(classes), size), origin, None
-    insist = args.pretrained is True
-    model, origin, seen = models.build_pretrained(args.model, classes, size, args.weights, insist)
-    if origin["failed"]:
-        warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
-    return model, origin, seen
-
 
 def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> Learner:
-    """Put the model on the device, wrapped for several processes and compiled where that is asked for."""
+    """Put the model on the device, wrapped for several processes and compiled where asked for."""
     model.to(device, memory_format=models.memory_format(model, device))
     if args.freeze:
         model.requires_grad_(False)
         heads = model.get_classifier()
         for head in heads if isinstance(heads, tuple) else [heads]:  # a distilled model has two
             head.requires_grad_(True)
-    net = model
+    network = model
     if dist.is_initialized():
-        net = DistributedDataParallel(model)  # starts from the weights of the master
+        network = DistributedDataParallel(model)  # starts from the weights of the first process
     if args.compile:
-        net = torch.compile(net)
-    # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
-    ema = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
+        network = torch.compile(network)
     optimizer = create_optimizer_v2(
         model,
         opt="adamw",
@@ -348,12 +263,19 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
         foreach=True,
     )
     half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
-    scaler = torch.amp.GradScaler(device.type, enabled=half)
-    return Learner(model, net, ema, optimizer, scaler, args.freeze)
+    return Learner(
+        model=model,
+        network=network,
+        # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
+        average=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10),
+        optimizer=optimizer,
+        scaler=torch.amp.GradScaler(device.type, enabled=half),
+        is_frozen=args.freeze,
+    )
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in: float32 is none."""
+    """What autocast computes in; float32 means none."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -364,34 +286,28 @@ def training_size(args: argparse.Namespace, size: int) -> int:
 
     A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
     """
-    if args.augment == "none" or models.takes_one_size(args.model):
+    _, config, _ = models.resolve(args.model)
+    if args.augment == "none" or config.fixed_input_size:
         return size
     return min(max(round(size * 0.75 / 32) * 32, 32), size)
 
 
-def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor, smoothing: float) -> Tensor:
+def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Cross-entropy of logits [batch, classes], each image weighted by its class.
 
     Summed and divided by the count: "mean" would divide by the batch's own weights, and undo them.
     """
-    loss = F.cross_entropy(logits.float(), labels, class_weights, reduction="sum", label_smoothing=smoothing)
-    return loss / len(labels)
+    return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
 
 
-def make_criterion(d: TrainingSet, args: argparse.Namespace, device: torch.device):
-    """The loss, a function of logits and labels; with --balance each class counts the same."""
-    rule = "balanced" if args.balance else None
-    class_weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
-    class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    return functools.partial(weighted_loss, class_weights=class_weights, smoothing=args.label_smoothing)
-
-
-def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_step: int, dtype: torch.dtype) -> dict:
-    """One epoch; the losses are read once, at its end: each look at one would wait for the device.
+def train_epoch(
+    learner: Learner, class_weights: Tensor, loader, rates: list[float], first_step: int, dtype: torch.dtype
+) -> dict:
+    """One epoch; the losses are read once, at its end: reading one waits for the device.
 
     Args:
-        loader: iterable of (x, y), one for each step, on the device.
-        rates: the learning rate of each step; first_step: how many steps the run has made before.
+        class_weights: float32 [classes]. loader: iterable of (x, y), one for each step, on the device.
+        rates: the learning rate of each step. first_step: how many steps the run has made before.
 
     Returns:
         train_loss (mean over the epoch and all processes) and lr (of the last step).
@@ -399,19 +315,19 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     Raises:
         UserError: the loss is not finite; names the step.
     """
-    learner.net.train(not learner.frozen)
+    learner.network.train(not learner.is_frozen)
     losses = []
     for step, (rate, (x, y)) in enumerate(zip(rates, loader), first_step):
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's factor of each layer
         with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = learner.net(x)
-        loss = criterion(logits, y)
+            logits = learner.network(x)
+        loss = weighted_loss(logits, y, class_weights)
         learner.optimizer.zero_grad()
         learner.scaler.scale(loss).backward()
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
-        learner.ema.update(learner.model, step=step)
+        learner.average.update(learner.model, step=step)
         losses.append(loss.detach())
     losses = torch.stack(losses)
     if dist.is_initialized():
@@ -424,306 +340,398 @@ def train_epoch(learner: Learner, criterion, loader, rates: list[float], first_s
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
-def validate(model: torch.nn.Module, d: TrainingSet, pre: dict) -> tuple[dict, np.ndarray]:
-    """Loss, AUROC and accuracy (of the largest probability), and the logits [n, classes], of the validation images."""
-    logits = models.infer(model, models.in_batches(d.images, d.val), pre)
+def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dict:
+    """val_loss, val_auroc and val_accuracy (at the largest logit) of the validation images, before calibration."""
+    logits = models.infer(model, models.in_batches(d.images, d.val), preprocessing)
     if not logits.isfinite().all():
         raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]
-    metrics = {
-        # Unweighted, on whole images: not to be compared with train_loss.
-        "val_loss": float(F.cross_entropy(logits, labels)),
-        "val_auroc": evaluate.macro_auroc(labels.numpy(), logits.softmax(1).numpy(), d.positive_index),
+    return {
+        "val_loss": float(F.cross_entropy(logits, labels)),  # unweighted, on whole images: unlike train_loss
+        "val_auroc": evaluate.macro_auroc(labels.numpy(), models.calibrate(logits, 1.0, 0.0).numpy()),
         "val_accuracy": float((logits.argmax(1) == labels).double().mean()),
     }
-    return metrics, logits.numpy()
 
 
-def calibrate(logits: np.ndarray, stressed: dict, d: TrainingSet, rule: str) -> dict:
-    """Temperature and threshold, chosen on validation images alone.
+# --- operating point ---
+#
+# A model meets images that were made otherwise than those it was validated on. So calibration and threshold rest on the
+# validation images and their stressed copies, weighted so that the border of the film tells nothing of the class.
+
+LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
+UNFINISHED = {
+    "slope": 1.0,
+    "intercept": 0.0,
+    "threshold": {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "no calibration before the run ends"},
+}
+
+
+def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
+    """A weight for each image, float64 [n], and what it does, in one line.
+
+    All classes weigh the same; within each tercile of the border logit too, so that it tells nothing of the class.
+    Where a tercile lacks a class, or without border logits, the classes alone are weighted.
 
     Args:
-        logits: of the validation images; stressed: {name: logits} of their stressed copies, which the threshold then
-            rests on too; rule: of evaluate.choose_threshold.
+        labels: int64 [n]. border_logits: float64 [n], see models.border_logit.
     """
-    labels = d.labels[d.val].numpy()
-    temperature = evaluate.fit_temperature(logits, labels)
-    threshold = {"value": None, "rule": "largest probability", "from": ""}
-    if len(d.classes) == 2:
-        everything = np.concatenate([logits, *stressed.values()])
-        positive = np.tile(labels == d.positive_index, 1 + len(stressed))
-        z = evaluate.binary_logit(everything, d.positive_index) / temperature
-        threshold = {
-            "value": evaluate.choose_threshold(rule, positive, z),
-            "rule": rule,
-            "from": "validation and its stressed copies" if stressed else "validation",
-        }
-    return {"temperature": temperature, "threshold": threshold}
+    cells, how = labels, "classes weigh the same"
+    if border_logits is not None:
+        terciles = np.searchsorted(np.quantile(border_logits, (1 / 3, 2 / 3)), border_logits)
+        n_classes = labels.max() + 1
+        if len(np.unique(terciles * n_classes + labels)) == 3 * len(np.unique(labels)):
+            cells, how = terciles * n_classes + labels, f"{how}, in each tercile of the border classifier too"
+    return compute_sample_weight("balanced", cells), how
+
+
+def fit_operating_point(
+    logits: ndarray, labels: ndarray, border_logits: ndarray | None, rule: str
+) -> dict[str, float | dict]:
+    """slope, intercept and threshold, as a checkpoint has them and models.decide applies them.
+
+    Two classes: a logistic regression on the logit (Platt 1999, with its smoothed targets, so that separated classes
+    give a finite slope). More: the slope alone (one over the temperature of Guo et al. 2017).
+
+    Args:
+        logits: float64 [copies, n, classes]: of the validation images, and of their stressed copies.
+        labels: int64 [n]. border_logits: float64 [n] or None. rule: see threshold_rule.
+    """
+    weights, how = image_weights(labels, border_logits)
+    copies, n, n_classes = logits.shape
+    all_logits, all_labels = torch.from_numpy(logits.reshape(-1, n_classes)), np.tile(labels, copies)
+    all_weights = np.tile(weights, copies)
+    origin = {"from": f"validation and {copies - 1} stressed copies; {how}"}
+    if n_classes > 2:
+        truth, importance = torch.from_numpy(all_labels), torch.from_numpy(all_weights)
+
+        def loss(slope: float) -> float:
+            return float(F.cross_entropy(all_logits * slope, truth, reduction="none") @ importance)
+
+        slope = minimize_scalar(loss, bounds=(LEAST_SLOPE, LARGEST_SLOPE), method="bounded").x
+        threshold = {"value": None, "logit": None, "rule": "largest probability", **origin}
+        return {"slope": float(slope), "intercept": 0.0, "threshold": threshold}
+    z = models.calibrate(all_logits, 1.0, 0.0)[:, 1].numpy()
+    slope, intercept = fit_platt(z, all_labels == 1, all_weights, labels == 1)
+    if slope < LEAST_SLOPE:
+        warn("on validation the model is no better than chance: train longer")
+        slope, intercept = LEAST_SLOPE, 0.0
+    z = models.calibrate(all_logits, slope, intercept)[:, 1].numpy()
+    cut = choose_cut(rule, all_labels == 1, z, all_weights)
+    threshold = {"value": float(expit(cut)), "logit": cut, "rule": rule, **origin}
+    return {"slope": slope, "intercept": intercept, "threshold": threshold}
+
+
+def fit_platt(z: ndarray, is_positive: ndarray, weights: ndarray, images: ndarray) -> tuple[float, float]:
+    """Slope and intercept on the logit z; images: bool, which of the images themselves are positive, without copies."""
+    n_positive = images.sum()
+    n_negative = len(images) - n_positive
+    target = np.where(is_positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
+    scale = max(z.std(), 1e-12)
+    twice = np.tile(z / scale, 2)[:, None]  # each image once as positive and once as negative, weighted by its target
+    outcome = np.repeat([True, False], len(z))
+    outcome_weights = np.concatenate([weights * target, weights * (1 - target)])
+    fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(twice, outcome, outcome_weights)
+    return float(fitted.coef_[0, 0] / scale), float(fitted.intercept_[0])
+
+
+def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
+    """A threshold on the calibrated logit z, predicted positive from it on; half-way between two images.
+
+    rule: youden (the largest sensitivity + specificity), sensitivity=X (the highest threshold that reaches X), or a
+    fixed probability.
+    """
+    if "=" not in rule and rule != "youden":
+        return float(logit(float(rule)))
+    fpr, tpr, cuts = roc_curve(is_positive, z, sample_weight=weights, drop_intermediate=False)
+    wanted = tpr - fpr if rule == "youden" else tpr >= float(rule.split("=")[1]) - 1e-12
+    i = max(int(np.argmax(wanted)), 1)  # the first cut is infinite
+    below = cuts[i + 1] if i + 1 < len(cuts) else cuts[i] - 1e-6
+    return float((cuts[i] + below) / 2)
 
 
 # --- the run's files ---
 
 
-def lock(folder: Path):
-    """Hold the folder until this process ends, however it ends; the returned file must be kept.
+def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]:
+    """The run's folder and the lock on it, which must be kept; a folder with a run is never overwritten.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process trains in it, or it has a run already.
     """
-    f = open(folder / ".lock", "a")  # noqa: SIM115, closed with the process
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(f.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise UserError(f"another process is training in {folder}; wait for it, or choose another --output") from None
-    except OSError as e:
-        warn(f"{folder} can't be locked ({e}): that no other process trains in it is not checked")
-    return f
-
-
-def claim_folder(args: argparse.Namespace) -> tuple[Path, object]:
-    """The run's folder, which this process alone uses, and the lock; one that holds a run is never overwritten."""
     if args.output is None:
-        folder = new_folder(args.model.replace("/", "_"))
+        model = "".join(c if c.isalnum() or c in "._-" else "_" for c in args.model)
+        folder = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{model}")
+        while folder.exists():  # of another run that was started in the same second
+            folder = folder.with_name(f"{folder.name}-2")
     else:
         folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-    held = lock(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"another process is training in {folder}; wait for it, or choose another --output") from None
+    except (OSError, NotImplementedError) as e:
+        warn(f"{folder} can't be locked ({e}): concurrent runs will not be detected")
     if args.resume is not None:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
     else:
         refuse_run(folder)
-    return folder, held
+    return folder, lock
 
 
 def refuse_run(folder: Path) -> None:
-    """Raise UserError where the folder holds a run."""
+    """Raise UserError where the folder has a run."""
     if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
-        raise UserError(f"{folder} already holds a run; use --resume {folder} to go on, or another --output")
+        raise UserError(f"{folder} already has a run; use --resume {folder} to continue it, or another --output")
 
 
-def new_folder(name: str) -> Path:
-    """Make runs/DATE-TIME-NAME; where another run has this second, that of the next."""
-    Path("runs").mkdir(exist_ok=True)
-    while True:
-        folder = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{name}")
-        with contextlib.suppress(FileExistsError):
-            folder.mkdir()
-            return folder
-        time.sleep(0.1)
-
-
-def save_progress(folder: Path, learner: Learner, metrics: dict, world: int) -> None:
+def save_progress(
+    folder: Path, learner: Learner, about: dict, d: TrainingSet, history: list[dict], world: int, parent: dict | None
+) -> None:
     """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json."""
     state = {
-        "format": LAST_FORMAT,
+        "format": STATE_FORMAT,
         "format_version": models.FORMAT_VERSION,
-        "arguments": metrics["arguments"],
-        "demo": metrics["data"]["demo"],
-        "fingerprint": metrics["data"]["fingerprint"],
+        "arguments": about["arguments"],
+        "fingerprint": d.fingerprint,
         "world": world,
-        "weights": metrics["weights"],
-        "seen": learner.seen,
-        "epochs": metrics["epochs"],
+        "origin": about["origin"],
+        "parent": parent,
+        "history": history,
+        **{name: part.state_dict() for name, part in learner.parts().items()},
     }
-    for name, part in learner.stateful().items():
-        state[name] = part.state_dict()
     models.save(state, folder / "last.pt")
-    write_metrics(folder, metrics)
+    data.write_json(folder / "metrics.json", to_metrics(about, history, d.selected_epoch(history), finished=False))
 
 
-def write_metrics(folder: Path, metrics: dict) -> None:
-    data.write_json(folder / "metrics.json", {**metrics, **summarize(metrics["epochs"])})
+def save_checkpoint(checkpoint: dict, folder: Path) -> None:
+    """Write ckpt.pt; reports on the one that was there are set aside, since they are about another model."""
+    for pattern in REPORTS:
+        for report in folder.glob(pattern):
+            if report.suffix != ".old":
+                os.replace(report, f"{report}.old")
+    models.save(checkpoint, folder / "ckpt.pt")
 
 
-def load_state(folder: Path, args: argparse.Namespace, fingerprint: str, world: int) -> dict:
-    """What save_progress wrote, for this run and these images.
-
-    Raises:
-        UserError: it, or the checkpoint that goes with it, is missing, damaged, or of other data or another run.
-    """
-    state = models.load(folder / "last.pt", LAST_FORMAT, STATE)
-    history = state["epochs"]
-    for number, h in enumerate(history, 1):
-        found = list(models.faults(h, {**EPOCH, "epoch": models.Field(int, number, number)}))
-        if found:
-            raise UserError(f"{folder}/last.pt is damaged: epoch {number}: {found[0]}")
-    if state["fingerprint"] != fingerprint:
+def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
+    """Raise UserError where what save_progress wrote is of other data or processes, or of another run than ckpt.pt."""
+    if state["fingerprint"] != d.fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: resume it so")
-    if history:
-        checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better told now than at the end
-        # A newer one is right: it is written first, and a run that was killed in between makes its epoch again.
-        if checkpoint["epoch"] < summarize(history)["best_epoch"]:
-            raise UserError(f"{folder}/ckpt.pt is older than last.pt: start a new run")
-        if fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
-            raise UserError(f"{folder}/ckpt.pt is of another run than last.pt: start a new run")
-        if args.epochs < len(history):
-            raise UserError(f"the run has made {len(history)} epochs already: --epochs can't be fewer")
-        if args.epochs != state["arguments"]["epochs"]:
-            warn("another number of epochs: the rates of the rest are those of a run of that length from the start")
-    return state
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
+    history = state["history"]
+    if not history:
+        return
+    checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better said now than at the end
+    # A newer one is right: it is written first, and a run that was killed in between makes its epoch again.
+    is_older = checkpoint["epoch"] < d.selected_epoch(history)
+    if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
+        raise UserError(f"{folder}/ckpt.pt does not belong to {folder}/last.pt: start a new run")
+    if args.epochs < len(history):
+        raise UserError(f"the run has made {count(len(history), 'epoch')} already: --epochs can't be fewer")
+    if args.epochs != state["arguments"]["epochs"]:
+        warn("another number of epochs: the remaining epochs follow the schedule of the new length")
 
 
-def fixed(arguments: dict) -> dict:
-    """Those that --resume can't change."""
-    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
-
-
-def make_checkpoint(learner: Learner, d: TrainingSet, pre: dict, metrics: dict, validation: dict, chosen: dict) -> dict:
-    """All that evaluation and prediction need; validation: from validate, chosen: from calibrate."""
-    patients = data.named_patients(d.records_of(d.train))
-    pixels = d.digests[d.train]
-    if learner.seen is not None:
-        patients |= set(learner.seen["patients"])
-        pixels = torch.cat([pixels, learner.seen["pixels"]]).unique()
-    epoch = len(metrics["epochs"])
-    about = metrics["data"]
-    about_data = {
-        "root": about["root"],
-        "demo": about["demo"],
-        "fingerprint": about["fingerprint"],
-        "images": len(d.train),
-        # Trained on, by this run and those that its weights come from; pixels are digests.
-        "patients": sorted(patients),
-        "pixels": pixels,
-        # Epoch, temperature and threshold are chosen on these.
-        "val_patients": sorted(data.named_patients(d.records_of(d.val))),
-        "val_pixels": d.digests[d.val],
-    }
+def make_checkpoint(
+    learner: Learner, d: TrainingSet, preprocessing: dict, about: dict, epoch_log: dict, parent: dict | None
+) -> dict:
+    """All that evaluation and prediction need, of the epoch in epoch_log."""
+    patients, hashes = d.traces(d.train)
+    if parent is not None:
+        patients |= set(parent["patients"])
+        hashes = torch.cat([hashes, parent["hashes"]]).unique(dim=0)
+    val_patients, val_hashes = d.traces(d.val)
+    architecture, _, model_arguments = models.resolve(about["arguments"]["model"])
     return {
         "format": models.FORMAT,
         "format_version": models.FORMAT_VERSION,
-        "model": metrics["arguments"]["model"],
-        "state_dict": learner.ema.module.state_dict(),
+        "model": architecture,
+        "model_arguments": model_arguments,
+        "state_dict": learner.average.module.state_dict(),
         "classes": d.classes,
-        "positive": about["positive"],
-        **pre,
-        **chosen,
+        **preprocessing,
+        **UNFINISHED,
         **d.checks,
-        "validation": validation,
-        "epoch": epoch,  # that of these weights
-        "epochs": epoch,  # how many the run has made; more where the last ones were not selected
+        "validation": {key: epoch_log[key] for key in ("val_loss", "val_auroc", "val_accuracy")},
+        "epoch": epoch_log["epoch"],  # that of these weights
+        "epochs": epoch_log["epoch"],  # how many the run has made; more where the last ones were not selected
+        "lengths": [epoch_log["planned_epochs"]],  # planned; several where --resume changed the number
         "finished": False,
-        "data": about_data,
-        "arguments": metrics["arguments"],
-        "environment": metrics["environment"],
-        "weights": metrics["weights"],
+        "data": {
+            **{key: about["data"][key] for key in ("root", "demo", "fingerprint")},
+            "n_images": len(d.train),
+            "prevalence": float(d.is_positive(d.val).double().mean()),  # on validation
+            # Trained on, by this run and those that its weights come from.
+            "patients": sorted(patients),
+            "hashes": hashes,
+            # Epoch and operating point are chosen on these.
+            "val_patients": sorted(val_patients),
+            "val_hashes": val_hashes,
+        },
+        **{key: about[key] for key in ("arguments", "environment", "origin")},
     }
 
 
-def finish_checkpoint(path: Path, d: TrainingSet, args: argparse.Namespace, epochs: int, device) -> None:
-    """Mark the selected model as that of a finished run; a threshold that rests on stressed copies is chosen now.
-
-    They cost as much as twelve validations, too much for each epoch that is selected for a while.
-    """
-    checkpoint = models.load(path)
-    if args.threshold == "stressed" and len(d.classes) == 2:
-        model = models.from_checkpoint(checkpoint, device)
-        _, logits = validate(model, d, checkpoint)
-        stressed = evaluate.infer_stressed(model, d.images, d.val, d.records_of(d.val), checkpoint)
-        checkpoint.update(calibrate(logits, stressed, d, "youden"))
-    if evaluate.at_bound(checkpoint["temperature"]):
-        warn("the temperature lies at the bound of its fit: the validation images don't determine it")
-    models.save({**checkpoint, "epochs": epochs, "finished": True}, path)
+def finish_checkpoint(folder: Path, d: TrainingSet, metrics: dict, threshold_rule: str, device) -> None:
+    """Choose the operating point of the selected model, and mark it as one of a finished run."""
+    checkpoint = models.load(folder / "ckpt.pt")
+    model = models.from_checkpoint(checkpoint, device)
+    records = [d.records[i] for i in d.val.tolist()]
+    clean = models.infer(model, models.in_batches(d.images, d.val), checkpoint).numpy()
+    stressed = evaluate.infer_stressed(model, d.images, d.val, records, checkpoint)
+    border = None
+    if checkpoint["border"] is not None:
+        batches_of_val = models.in_batches(d.images, d.val)
+        border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches_of_val])
+    logits = np.stack([clean, *stressed.values()])
+    chosen = fit_operating_point(logits, d.labels[d.val].numpy(), border, threshold_rule)
+    made = {"epochs": len(metrics["epochs"]), "lengths": metrics["lengths"], "finished": True}
+    save_checkpoint({**checkpoint, **chosen, **made}, folder)
 
 
 # --- the run ---
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train as the arguments say."""
+def start_processes(name: str) -> tuple[int, int, torch.device]:
+    """(rank, number of processes, device): from torchrun's environment, or one process."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return 0, 1, models.pick_device(name)
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    device = models.pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    # The others wait while the first one fetches weights, decodes a new folder and validates.
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=6))
+    return dist.get_rank(), world, device
+
+
+def broadcast(value):
+    """The first process's value, in every process."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+@contextlib.contextmanager
+def first_process_first(rank: int):
+    """The others enter when the first one has left: it draws, fetches or decodes, and they find the files."""
+    if rank > 0:
+        dist.barrier()
+    yield
+    if rank == 0 and dist.is_initialized():
+        dist.barrier()
+
+
+def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
+    """See models.build_pretrained; a resumed run brings its own weights, so that none are fetched."""
+    torch.manual_seed(args.seed)
+    if args.resume is not None or args.pretrained is False:
+        origin = {"source": "random", "note": "random weights, as asked", "failed": "", "sha256": ""}
+        return models.build(args.model, len(classes), size), origin, None
+    insist = args.pretrained is True
+    model, origin, checkpoint = models.build_pretrained(args.model, classes, size, args.weights, insist)
+    if origin["failed"]:
+        warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
+    return model, origin, checkpoint and {key: checkpoint["data"][key] for key in ("patients", "hashes")}
+
+
+def run(args: argparse.Namespace, state: dict | None) -> None:
+    """Train as the arguments say; state: what a resumed run left in last.pt."""
     rank, world, device = start_processes(args.device)
-    master = rank == 0  # writes, prints and validates
-    if master and args.output is not None and args.resume is None:
+    is_first = rank == 0  # it writes, prints and validates
+    if is_first and args.output is not None and state is None:
         refuse_run(Path(args.output))  # before minutes of decoding
 
     # data and model
-    pre = {**models.preprocessing(args.model, args.img_size), "margin": args.margin}
-    size = pre["input_size"]
-    with master_first(rank):  # it draws, decodes and fetches: the others find the files
+    preprocessing = models.preprocessing(args.model, args.img_size)
+    size = preprocessing["input_size"]
+    with first_process_first(rank):
         d = read_data(args, size)
-        folder, _lock = claim_folder(args) if master else (None, None)  # kept as long as the run lasts
-        model, origin, seen = start_model(args, d.classes, size)
-    args.output = broadcast(str(folder))  # for the line that says how to go on
+        folder, _lock = claim_folder(args) if is_first else (None, None)
+        model, origin, parent = start_model(args, d.classes, size)
+    args.output = broadcast(folder and str(folder))  # for the line that says how to continue
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     crop = training_size(args, size)
-    models.check_size(model, crop)
-    models.check_size(model, size)
+    models.require_size(model, len(d.classes), crop)
+    models.require_size(model, len(d.classes), size)
     learner = make_learner(model, args, device)
-    learner.seen = seen
-    history = []  # all that a run remembers but what the learner holds
-    if args.resume is not None:
-        state = broadcast(load_state(folder, args, d.fingerprint, world) if master else None)
-        learner.restore(state)
-        history, origin = state["epochs"], state["weights"]
+    history = []
+    if state is not None:
+        check_state(state, Path(args.output), args, d, world)
+        for name, part in learner.parts().items():
+            part.load_state_dict(state[name])
+        history, origin, parent = state["history"], state["origin"], state["parent"]
+        if len(history) == args.epochs and models.is_finished(Path(args.output)):
+            if is_first:
+                print(f"the run in {args.output} is finished; --epochs N trains it longer")
+            return
 
     # what an epoch takes
     batch_size = min(args.batch_size * world, len(d.train))
     steps = len(d.train) // batch_size
     warmup = round(args.warmup_epochs * steps)
-    feed = Feed(data.preset(args.augment, crop), pre, args.seed, batch_size, slice(rank, None, world), device)
-    criterion = make_criterion(d, args, device)
+    operations = data.preset(args.augment, crop)
+    rule = "balanced" if args.balance else None
+    class_weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
+    class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
     dtype = pick_dtype(args.precision, device)
-    rule = "youden" if args.threshold == "stressed" else args.threshold  # for the time being, see finish_checkpoint
-    metrics = {
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
-        "environment": evaluate.describe_environment(device),
-        "finished": False,
-        "data": d.about(),
-        "weights": origin,
-        "epochs": history,  # the list itself: it grows as the run does
-    }
-    if master:
+
+    if is_first:
+        about = {
+            "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
+            "environment": evaluate.describe_environment(device),
+            "data": d.about(),
+            "origin": origin,
+        }
         data.write_csv(folder / "splits.csv", split_rows(d))
-        save_progress(folder, learner, metrics, world)
-        warn_overlap(d, learner.seen)
+        save_progress(folder, learner, about, d, history, world, parent)
+        warn_overlap(d, parent)
         print_start(args, origin["note"], d, model, crop, size, device, dtype)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
-        if args.patience and epochs_since_best(history) >= args.patience:
-            break
         start = time.perf_counter()
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
         first_step = (epoch - 1) * steps
         rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
+        order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
+        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest: others each epoch
+        numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = tqdm(
-            batches(d, feed, epoch),
+            batches(d, order, operations, numbers, preprocessing, device),
             f"epoch {epoch}",
             steps,
             leave=False,
             unit="step",
-            disable=None if master else True,  # None: where nobody looks
+            disable=None if is_first else True,  # None: where nobody looks
         )
-        train_metrics = train_epoch(learner, criterion, loader, rates, first_step, dtype)
+        train_metrics = train_epoch(learner, class_weights, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
 
-        val_metrics, logits = broadcast(validate(learner.ema.module, d, pre) if master else None)
-        h = {"epoch": epoch, **train_metrics, **val_metrics, "images_per_second": round(speed, 1)}
-        history.append(h)
-        h["selected"] = is_selected(history, *d.val_patients())
-        if master and h["selected"]:
-            chosen = calibrate(logits, {}, d, rule)
-            models.save(make_checkpoint(learner, d, pre, metrics, val_metrics, chosen), folder / "ckpt.pt")
-        h["seconds"] = round(time.perf_counter() - start, 3)
-        if master:
-            save_progress(folder, learner, metrics, world)
-            print(ROW.format(**h), "*" if h["selected"] else "", flush=True)
+        val_metrics = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
+        epoch_log = {"epoch": epoch, "planned_epochs": args.epochs, **train_metrics, **val_metrics}
+        epoch_log["images_per_second"] = round(speed, 1)
+        if is_first and d.selected_epoch([*history, epoch_log]) == epoch:
+            save_checkpoint(make_checkpoint(learner, d, preprocessing, about, epoch_log, parent), folder)
+        epoch_log["seconds"] = round(time.perf_counter() - start, 3)
+        history.append(epoch_log)
+        if is_first:
+            save_progress(folder, learner, about, d, history, world, parent)
+            print(ROW.format(**epoch_log), flush=True)
 
-    if master:
-        finish_checkpoint(folder / "ckpt.pt", d, args, len(history), device)
-        metrics["finished"] = True
-        write_metrics(folder, metrics)
-        print_end(folder, d, args, history)
+    if is_first:
+        best_epoch = d.selected_epoch(history)
+        metrics = to_metrics(about, history, best_epoch, finished=True)
+        finish_checkpoint(folder, d, metrics, args.threshold, device)
+        data.write_json(folder / "metrics.json", metrics)
+        print_end(folder, d, metrics)
     if world > 1:
         dist.destroy_process_group()
 
@@ -737,39 +745,37 @@ HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
 
 def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
+    used = dict.fromkeys(d.train.tolist(), "train") | dict.fromkeys(d.val.tolist(), "val")
     mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
-    return [
-        {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": r.split, **mark}
-        for r in d.records
-    ]
+    columns = {name: "" for r in d.records for name in r.groups}
+    rows = []
+    for i, r in enumerate(d.records):
+        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
+        rows.append({**row, "split": used.get(i, "left out"), **columns, **r.groups, **mark})
+    return rows
 
 
 def print_start(
     args: argparse.Namespace, note: str, d: TrainingSet, model, crop: int, size: int, device, dtype
 ) -> None:
     """What is trained, on what, and what the table's columns are; note: on the weights."""
-    train = f"{len(d.train)} images of {d.patients(d.train)} patients to train"
-    val = f"{len(d.val)} images of {d.patients(d.val)} patients to validate"
-    print(f"{args.model}, {models.parameters(model) / 1e6:.2f} M parameters, {note}")
-    print(f"{data.printable(str(d.root))}: {train}, {val}")
+    print(f"{args.model}, {models.n_parameters(model) / 1e6:.2f} M parameters, {note}")
+    for index, purpose in ((d.train, "to train"), (d.val, "to validate")):
+        patients = count(d.n_patients(index), "patient")
+        print(f"{data.printable(str(d.root))}: {count(len(index), 'image')} of {patients} {purpose}")
     if len(d.classes) == 2:
-        print(f"positive class: {d.classes[d.positive_index]}, negative: {d.classes[1 - d.positive_index]}")
+        print(f"positive class: {d.classes[1]}, negative: {d.classes[0]}")
     print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
-    print("*: selected so far, the latest epoch within a standard error of the best validation AUROC")
-    print(
-        "val acc.: at a probability of 0.5, so that it stands at a class's share until the averaged weights have moved"
-    )
+    print("val acc.: at a probability of 0.5 before calibration; flat until the weight average catches up")
     print(HEADER)
 
 
-def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: list[dict]) -> None:
-    """Which epoch was selected, what the run took, and what to do next."""
-    if len(history) < args.epochs:
-        print(f"no better validation AUROC in {args.patience} epochs: stopped")
-    run, ckpt = summarize(history), folder / "ckpt.pt"
-    selected = history[run["best_epoch"] - 1]
-    print(f"\nselected: epoch {selected['epoch']} of {len(history)}, validation AUROC {selected['val_auroc']:.4f}")
-    print(f"took {run['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
+def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
+    """Which epoch was selected, how long the run took, and what to do next."""
+    selected, ckpt = metrics["epochs"][metrics["best_epoch"] - 1], folder / "ckpt.pt"
+    kept = f"epoch {selected['epoch']} of {len(metrics['epochs'])}, validation AUROC {selected['val_auroc']:.4f}"
+    print(f"\nselected: {kept} (the latest within a standard error of the best)")
+    print(f"took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
     image = d.root / d.records[d.val[0]].path
     for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
         print(data.printable(data.command_line("python", *words)))
@@ -780,47 +786,37 @@ def print_end(folder: Path, d: TrainingSet, args: argparse.Namespace, history: l
 
 def make_parser() -> data.Parser:
     parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
-    number, yes_no = data.within, argparse.BooleanOptionalAction
+    number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        type=data.filled,
-        metavar="DIR",
-        help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)",
-    )
+    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
-    add("--positive", metavar="CLASS", help="the positive of two classes (PNEUMONIA, else the last)")
+    add("--positive", metavar="CLASS", help="the positive class (PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
     group = parser.add_argument_group("model")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--model", default="mobilenetv3_small_050", help="any timm classification model")
-    add_source("--pretrained", action=yes_no, default=None, help="timm's weights: insist, or do not try (try)")
-    add_source(
-        "--weights",
-        type=data.filled,
-        metavar="FILE",
-        help="weights from a run, a .safetensors file or a torch state dict",
-    )
+    add("--model", type=text, default="mobilenetv3_small_050", help="any timm classification model")
+    help = "require, or skip, timm's weights (default: use them if available)"
+    add_source("--pretrained", action=yes_no, default=None, help=help)
+    help = "weights from a run, a .safetensors file or a torch state dict"
+    add_source("--weights", type=text, metavar="FILE", help=help)
     add("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
-    add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak rate of AdamW; transformers want less")
+    add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak rate of AdamW; transformers need less")
     add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="not on norms and biases")
-    add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help="rate of each layer / of the one above")
+    help = "learning-rate factor per layer, downwards"
+    add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help=help)
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none")
-    add("--label-smoothing", type=number(float, 0, 0.9), default=0.0, help="label share given to all classes")
-    add("--balance", action=yes_no, default=True, help="weigh the classes equally in the loss")
+    add("--balance", action=yes_no, default=True, help="weight the classes equally in the loss")
     add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
-    add("--margin", type=number(float, 0, 0.4), default=0.1, help="outer part of each side to hide; 0: none")
-    add("--patience", type=number(int, 0), default=0, help="stop so many epochs after the best AUROC; 0: no")
-    rules = "youden, stressed (Youden's index, stressed copies of the images included), sensitivity=0.95, or a number"
-    add("--threshold", type=threshold_rule, default="stressed", metavar="RULE", help=rules)
+    help = "probability from which an image is positive; or youden, or sensitivity=0.95, chosen on validation"
+    add("--threshold", type=threshold_rule, default="0.5", metavar="RULE", help=help)
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=data.filled, metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
-    add("--resume", type=data.filled, metavar="DIR", help="continue the run in this folder, with its own arguments")
+    add("--output", type=text, metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
+    add("--resume", type=text, metavar="DIR", help="continue the run in this folder, with its own arguments")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
@@ -831,79 +827,59 @@ def make_parser() -> data.Parser:
 MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
 
 
+def fixed(arguments: dict) -> dict:
+    """The arguments that --resume can't change."""
+    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
+
+
 def threshold_rule(text: str) -> str:
-    """An argparse type: youden, stressed, sensitivity=X or X, with X in (0, 1)."""
+    """An argparse type: youden, sensitivity=X or X, with X in (0, 1)."""
     with contextlib.suppress(ValueError):
-        if text in ("youden", "stressed") or 0 < float(text.removeprefix("sensitivity=")) < 1:
+        if text == "youden" or 0 < float(text.removeprefix("sensitivity=")) < 1:
             return text
-    raise argparse.ArgumentTypeError(f"{text} is not youden, stressed, sensitivity=X or X, with X between 0 and 1")
+    raise argparse.ArgumentTypeError(f"{text} is not youden, sensitivity=X or X, with X between 0 and 1")
 
 
-def to_words(parser: data.Parser, values: dict) -> list[str]:
-    """The command line that gives these values, so that the parser can check them."""
-    words = []
-    for action in parser._actions:
-        value = values.get(action.dest)
-        if value is None:
-            continue
-        if action.nargs == 0:  # a flag, which --no-FLAG may contradict
-            words.append(action.option_strings[0 if value else -1])
-        else:
-            words.append(f"{action.option_strings[0]}={value}")
-    return words
-
-
-def parse_arguments(parser: data.Parser) -> argparse.Namespace:
-    """The arguments; with --resume those of the run, of which the command line may change some."""
-    args = parser.parse_args()
-    if args.resume is not None:
-        if args.output is not None:
+def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | None]:
+    """The arguments, and with --resume the state in last.pt: the run's own arguments are the defaults then."""
+    resumed = data.Parser(prog=parser.prog, add_help=False)
+    resumed.add_argument("--resume")
+    resumed.add_argument("--output")
+    known, _ = resumed.parse_known_args()
+    folder, state = known.resume, None
+    if folder:
+        if known.output is not None:
             parser.error("--resume names the folder: leave out --output")
         try:
-            stored = models.load(Path(args.resume, "last.pt"), LAST_FORMAT, STATE)["arguments"]
+            state = models.load(Path(folder, "last.pt"), STATE_FORMAT)
         except UserError as e:
-            parser.error(f"--resume {args.resume} holds no run ({e})")
-        odd = sorted(stored.keys() ^ (vars(args).keys() - {"resume", "output"}))
-        if odd:
-            parser.error(f"the run in {args.resume} is of another version of this code: {', '.join(odd)}")
-        reader = make_parser()
-        reader.prog = f"train.py: {args.resume}/last.pt is damaged or of another version"
-        checked = vars(reader.parse_args(to_words(reader, stored)))
-        stored = {name: checked[name] for name in stored}
-        parser.set_defaults(**stored)
-        args = parser.parse_args()  # now a value differs from the stored one only where it was given
-        for name, value in fixed(stored).items():
+            parser.error(f"--resume {folder}: no run to continue ({e})")
+        parser.set_defaults(**state["arguments"])
+    args = parser.parse_args()
+    if state is not None:
+        if vars(args).keys() != state["arguments"].keys() | {"output", "resume"}:
+            parser.error(f"the run in {folder} is of another version of this code")
+        for name, value in fixed(state["arguments"]).items():
             if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
-                parser.error(f"{flag} {getattr(args, name)} contradicts the run in {args.resume}, which has {value}")
-        args.output = args.resume
+                parser.error(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {value}")
+        args.output = folder
     if args.fold >= args.folds:
-        parser.error(f"--fold {args.fold} is none of the {args.folds} folds: they are 0 to {args.folds - 1}")
-    return args
+        parser.error(f"--fold {args.fold} does not exist: the {args.folds} folds are 0 to {args.folds - 1}")
+    return args, state
 
 
-def how_to_go_on(args: argparse.Namespace) -> str:
+def how_to_continue(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
     if args.output is not None and Path(args.output, "last.pt").exists():
-        return f"go on with: {data.command_line('python', 'train.py', '--resume', args.output)}"
+        return f"continue with: {data.command_line('python', 'train.py', '--resume', args.output)}"
     return "nothing was saved yet"
-
-
-def run_or_explain(args: argparse.Namespace) -> None:
-    """run; what the compiler can't do, which shows in the first step, is something that the user can fix."""
-    if not args.compile:
-        return run(args)
-    try:
-        return run(args)
-    except torch._dynamo.exc.TorchDynamoException as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"--compile does not work here ({reason}); leave it out") from None
 
 
 def main() -> None:
     parser = make_parser()
-    args = parse_arguments(parser)
-    data.run_script(parser, lambda: run_or_explain(args), lambda: how_to_go_on(args))
+    args, state = parse_arguments(parser)
+    data.run_script(parser, lambda: run(args, state), lambda: how_to_continue(args), output_matters=True)
 
 
 if __name__ == "__main__":

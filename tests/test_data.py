@@ -1,13 +1,13 @@
-"""data.py: patients and splits, reading, cache, augmentation, the check, the download and the demo set."""
+"""data.py: tables, patients and splits, reading, cache, the operations, copies, the check, download and demo set."""
 
 import contextlib
-import csv
+import errno
+import functools
 import hashlib
 import io
 import itertools
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 import zlib
 from collections import Counter
@@ -43,187 +42,355 @@ def touch(root, *paths):
     return root
 
 
-def random_pixels(seed, height=20, width=30):
+def random_image(seed, height=20, width=30):
     return np.random.default_rng(seed).integers(0, 256, (height, width)).astype(np.uint8)
 
 
 def save(root, images):
     """Arrays by path, as image files."""
-    for path, pixels in images.items():
+    for path, image in images.items():
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(root / path)
+        Image.fromarray(image).save(root / path)
+    return root
+
+
+def file_names(split, start, n, ending="jpeg"):
+    """Half of n images in each class, every one a patient of its own."""
+    classes = (f"NORMAL/IM-{{}}-0001.{ending}", f"PNEUMONIA/person{{}}_virus_1.{ending}")
+    return [f"{split}/{classes[i % 2].format(start + i)}" for i in range(n)]
+
+
+def tree(root, n=6):
+    """Noise images, half of them in each class of train/."""
+    return save(root, {path: random_image(i) for i, path in enumerate(file_names("train", 1, n, "bmp"))})
+
+
+def table(root, text, folder=""):
+    (root / folder / "metadata.csv").write_bytes(text.encode() if isinstance(text, str) else text)
     return root
 
 
 # --- command line and files ---
 
 
-def test_a_cell_that_a_spreadsheet_would_run_is_text(tmp_path):
-    rows = [{"path": path, "logit": -1.5} for path in ("=1+1", "+x", "-x", "@x", "a=b", 'two "quotes", a comma')]
-    data.write_csv(tmp_path / "t.csv", rows)
-    with open(tmp_path / "t.csv", newline="") as f:
-        read = list(csv.DictReader(f))
-    assert [r["path"] for r in read] == ["'=1+1", "'+x", "'-x", "'@x", "a=b", 'two "quotes", a comma']
-    assert {r["logit"] for r in read} == {"-1.5"}  # a negative number is no formula
+def test_what_to_csv_writes_reads_back_and_no_spreadsheet_runs_it(tmp_path):
+    texts = ["=1+1", "+x", "-x", "@x", "'=x", "'quoted'", "a=b", 'two "quotes", a comma', "two\nlines"]
+    data.write_csv(tmp_path / "t.csv", [{"note": text, "logit": -1.5} for text in texts])
+    assert data.read_table(tmp_path / "t.csv", ()) == [{"note": text, "logit": "-1.5"} for text in texts]
+    assert all(line.startswith("'") for line in (tmp_path / "t.csv").read_text().splitlines()[1:6])
+
+
+AS_WRITTEN = {  # the same table as other programs write it
+    "plain": "file_name,Age,label\nx/1.png,5,A\nx/2.png,,B\n",
+    "semicolons, CRLF": "file_name;Age;label\r\nx/1.png;5;A\r\nx/2.png;;B\r\n",
+    "tabs, capitals": "FILE_NAME\tAge\tLabel\nx/1.png\t5\tA\nx/2.png\t\tB\n",
+    "byte order mark, quotes": '\ufefffile_name,"Age","label"\n"x/1.png","5","A"\nx/2.png,"",B\n',
+    "blanks after commas": 'file_name, Age, label\nx/1.png, 5, "A"\nx/2.png, , B\n',
+    "backslashes": "file_name,Age,label\nx\\1.png,5,A\nx\\2.png,,B\n",
+    "pandas's row numbers, empty rows": ",file_name,Age,label\n0,x/1.png,5,A\n,,,\n1,x/2.png,,B\n\n",
+    **{f"missing: {word}": f"file_name,Age,label\nx/1.png,5,A\nx/2.png,{word},B\n" for word in ("NA", "Unknown", "-")},
+}
+
+
+@pytest.mark.parametrize("kind", AS_WRITTEN)
+def test_a_table_reads_alike_however_it_is_written(tmp_path, kind):
+    expected = [
+        {"file_name": f"x/{i}.png", "Age": age, "label": label} for i, age, label in ((1, "5", "A"), (2, "", "B"))
+    ]
+    assert data.read_table(table(tmp_path, AS_WRITTEN[kind]) / "metadata.csv", ("file_name", "label")) == expected
+
+
+BAD_TABLES = {
+    "has the column split twice": "file_name,split,Split\nx/1.png,train,test\n",
+    "row 2 has more cells": "file_name,split\nx/1.png,upper lobe, train\n",
+    "save it as CSV in UTF-8": b"file_name,split\nx\xff.png,A\n",
+    "quotation mark missing": 'file_name,split\n"x/1.png,train\n',
+}
+
+
+@pytest.mark.parametrize("message", BAD_TABLES)
+def test_a_file_that_is_not_such_a_table_is_an_error(tmp_path, message):
+    with pytest.raises(data.UserError, match=message):
+        data.read_table(table(tmp_path, BAD_TABLES[message]) / "metadata.csv", ("file_name", "split"))
+
+
+NUMBERS = {"12": 12, "-1.5": -1.5, "0,75": 0.75, "058Y": 58, "018M": 1.5, "026w": 0.498, "365D": 0.999, "1e3": 1000}
+
+
+def test_numbers_and_ages_are_distinguished_from_text():
+    assert {text: data.as_number(text) for text in NUMBERS} == pytest.approx(NUMBERS, rel=0.01)
+    assert {data.as_number(text) for text in ("", "M", "x12", "12 kg", "nan", "inf", "2015-03-01")} == {None}
 
 
 def test_messages_are_one_short_line_without_control_characters(capsys):
     data.warn("a\x1b[31mb\nc" + "x" * 1000 + "the end")
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "\x1b" not in line and len(line) < 320 and line.endswith("the end")
+    data.warn("odd", [])
+    data.warn("odd", list("abcde"))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "\x1b" not in first and len(first) < 320 and first.endswith("the end")
+    assert second == "WARNING: odd: 5 (a, b, c, ...)"
+    assert [data.count(n, "file") for n in (0, 1, 2)] == ["no file", "1 file", "2 files"]
 
 
-# --- patients and splits ---
+def test_a_full_disk_is_named_with_file_and_size(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
+    (tmp_path / "x").write_text("before")
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"disk is full after 2.0 MB of this file: '.*/x'"):
+        data.write_text(tmp_path / "x", "y" * 2_000_000)
+    assert [p.name for p in tmp_path.iterdir()] == ["x"] and (tmp_path / "x").read_text() == "before"
+
+
+WORK = """
+import data, pathlib, time
+def work():
+    with data.replacing(pathlib.Path("x")) as f:
+        f.write(b"half")
+        print("ready", flush=True)
+        time.sleep(60)
+data.run_script(data.Parser(prog="x"), work, lambda: "go on like this")
+"""
+
+
+def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WORK}"]
+    # What a shell starts in the background ignores SIGINT, and would hand that down.
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=tmp_path, **options)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted; go on like this\n") and not list(tmp_path.iterdir())
+
+
+class Closed(io.StringIO):
+    """A pipe that nobody reads any more."""
+
+    def fileno(self):
+        return os.open(os.devnull, os.O_WRONLY)
+
+    def write(self, text):
+        raise BrokenPipeError
+
+
+ENDS = {  # what the work does, whether its output matters, the exit code, what is printed on stderr
+    "a closed pipe": (lambda: print("a row"), False, 0, ""),
+    "a closed pipe that matters": (lambda: print("a row"), True, 1, "nobody reads the output any more; go on\n"),
+    "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), False, 143, "interrupted; go on\n"),
+    "a problem was found": (lambda: 1, False, 1, ""),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_a_script_ends_with_the_right_code_and_at_most_one_line(monkeypatch, capsys, case):
+    work, matters, code, line = ENDS[case]
+    monkeypatch.setattr(sys, "stdout", Closed())
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        data.run_script(data.Parser(prog="x"), work, lambda: "go on", output_matters=matters)
+    signal.signal(signal.SIGTERM, handler)
+    assert (end.value.code, capsys.readouterr().err) == (code, line)
+
+
+# --- find ---
 
 IDENTIFY = {  # the same number in two series is two patients, but v3 counts all patients in one series
     "person23_bacteria_78.jpeg": ("bacteria-23", "bacterial"),
     "person23_virus_150.jpeg": ("virus-23", "viral"),
     "IM-0115-0001.jpeg": ("IM-115", ""),
-    "NORMAL2-IM-0115-0001.jpeg": ("NORMAL2-IM-115", ""),
-    "IM-0011-0001-0002.jpeg": ("IM-11", ""),
-    "NORMAL2-IM-1103-0001-0002.jpeg": ("NORMAL2-IM-1103", ""),
     "NORMAL-1003233-0001.jpeg": ("1003233", ""),
     "BACTERIA-1003233-0001.jpeg": ("1003233", "bacterial"),
-    "VIRUS-1012345-0003.jpeg": ("1012345", "viral"),
     "scan_0001.jpeg": (None, ""),
     "person_bacteria_1.jpeg": (None, ""),
 }
 
 
-@pytest.mark.parametrize("name", IDENTIFY)
-def test_identify(name):
-    assert data.identify(name)[:2] == IDENTIFY[name]
+def test_file_names_say_patient_and_subtype():
+    assert {name: data.identify(name)[:2] for name in IDENTIFY} == IDENTIFY
 
 
-def test_scan_takes_images_and_counts_what_it_passes_over(tmp_path, capsys):
+def test_scan_takes_images_and_counts_the_rest(tmp_path, capsys):
     wanted = ["train/NORMAL/IM-0001-0001.jpeg", "train/PNEUMONIA/deep/person2_virus_1.PNG", "train/PNEUMONIA/x.jfif"]
-    hidden = ["__MACOSX/NORMAL/a.jpeg", "NORMAL/._IM-0001-0001.jpeg", "NORMAL/.DS_Store", ".hidden/c.jpeg"]
-    hidden += ["PNEUMONIA/__MACOSX/b.jpeg", "NORMAL/.ipynb_checkpoints/a.jpeg", "NORMAL/@eaDir/a.jpeg"]
-    other = ["NORMAL/notes.txt", "NORMAL/more.txt", "PNEUMONIA/Thumbs.db", "PNEUMONIA/README"]
+    hidden = ["__MACOSX/NORMAL/a.jpeg", "NORMAL/._IM-0001-0001.jpeg", "NORMAL/@eaDir/a.jpeg", ".hidden/c.jpeg"]
+    other = ["NORMAL/notes.txt", "NORMAL/more.txt", "PNEUMONIA/Thumbs.db", "PNEUMONIA/README", "loose.png"]
     touch(tmp_path, *wanted, *(f"train/{p}" for p in hidden + other))
     records = data.scan(tmp_path, "train")
-    assert [r.path for r in records] == wanted
-    assert [r.label for r in records] == ["NORMAL", "PNEUMONIA", "PNEUMONIA"]
+    assert [(r.path, r.label) for r in records] == list(zip(wanted, ["NORMAL", "PNEUMONIA", "PNEUMONIA"]))
     assert [r.patient for r in records] == ["IM-1", "virus-2", "train/PNEUMONIA/x.jfif"]
     assert [r.known_patient for r in records] == [True, True, False]
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "4 files" in line and "(2 .txt, 1 no ending, 1 .db)" in line
+    skipped, loose = capsys.readouterr().err.splitlines()
+    assert "2 .txt, 1 no ending, 1 .db" in skipped and "in no class folder: 1 (train/loose.png)" in loose
 
 
-def test_images_come_sorted_by_folder(tmp_path):
-    """The order goes into a run's fingerprint of its data."""
-    paths = ["train/A/a/1.png", "train/A/a-b/1.png", "train/A/b.png", "train/B/a/2.png", "train/B/a-b/1.png"]
-    assert [r.path for r in data.scan(touch(tmp_path, *paths), "train")] == paths
-    table(tmp_path, "file_name,label\n" + "".join(f"{p},{'YX'[i % 2]}\n" for i, p in enumerate(paths)))
-    by_label = [paths[3], paths[1], *sorted(paths[::2])]
-    assert [r.path for r in data.scan(tmp_path, "train")] == sorted(by_label[:2]) + by_label[2:]
+def test_masks_and_annotations_are_left_out_by_name_and_counted(tmp_path, capsys):
+    images = ["train/A/images/1.png", "train/A/unlabeled_2.png", "train/masks/1.png", "train/A/segment_3.png"]
+    masks = ["train/A/masks/1.png", "train/A/lung masks/1.png", "train/A/1_mask.png", "train/A/Label/1.png"]
+    masks += ["train/A/1-annotation.png", "train/A/seg_1.png"]
+    assert sorted(r.path for r in data.scan(touch(tmp_path, *images, *masks), "train")) == sorted(images)
+    assert "as masks or annotations, by their names: 6" in capsys.readouterr().err
 
 
-def test_images_in_no_class_folder_are_counted(tmp_path, capsys):
-    touch(tmp_path, *file_names("train", 0, 6), "train/a.png", "train/b.jpeg", "train/._c.png", "train/README.txt")
-    assert len(data.scan(tmp_path, "train")) == 6
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"2 images that lie in {tmp_path}/train itself" in line
+def test_images_come_sorted_by_split_class_and_path(tmp_path):
+    """The order decides an image's random numbers and the fingerprint."""
+    paths = ["train/A/a/1.png", "train/A/a-b/1.png", "train/A/b.png", "train/B/a/2.png", "test/A/1.png", "test/B/1.png"]
+    assert [r.path for r in data.scan(touch(tmp_path, *paths))] == paths
+    rows = "".join(f"{path},{label}\n" for path, label in zip(paths, "YXYXXY"))
+    by_label = [paths[i] for i in (1, 3, 0, 2, 4, 5)]
+    assert [r.path for r in data.scan(table(tmp_path, "file_name,label\n" + rows))] == by_label
 
 
 @pytest.mark.parametrize("names", ["TRAIN Val Test", "Train VALID TEST", "train Validation test"])
-def test_folders_of_splits_in_any_case(tmp_path, names):
+def test_folders_of_splits_are_found_in_any_case_and_once_each(tmp_path, names):
     train, val, test = names.split()
     touch(tmp_path, *file_names(train, 0, 40), *file_names(val, 1000, 100), *file_names(test, 5000, 10))
-    records = data.scan_all(data.find_root(str(tmp_path)))
-    assert Counter(r.split for r in records) == {"train": 40, "val": 100, "test": 10}
-    assert {r.path.split("/")[0] for r in records} == set(names.split())
-
-
-@pytest.mark.skipif(os.name == "nt", reason="names differ in case alone")
-@pytest.mark.parametrize("folders", ["Val val", "val valid", "Train train", "TEST test"])
-def test_two_folders_for_a_split_are_an_error(tmp_path, folders):
-    a, b = folders.split()
-    touch(tmp_path, *file_names("train", 0, 40), *file_names(a, 1000, 10), *file_names(b, 2000, 10))
-    done = run_script("data.py", "check", tmp_path, cwd=tmp_path)
-    assert done.returncode == 2 and f"several folders for {data.split_of(a)}: {a}, {b}" in done.stderr
-    with pytest.raises(data.UserError, match=f"{a}, {b}"):
-        data.find_training(tmp_path, 5, 0)
+    assert Counter(r.split for r in data.scan(tmp_path)) == {"train": 40, "val": 100, "test": 10}
+    touch(tmp_path, "vAL/NORMAL/a.png")
+    with pytest.raises(data.UserError, match="several folders for val: .*, vAL"):
+        data.scan(tmp_path)
 
 
 LINKS = {  # where a link in train/NORMAL leads, relative to that folder, and how many images are then found in it
     "itself": (".", 21),
-    "within the class": ("deep", 21),
-    "within the root": ("../../pool/more", 24),
-    "outside": ("../../../outside", 24),
+    "within the root": ("../../pool/more", 22),
     "a loop outside": ("../../../loop", 22),
+    "another class": ("../PNEUMONIA", 41),
 }
 
 
 @pytest.mark.parametrize("case", LINKS)
-def test_each_folder_counts_once_whatever_the_links(tmp_path, case):
-    target, count = LINKS[case]
+def test_each_folder_counts_once_whatever_the_links(tmp_path, capsys, case):
+    target, n = LINKS[case]
     root = touch(tmp_path / "d", *file_names("train", 0, 40), "train/NORMAL/deep/IM-900-0001.jpeg")
-    for folder in (root / "pool/more", tmp_path / "outside"):
-        touch(folder, *(f"IM-{i}-0001.jpeg" for i in (901, 902, 903)))
-    touch(tmp_path, "loop/IM-904-0001.jpeg")
+    touch(tmp_path, "d/pool/more/IM-901-0001.jpeg", "loop/IM-904-0001.jpeg")
     (tmp_path / "loop/back").symlink_to("../loop", target_is_directory=True)
     (root / "train/NORMAL/link").symlink_to(target, target_is_directory=True)
-    assert Counter(r.label for r in data.scan_all(root)) == {"NORMAL": count, "PNEUMONIA": 20}
+    assert Counter(r.label for r in data.scan(root))["NORMAL"] == n
+    assert ("1 folder linked twice" in capsys.readouterr().err) == (case != "within the root")
 
 
-def test_a_link_to_another_class_or_split_is_said_by_what_it_brings(tmp_path, capsys):
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("deep"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    touch(tmp_path, "train/A/deep/1.png")
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(data.UserError, match="train/A/deep can't be read .Permission denied"):
+        data.scan(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+@pytest.mark.parametrize("name", ["pipe", "pipe.dcm", "pipe.png"])
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path, name):
     root = tree(tmp_path / "d")
-    (root / "train/OTHER").symlink_to("NORMAL", target_is_directory=True)
-    records = data.scan(root, "train")
-    data.warn_contradictions(records, data.load_images(root, records, 16).digests)
-    assert "3 images appear under several labels" in capsys.readouterr().err
-    assert any("3 images have copies across classes" in line for line in data.check(root)["problems"])
-    (root / "test").symlink_to("train", target_is_directory=True)
-    with pytest.raises(data.UserError, match="6 patients are in both train and test"):
-        data.find_training(root, 2, 0)
+    os.mkfifo(root / "train" / "NORMAL" / name)
+    images = data.load_images(root, data.scan(root, "train"), 16)
+    assert list(images.failed.values()) == (["not a regular file"] if "." in name else [])
 
 
-LAYOUTS = {
-    "train has no class folders": "",
-    "no class folders": "train/a.jpeg",
-    "only one class with images, NORMAL": "train/NORMAL/a.jpeg train/PNEUMONIA/notes.txt",
-    "C, which is not among A, B": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
-    "calls a class Normal that is NORMAL elsewhere": "train/NORMAL/a.png train/X/b.png test/Normal/c.png test/X/d.png",
-    "too few patients": "train/A/a.jpeg train/B/b.jpeg",
-}
-
-
-@pytest.mark.parametrize("message", LAYOUTS)
-def test_errors_of_layout(tmp_path, message):
-    with pytest.raises(data.UserError, match=message):
-        data.find_training(touch(tmp_path, *LAYOUTS[message].split()), 5, 0)
-
-
-def test_a_class_that_test_lacks_is_a_problem(tmp_path):
-    root = save(tree(tmp_path / "d"), {"test/PNEUMONIA/x.bmp": random_pixels(99)})
-    assert "test/ has no image of NORMAL" in data.check(root)["problems"]
-
-
-def test_check_refuses_what_training_refuses(tmp_path):
-    touch(tmp_path / "d", *file_names("train", 0, 40), "train/normal/a.jpeg")
-    done = run_script("data.py", "check", "d", cwd=tmp_path)
-    assert done.returncode == 2 and "differ in case alone" in done.stderr
-
-
-@pytest.mark.parametrize("test", ["", "test/notes.txt", "test/NORMAL/notes.txt", "test/NORMAL/a.png"])
-def test_training_does_without_a_whole_test_folder(tmp_path, test):
-    touch(tmp_path, *file_names("train", 0, 40), *test.split())
-    assert len(data.find_training(tmp_path, 5, 0)) == 40
-
-
-def test_find_root(tmp_path, monkeypatch):
-    with pytest.raises(data.UserError, match="nowhere does not exist"):
-        data.find_root(str(tmp_path / "nowhere"))
-    touch(tmp_path, "chest_xray/train/NORMAL/a.jpeg")
+def test_the_root_is_found_or_its_absence_explained(tmp_path, monkeypatch):
+    touch(tmp_path, "chest_xray/train/NORMAL/a.jpeg", "file")
+    for name, message in (("nowhere", "nowhere does not exist"), ("file", "file is a file; name the folder")):
+        with pytest.raises(data.UserError, match=message):
+            data.find_root(str(tmp_path / name))
     assert data.find_root(str(tmp_path)) == data.find_root(str(tmp_path / "chest_xray")) == tmp_path / "chest_xray"
     monkeypatch.chdir(tmp_path)
     assert data.find_root(None) == data.DEMO_ROOT and not data.DEMO_ROOT.exists()  # finds, and draws nothing
 
 
+LAYOUTS = {
+    "images of no class; expected two or more class folders.*or a metadata.csv": "",
+    "images of NORMAL; expected two": "train/NORMAL/a.jpeg train/PNEUMONIA/notes.txt",
+    "class C, which is not among A, B": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
+    "class Normal, which is not among NORMAL, X": "train/NORMAL/a.png train/X/b.png test/Normal/c.png test/X/d.png",
+}
+
+
+@pytest.mark.parametrize("message", LAYOUTS)
+def test_a_layout_that_cannot_be_trained_on_is_an_error(tmp_path, message):
+    with pytest.raises(data.UserError, match=message):
+        data.find_training(touch(tmp_path, *LAYOUTS[message].split()))
+    with pytest.raises(data.UserError, match="has no folder val/; expected images in"):
+        data.scan(tmp_path, "val")
+
+
+def test_a_table_names_patients_subtypes_and_groups(tmp_path, capsys):
+    paths = ["train/A/a.png", "train/A/b.png", "train/B/IM-0007-1.png", "train/B/c.png"]
+    rows = "file_name,patient,subtype,sex,split\ntrain/A/a.png,p1,,F,test\ntrain/A/b,p1,,F\n"  # one without its ending
+    rows += "train/B/c.png,p2,viral,M\ntrain/B/gone.png,p3,viral,M\n"
+    records = data.scan(table(touch(tmp_path, *paths), rows), "train")
+    found = [(r.patient, r.subtype, r.groups.get("sex")) for r in records]
+    assert found == [("p1", "", "F"), ("p1", "", "F"), ("IM-7", "", None), ("p2", "viral", "M")]
+    split, unlisted, gone = capsys.readouterr().err.splitlines()
+    assert "a column split but no column label: the folders decide" in split
+    assert "has no row for these images: 1 (train/B/IM-0007-1.png)" in unlisted
+    assert "rows whose file is missing: 1 (train/B/gone.png)" in gone
+
+
+def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_said(tmp_path, capsys):
+    touch(tmp_path, "x/1.png", "x/2.png", "x/3.png", "x/4.png", "B/5.png", "x/6.png")
+    rows = "x/1.png,A,Train,p\nx/2.png,B,TRAIN,q\nx/3.png,A,Test,r\nB/5,A,train,s\nx/6.png,na,train,t\n"
+    records = data.scan(table(tmp_path, "file_name,label,split,patient\n" + rows))
+    expected = [("B/5.png", "A", "train", "s"), ("x/1.png", "A", "train", "p"), ("x/2.png", "B", "train", "q")]
+    assert [(r.path, r.label, r.split, r.patient) for r in records] == [*expected, ("x/3.png", "A", "test", "r")]
+    unlisted, contradicting, unlabelled = capsys.readouterr().err.splitlines()
+    assert "no row for these images: 1 (x/4.png)" in unlisted
+    assert "contradicts the folder about the label, and overrules it: 1 (B/5.png)" in contradicting
+    assert "without a label or in no class folder: 1 (x/6.png)" in unlabelled
+
+
+def test_a_table_in_the_folder_of_a_split_decides_its_split(tmp_path):
+    for folder, i in (("train", 1), ("valid", 3)):
+        table(touch(tmp_path, f"{folder}/{i}.png"), f"file_name,label\n{i}.png,Überweisung\n", folder)
+    assert [(r.path, r.label) for r in data.scan(tmp_path, "train")] == [("train/1.png", "Überweisung")]
+    assert [(r.path, r.split) for r in data.scan(tmp_path)][1] == ("valid/3.png", "train")  # a small val
+
+
+BAD_METADATA = {
+    "no column file_name; its columns are path, label": "path,label\nx,A\n",
+    "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
+    "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
+    "the split of x/1.png is dev; write train, val or test": "file_name,label,split\nx/1.png,A,dev\n",
+    "the split of x/1.png is missing;.*crc32": "file_name,label\nx/1.png,A\n",
+    "rename column Patient_ID to patient": "file_name,Patient_ID\nx/1.png,A\n",
+    "class NORMAL, which is not among normal; rename": "file_name,label,split\nx/1.png,NORMAL,train\nx/2.png,normal,train\n",
+    "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
+}
+
+
+@pytest.mark.parametrize("message", BAD_METADATA)
+def test_metadata_that_cannot_be_used_is_an_error(tmp_path, message):
+    with pytest.raises(data.UserError, match=message):
+        data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_METADATA[message]), "train")
+
+
+def test_columns_of_identifiers_are_no_groups_and_named(tmp_path, capsys):
+    paths = [f"train/{'AB'[i % 2]}/{i}.png" for i in range(20)]
+    rows = [f"{path},{i // 2},2015-03-{i:02},{40 + i:03}Y,ward {i % 3}" for i, path in enumerate(paths)]
+    for n, groups in ((20, ("age", "place")), (19, ("date", "age", "place"))):  # ages differ too, but are numbers
+        table(touch(tmp_path, *paths), "\n".join(["file_name,patient,date,age,place", *rows[:n]]))
+        assert tuple(data.scan(tmp_path)[0].groups) == groups
+        assert ("columns of identifiers" in (said := capsys.readouterr().err) and "1 (date)" in said) == (n == 20)
+
+
+@pytest.mark.parametrize("word", ["", "0", "000", "nan", "Unknown", "ANONYMIZED"])
+def test_a_word_for_missing_is_not_a_patient(tmp_path, word):
+    touch(tmp_path, "train/A/IM-0001-0001.png", "train/A/x.png")
+    table(tmp_path, f"file_name,patient\ntrain/A/IM-0001-0001.png,{word}\ntrain/A/x.png,{word}\n")
+    assert [r.patient for r in data.scan(tmp_path)] == ["IM-1", "train/A/x.png"]
+
+
+# --- split ---
+
+
 def many_records(patients=600):
-    """Patients of one to eight images in five strata of very different sizes."""
+    """Patients of one to eight images in four strata of very different sizes."""
     rng = np.random.default_rng(0)
     strata = [
         ("NORMAL", "", "IM"),
@@ -235,102 +402,138 @@ def many_records(patients=600):
     for i in range(patients):
         label, subtype, series = strata[min(int(rng.exponential(1.2)), 3)]
         for k in range(rng.integers(1, 9)):
-            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series, 0, 0))
+            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series, ""))
     return records
 
 
-def test_folds_keep_patients_together_and_strata_even():
+def records_of(*patients, split="train", label="A"):
+    return [data.Record(f"{split}/{label}/{i}", label, split, p, "", "", "") for i, p in enumerate(patients)]
+
+
+def deal(records, folds, copies=None):
+    """The fold of each record."""
+    index = data.number_patients(records, np.arange(len(records)) if copies is None else copies)
+    chosen = np.stack([data.is_validation(records, index, folds, fold) for fold in range(folds)])
+    assert (chosen.sum(0) == 1).all()  # each image is held out by one fold
+    return chosen.argmax(0).tolist()
+
+
+def test_folds_keep_patients_together_and_strata_even_and_never_change():
     records = many_records()
-    folds = data.draw_folds(records, 10)
-    np.random.default_rng(1).shuffle(records)
-    again = dict(zip([r.path for r in records], data.draw_folds(records, 10)))  # in whatever order the files come
-    records = many_records()
-    assert [again[r.path] for r in records] == folds
-    assert max(Counter(p for p, _ in {(r.patient, f) for r, f in zip(records, folds)}).values()) == 1
+    folds = deal(records, 10)
+    assert len({(r.patient, fold) for r, fold in zip(records, folds)}) == 600
     for stratum in {(r.label, r.subtype, r.series) for r in records}:
         inside = [f for r, f in zip(records, folds) if (r.label, r.subtype, r.series) == stratum]
         counts = [inside.count(k) for k in range(10)]
         assert max(counts) - min(counts) <= 8  # the largest patient
+    shuffled = records.copy()
+    np.random.default_rng(1).shuffle(shuffled)
+    again = dict(zip([r.path for r in shuffled], deal(shuffled, 10)))  # in whatever order the files come
+    assert [again[r.path] for r in records] == folds
+    # Else earlier runs could not be compared with new ones.
+    assert hashlib.sha256("".join(map(str, folds)).encode()).hexdigest()[:16] == "bda192c75a7e91e5"
 
 
-def test_each_image_is_held_out_by_one_fold(tmp_path):
-    touch(tmp_path, *file_names("train", 0, 60))
-    held_out = []
-    for fold in range(5):
-        held_out += [r.path for r in data.find_training(tmp_path, 5, fold) if r.split == "val"]
-    assert sorted(held_out) == sorted(r.path for r in data.scan(tmp_path, "train"))
+def test_copies_make_two_patients_one_in_numbers_and_folds():
+    records = many_records(60)
+    paths, copies = [r.path for r in records], np.arange(len(records))
+    copies[paths.index("7-0")] = copies[paths.index("40-0")]
+    copies[paths.index("40-1")] = copies[paths.index("21-0")]
+    patients = [r.patient for r in records]
+    numbers = dict(zip(patients, data.number_patients(records, copies).tolist()))
+    assert list(dict.fromkeys(numbers.values())) == list(range(58))  # from 0 in order of appearance
+    together, apart = dict(zip(patients, deal(records, 5, copies))), dict(zip(patients, deal(records, 5)))
+    for found, n in ((numbers, 1), (together, 1), (apart, 3)):
+        assert len({found[patient] for patient in ("p7", "p40", "p21")}) == n
 
 
-def file_names(split, start, count, series="person{}_virus_1.jpeg"):
-    """Half of count images in each class, every one a patient of its own."""
-    classes = ("NORMAL/IM-{}-0001.jpeg", "PNEUMONIA/" + series)
-    return [f"{split}/{classes[i % 2].format(start + i)}" for i in range(count)]
-
-
-@pytest.mark.parametrize("folder", ["val", "valid", "validation"])
-@pytest.mark.parametrize("count, folded", [(16, True), (98, True), (100, False)])
-def test_val_folder(tmp_path, capsys, folder, count, folded):
-    touch(tmp_path, *file_names("train", 0, 40), *file_names(folder, 1000, count), *file_names("test", 5000, 10))
-    records = data.find_training(tmp_path, 5, 0)
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(records) == 40 + count
-    held_out = [r.path for r in records if r.split == "val"]
-    if folded:
-        assert len(warnings) == 1 and f"val holds only {count} images" in warnings[0]
-        assert len(held_out) == pytest.approx(0.2 * len(records), abs=3)
+@pytest.mark.parametrize(
+    ("folder", "n", "is_small"), [("val", 16, True), ("valid", 98, True), ("validation", 100, False)]
+)
+def test_a_val_folder_validates_unless_it_is_small(tmp_path, capsys, folder, n, is_small):
+    touch(tmp_path, *file_names("train", 0, 40), *file_names(folder, 1000, n), *file_names("test", 5000, 10))
+    records = data.find_training(tmp_path)
+    chosen = data.is_validation(records, data.number_patients(records, np.arange(40 + n)), 5, 0)
+    if is_small:
+        assert f"val has only {n} images" in capsys.readouterr().err
+        assert {r.split for r in records} == {"train"} and chosen.sum() == pytest.approx(0.2 * len(records), abs=3)
     else:
-        assert not warnings and sum(p.startswith(f"{folder}/") for p in held_out) == len(held_out) == count
+        assert not capsys.readouterr().err and chosen.tolist() == [r.path.startswith(folder) for r in records]
 
 
-@pytest.mark.parametrize("split, count", [("test", 10), ("val", 100)])
-def test_shared_patients_are_an_error(tmp_path, split, count):
-    touch(
-        tmp_path,
-        *file_names("train", 0, 40),
-        *file_names(split, 1000, count),
-        f"{split}/PNEUMONIA/person7_virus_2.jpeg",
-    )
-    with pytest.raises(data.UserError, match=rf"1 patients are in both train and {split} .*\(virus-7\)"):
-        data.find_training(tmp_path, 5, 0)
+@pytest.mark.parametrize(("split", "n"), [("test", 10), ("val", 100)])
+def test_shared_patients_are_an_error(tmp_path, split, n):
+    leak = f"{split}/PNEUMONIA/person7_virus_2.jpeg"
+    touch(tmp_path, *file_names("train", 0, 40), *file_names(split, 1000, n), leak)
+    with pytest.raises(data.UserError, match=rf"1 patient in both train and {split} .*\(virus-7\)"):
+        data.find_training(tmp_path)
 
 
-POSITIVE = {  # classes, what is asked for, the index, whether it is a guess that is said
-    "by name": ("NORMAL PNEUMONIA", None, 1, False),
-    "by name, in other case": ("Pneumonia normal", None, 0, False),
-    "guessed": ("NEUMONIA NORMAL", None, 1, True),
-    "asked for": ("NEUMONIA NORMAL", "NEUMONIA", 0, False),
-    "against the name": ("NORMAL PNEUMONIA", "NORMAL", 0, False),
+ODD_PATIENTS = {
+    "images of unknown patients, each counts as its own, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
+    "more than 5 % of all images; is it a placeholder?: 1 (p)": records_of(*["p"] * 21, "q"),
+    "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
+    "in another spelling; write them alike: 1 (00017b = 17B)": [
+        *records_of("00017b", "8"),
+        *records_of("17B", "x8", split="test"),
+    ],
+    "in another spelling; write them alike: 1 (17 = 17.0)": [*records_of("17"), *records_of("17.0", split="val")],
+    "": [*records_of(*["p"] * 20, "1", "10"), *records_of("01x", "100", split="test")],  # nothing odd
+}
+
+
+@pytest.mark.parametrize("message", ODD_PATIENTS)
+def test_odd_patients_are_said(capsys, message):
+    data.remark_patients(ODD_PATIENTS[message])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == bool(message) and message in "".join(lines)
+
+
+POSITIVE = {  # classes, what is asked for, the order, whether it is a guess that is said
+    "by name": ("NORMAL PNEUMONIA", None, "NORMAL PNEUMONIA", False),
+    "by name, in other case": ("Pneumonia normal", None, "normal Pneumonia", False),
+    "the last": ("Covid Flu", None, "Covid Flu", True),
+    "not one that says negative": ("Covid NORMAL", None, "NORMAL Covid", True),
+    "nor no finding": ("effusion no_finding", None, "no_finding effusion", True),
+    "abnormal is not normal": ("abnormal control", None, "control abnormal", True),
+    "against the name": ("NORMAL PNEUMONIA", "NORMAL", "PNEUMONIA NORMAL", False),
+    "three classes": ("COVID NORMAL PNEUMONIA VIRAL", None, "COVID NORMAL VIRAL PNEUMONIA", False),
 }
 
 
 @pytest.mark.parametrize("case", POSITIVE)
-def test_positive_class(capsys, case):
-    names, asked, index, guessed = POSITIVE[case]
-    assert data.positive_index(names.split(), asked) == index
-    assert ("is a guess: NORMAL" in capsys.readouterr().err) == guessed
-    with pytest.raises(data.UserError, match="--positive X is not one of"):
-        data.positive_index(names.split(), "X")
+def test_the_positive_class_is_last(capsys, case):
+    names, asked, order, is_guess = POSITIVE[case]
+    assert data.sort_classes(names.split(), asked) == order.split()
+    assert ("the positive class is a guess" in capsys.readouterr().err) == is_guess
+    with pytest.raises(data.UserError, match="--positive X is not one of|--positive is for two classes"):
+        data.sort_classes(names.split(), "X")
 
 
-def test_names_that_tell_no_patient_are_counted(tmp_path, capsys):
-    touch(tmp_path, *file_names("train", 0, 40, series="scan{}.jpeg"))
-    assert len({r.patient for r in data.find_training(tmp_path, 5, 0)}) == 40
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "20 of 40" in line
+def test_a_class_of_few_patients_is_said_or_refused(capsys):
+    records = [*records_of("p", "q", "r", label="A"), *records_of("s", "s", "t", label="B")]
+    deal(records, 3)
+    assert "class B has 2 patients for 3 folds" in capsys.readouterr().err
+    with pytest.raises(data.UserError, match="class B has too few patients"):
+        deal(records, 3, copies=np.array([0, 1, 2, 3, 4, 4]))
 
 
 # --- read ---
 
 
-def encoded(kind, pixels, **options):
+def encoded(kind, image, **options):
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
+    Image.fromarray(image).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def read(content, size=None):
+    return data.read_image(io.BytesIO(content), size)
 
 
 PICTURE = np.add.outer(np.linspace(0, 180, 60), np.linspace(0, 75, 90)).round().astype(np.uint8)
 PICTURE[5:20, 50:80] //= 3  # no symmetry, so that no flip or turn goes unnoticed
-GREY, DEEP = Image.fromarray(PICTURE), PICTURE.astype(np.uint16) * 257
+GREY, DEEP, SHARE = Image.fromarray(PICTURE), PICTURE.astype(np.uint16) * 257, (PICTURE / 255).astype(np.float32)
 
 
 def deepened(bits, picture=PICTURE):
@@ -338,10 +541,10 @@ def deepened(bits, picture=PICTURE):
     return (picture * ((2**bits - 1) / 255)).round().astype(np.uint16)
 
 
-def white_is_zero(pixels):
+def white_is_zero(samples):
     """TIFF bytes with PhotometricInterpretation (262) set from 1 to 0: Pillow writes no such deep file itself."""
     entry, patched = struct.pack("<HHIH", 262, 3, 1, 1), struct.pack("<HHIH", 262, 3, 1, 0)
-    content = encoded("TIFF", pixels)
+    content = encoded("TIFF", samples)
     assert content.count(entry) == 1
     return content.replace(entry, patched)
 
@@ -357,30 +560,21 @@ def twelve_bit_tiff(values):
 
 
 FORMATS = {  # the picture in another coding, and how far from the 8-bit grey one it may be decoded
-    "grey.png": (GREY, 0),
     "grey.tiff": (GREY, 0),
-    "grey.bmp": (GREY, 0),
-    "grey.pgm": (GREY, 0),
     "grey.jp2": (GREY, 0),
-    "grey.gif": (GREY, 0),
-    "rgb.png": (GREY.convert("RGB"), 0),
     "rgb.webp": (GREY.convert("RGB"), 0),
     "rgba.png": (GREY.convert("RGBA"), 0),
-    "la.png": (GREY.convert("LA"), 0),
     "palette.png": (GREY.convert("RGB").quantize(256), 2),
-    "cmyk.tiff": (GREY.convert("CMYK"), 1),
     "cmyk.jpeg": (GREY.convert("CMYK"), 6),
     "16bit.pgm": (Image.fromarray(DEEP), 0),
     "16bit-big-endian.tiff": (Image.fromarray(DEEP.astype(">u2")), 0),
     "32bit.tiff": (Image.fromarray(PICTURE.astype(np.int32) * 257), 0),
-    "float.tiff": (Image.fromarray(PICTURE.astype(np.float32) / 255), 0),
-    "float-255.tiff": (Image.fromarray(PICTURE.astype(np.float32)), 0),
-    "float-overshoot.tiff": (Image.fromarray((PICTURE / 254).astype(np.float32)), 1),
-    "float-below-zero.tiff": (Image.fromarray(PICTURE.astype(np.float32) / 255 - np.float32(1e-5)), 0),
-    "float-signed.tiff": (Image.fromarray((PICTURE / 127.5 - 1).astype(np.float32)), 0),
+    "float.tiff": (Image.fromarray(SHARE), 0),
+    "float-overshoot.tiff": (Image.fromarray(SHARE * np.float32(255 / 254)), 1),
+    "float-below-zero.tiff": (Image.fromarray(SHARE - np.float32(1e-5)), 0),
+    "float-signed.tiff": (Image.fromarray(2 * SHARE - 1), 0),
     "white-is-zero.tiff": (white_is_zero(65535 - DEEP), 0),
-    "white-is-zero-12.tiff": (white_is_zero(4095 - deepened(12)), 0),
-    "white-is-zero-float.tiff": (white_is_zero((1 - PICTURE / 255).astype(np.float32)), 0),
+    "white-is-zero-float.tiff": (white_is_zero(1 - SHARE), 0),
 }
 
 
@@ -392,100 +586,61 @@ def test_every_format_reads_as_the_grey_picture(tmp_path, name, size):
         (tmp_path / name).write_bytes(image)
     else:
         image.save(tmp_path / name, quality=98, lossless=True)
-    pixels, info = data.read_image(tmp_path / name, size)
+    found, info = data.read_image(tmp_path / name, size)
     reference = GREY.resize((size, size), Image.Resampling.BICUBIC) if size else GREY
-    assert pixels.dtype == np.uint8 and (info.width, info.height) == (90, 60)
-    assert np.abs(pixels.astype(int) - np.asarray(reference)).max() <= tolerance
-    assert info.colour <= tolerance
-    assert (tmp_path / name).suffix in data.IMAGE_SUFFIXES
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-@pytest.mark.parametrize("bits", range(8, 17))
-def test_any_depth_gives_the_same_grey_levels(kind, bits):
-    pixels, info = data.read_image(io.BytesIO(encoded(kind, deepened(bits))), None)
-    np.testing.assert_array_equal(pixels, PICTURE)
-    assert info.depth == bits
+    assert np.abs(found.astype(int) - np.asarray(reference)).max() <= tolerance and found.dtype == np.uint8
+    assert (info.width, info.height, info.is_mask) == (90, 60, False) and info.colour <= tolerance
+    assert data.is_image(tmp_path / name)
 
 
 @pytest.mark.parametrize("bits", range(8, 17))
-def test_any_depth_of_signed_samples(bits):
-    """Of 5,400 pixels five are odd, at either end."""
-    samples = deepened(bits).astype(np.int32) - 2 ** (bits - 1)
-    samples[0, :5], samples[1, :5] = 10**6, -(10**6)
-    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
-    np.testing.assert_array_equal(pixels[2:], PICTURE[2:])
-    assert info.depth == bits
+def test_any_depth_gives_the_same_grey_levels(bits):
+    signed = deepened(bits).astype(np.int32) - 2 ** (bits - 1)
+    signed[0, :5], signed[1, :5] = 10**6, -(10**6)  # of 5,400 pixels five are odd, at either end
+    for content in (encoded("PNG", deepened(bits)), encoded("TIFF", deepened(bits)), encoded("TIFF", signed)):
+        found, info = read(content)
+        np.testing.assert_array_equal(found[2:], PICTURE[2:])
+        assert info.depth == bits
+    large = np.tile(PICTURE, (20, 20))  # 2.2 million pixels are scaled in parts
+    np.testing.assert_array_equal(read(encoded("TIFF", deepened(bits, large)))[0], large)
 
 
-@pytest.mark.parametrize("odd", [1, 5])
-@pytest.mark.parametrize("bits", [8, 9, 12, 15])
-def test_odd_pixels_change_only_themselves(bits, odd):
+@pytest.mark.parametrize(("value", "n"), [(65535, 1), (20000, 5), (65535, 900)])
+@pytest.mark.parametrize("bits", [8, 12, 14])
+def test_a_few_odd_pixels_or_a_marker_at_the_extreme_of_the_type_set_no_depth(bits, value, n):
     samples = deepened(bits)
-    samples[0, :odd] = 65535
-    pixels, info = data.read_image(io.BytesIO(encoded("PNG", samples)), None)
-    np.testing.assert_array_equal(pixels[1:], PICTURE[1:])
-    assert (pixels[0, :odd] == 255).all() and info.depth == bits
+    samples[:10].reshape(-1)[:n] = value
+    found, info = read(encoded("PNG", samples))
+    np.testing.assert_array_equal(found[10:], PICTURE[10:])
+    assert (found[:10].reshape(-1)[:n] == 255).all() and info.depth == bits
 
 
-def test_depth_of_a_dark_picture():
-    """A third as bright: its own values tell 11 bits, so that it comes out brighter, unless the file states 12."""
-    samples = deepened(12, PICTURE / 3)
-    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
-    assert info.depth == 11 and np.abs(pixels - PICTURE * (2 / 3)).max() <= 1
-    for stated in (encoded("TIFF", samples, tiffinfo={281: 4095}), twelve_bit_tiff(samples)):
-        pixels, info = data.read_image(io.BytesIO(stated), None)
-        assert info.depth == 12 and np.abs(pixels - PICTURE / 3).max() <= 1
-    assert data.read_image(io.BytesIO(encoded("TIFF", samples, tiffinfo={281: 65535})), None)[1].depth == 11
+def test_a_dark_picture_comes_out_brighter_unless_its_depth_is_known():
+    """A third as bright: its own values say 11 bits of 12, and no fewer than 8."""
+    dark = deepened(12, PICTURE / 3)
+    for content, depth, share in (
+        (encoded("TIFF", dark), 11, 2 / 3),
+        (encoded("TIFF", dark, tiffinfo={281: 65535}), 11, 2 / 3),  # not a depth but the brightest pixel's
+        (encoded("TIFF", dark, tiffinfo={281: 4095}), 12, 1 / 3),
+        (twelve_bit_tiff(dark), 12, 1 / 3),
+        (encoded("TIFF", dark.astype(np.int32) - 2048), 12, 1 / 3),  # signed samples show it by the lowest
+        (encoded("TIFF", deepened(8, PICTURE / 3)), 8, 1 / 3),
+        (encoded("PPM", DEEP // 4), 16, 1 / 4),
+        (encoded("JPEG2000", DEEP // 4), 16, 1 / 4),
+    ):
+        found, info = read(content)
+        assert info.depth == depth and np.abs(found - PICTURE * share).max() <= 1
 
 
-@pytest.mark.parametrize("bits, lowest", [(8, 0), (8, -128), (12, -2048)])
-def test_dark_pictures_whose_depth_is_known(bits, lowest):
-    """No fewer than 8 bits are guessed, and signed samples tell their depth by the lowest."""
-    samples = deepened(bits, PICTURE / 3).astype(np.int32) + lowest
-    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", samples)), None)
-    assert info.depth == bits and np.abs(pixels - PICTURE / 3).max() <= 1
-
-
-@pytest.mark.parametrize("kind", ["PPM", "JPEG2000"])
-def test_formats_that_fill_their_range_are_not_guessed(kind):
-    pixels, info = data.read_image(io.BytesIO(encoded(kind, DEEP // 4)), None)
-    assert info.depth == 16 and np.abs(pixels - PICTURE / 4).max() <= 1
-
-
-def test_large_deep_images_are_scaled_in_parts():
-    picture = np.tile(PICTURE, (20, 20))  # 2.2 million pixels
-    pixels, info = data.read_image(io.BytesIO(encoded("TIFF", deepened(10, picture))), None)
-    np.testing.assert_array_equal(pixels, picture)
-    assert info.depth == 10
-
-
-@pytest.mark.parametrize("size", [None, 32])
-def test_one_bit_images(tmp_path, size):
-    binary = GREY.point(lambda v: 255 * (v > 127))
-    binary.convert("1").save(tmp_path / "bits.png")
-    bits, info = data.read_image(tmp_path / "bits.png", size)
-    assert info.mode == "1"
-    np.testing.assert_array_equal(bits, binary.resize((size, size), Image.Resampling.BICUBIC) if size else binary)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
-def test_transparent_pixels_are_black(tmp_path, mode):
-    white = np.full((8, 8), 255, np.uint8)
-    clear = Image.fromarray(np.pad(white[:, 4:], ((0, 0), (4, 0))))  # left half transparent
-    if mode in ("RGBA", "LA"):
-        image = Image.merge(mode, [Image.fromarray(white)] * (len(mode) - 1) + [clear])
-        image.save(tmp_path / "x.png")
-    else:  # one grey level or palette entry stands for "nothing here"
-        image = Image.fromarray(np.where(np.asarray(clear) > 0, 255, 200).astype(np.uint8))
-        image.convert(mode).save(tmp_path / "x.png", transparency=200)
-    np.testing.assert_array_equal(data.read_image(tmp_path / "x.png", None)[0], np.asarray(clear))
-
-
-@pytest.mark.parametrize("rgb, colour", [((255, 0, 0), 255), ((90, 90, 90), 0), ((100, 150, 120), 50)])
-def test_colour_is_measured(tmp_path, rgb, colour):
-    Image.new("RGB", (40, 30), rgb).save(tmp_path / "x.png")
-    assert data.read_image(tmp_path / "x.png", 16)[1].colour == pytest.approx(colour)
+def test_a_picture_of_three_grey_levels_is_a_mask_and_one_of_four_is_not():
+    for n, is_mask in ((1, True), (2, True), (3, True), (4, False)):
+        image = (PICTURE.astype(int) * n // 256 * (255 // n)).astype(np.uint8)
+        for content in (encoded("PNG", image), encoded("PNG", image.astype(np.uint16) * 257), encoded("GIF", image)):
+            assert read(content, 32)[1].is_mask == is_mask
+    bits = GREY.point(lambda level: 255 * (level > 99)).convert("1")
+    found, info = data.read_image(bits, 32)
+    assert info.is_mask and info.mode == "1"
+    np.testing.assert_array_equal(found, bits.convert("L").resize((32, 32), Image.Resampling.BICUBIC))
 
 
 # From the EXIF standard (where the stored first row and column lie): mirrored or not, quarter turns to the left.
@@ -494,114 +649,96 @@ STORED = {1: (0, 0), 2: (1, 0), 3: (0, 2), 4: (1, 2), 5: (1, 1), 6: (0, 1), 7: (
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_rotation_is_applied(tmp_path, orientation, kind):
+def test_exif_rotation_is_applied(orientation, kind):
     exif, (mirrored, turns) = Image.Exif(), STORED[orientation]
     exif[0x0112] = orientation
-    stored = np.rot90(np.fliplr(PICTURE) if mirrored else PICTURE, turns)
-    if kind == "PNG":
-        stored = deepened(12, stored)
-    Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "x", kind, quality=98, exif=exif)
-    pixels, _ = data.read_image(tmp_path / "x", None)
-    assert pixels.shape == (60, 90) and np.abs(pixels.astype(int) - PICTURE).mean() < 1.5
+    samples = np.rot90(np.fliplr(PICTURE) if mirrored else PICTURE, turns)
+    samples = deepened(12, samples) if kind == "PNG" else np.ascontiguousarray(samples)
+    found, _ = read(encoded(kind, samples, quality=98, exif=exif))
+    assert found.shape == (60, 90) and np.abs(found.astype(int) - PICTURE).mean() < 1.5
 
 
-def test_large_jpegs_are_decoded_small_without_loss(tmp_path, monkeypatch):
-    coarse = Image.fromarray(random_pixels(0, 100, 130)).resize((1600, 1200), Image.Resampling.BICUBIC)
-    full = np.clip(np.asarray(coarse) + np.random.default_rng(1).normal(0, 8, (1200, 1600)), 0, 255).astype(np.uint8)
-    Image.fromarray(full).save(tmp_path / "x.jpeg", quality=90)
-    with Image.open(tmp_path / "x.jpeg") as image:
+def test_a_large_jpeg_is_decoded_small_and_alike_however_it_is_handed_over(tmp_path, monkeypatch):
+    coarse = np.asarray(Image.fromarray(random_image(0, 100, 130)).resize((1600, 1200), Image.Resampling.BICUBIC))
+    full = np.clip(coarse + np.random.default_rng(1).normal(0, 8, (1200, 1600)), 0, 255).astype(np.uint8)
+    (path := tmp_path / "x.jpeg").write_bytes(encoded("JPEG", full, quality=90))
+    with Image.open(path) as image:
         reference = np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC)).astype(int)
     resized, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda self, *a, **k: resized.append(self.size) or resize(self, *a, **k))
-    pixels, info = data.read_image(tmp_path / "x.jpeg", 224)
-    assert np.abs(pixels - reference).mean() < 1.5
-    assert resized == [(800, 600)] and (info.width, info.height) == (1600, 1200)
+    expected, info = data.read_image(path, 224)
+    assert np.abs(expected - reference).mean() < 1.5
+    assert set(resized) == {(800, 600)} and (info.width, info.height) == (1600, 1200)
+    with open(path, "rb") as file, Image.open(path) as image:
+        for source in (str(path), file, image):
+            np.testing.assert_array_equal(data.read_image(source, 224)[0], expected)
+        image.load()  # the caller's own image is not shrunk, and from now on it is read as it is
+        image.paste(0, (0, 0, 1600, 1200))
+        assert not file.closed and not data.read_image(image, 224)[0].any()
 
 
-def test_what_else_may_be_read_than_a_path(tmp_path):
-    GREY.resize((900, 600)).save(tmp_path / "x.jpeg")
-    expected, info = data.read_image(tmp_path / "x.jpeg", None)
-    with open(tmp_path / "x.jpeg", "rb") as file, Image.open(tmp_path / "x.jpeg") as image:
-        small = data.read_image(image, 64)[0]  # does not shrink the caller's own image
-        assert image.size == (900, 600)
-        sources = (str(tmp_path / "x.jpeg"), file, image, expected, np.stack([expected] * 3, axis=2))
-        for source in sources:
-            pixels, found = data.read_image(source, None)
-            np.testing.assert_array_equal(pixels, expected)
-            assert pixels.flags.writeable and (found.width, found.height) == (info.width, info.height)
-        assert not file.closed
-    np.testing.assert_array_equal(small, Image.fromarray(expected).resize((64, 64), Image.Resampling.BICUBIC))
+def test_arrays_and_images_are_read_as_they_are_with_colour_measured_and_transparency_black():
+    clear = GREY.convert("RGBA")
+    clear.paste((255, 255, 255, 0), (0, 0, 20, 60))
+    blackened = PICTURE.copy()
+    blackened[:, :20] = 0
+    keyed = GREY.copy()  # one grey level means "nothing here"
+    keyed.info["transparency"] = 7
+    red = np.stack([PICTURE, 0 * PICTURE, 0 * PICTURE], axis=2)
+    for source, expected, colour in (
+        (PICTURE, PICTURE, 0),
+        (GREY.convert("RGB"), PICTURE, 0),
+        (clear, blackened, 0),
+        (keyed, np.where(PICTURE == 7, 0, PICTURE), 0),
+        (red, Image.fromarray(red).convert("L"), PICTURE.mean()),
+    ):
+        found, info = data.read_image(source, None)
+        np.testing.assert_array_equal(found, expected)
+        assert found.flags.writeable and (info.width, info.height) == (90, 60)
+        assert info.colour == pytest.approx(colour, abs=1)
 
 
-def png_claiming(width, height):
-    """A PNG of a hundred bytes whose header declares a huge picture."""
-    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b"x"), (b"IEND", b""))
+def png(width, height, depth, colour, content):
+    """PNG bytes with what the header claims."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", content), (b"IEND", b""))
     parts = (struct.pack(">I", len(b)) + k + b + struct.pack(">I", zlib.crc32(k + b)) for k, b in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
+DEEP_COLOUR = zlib.compress(b"".join(b"\0" + struct.pack(">12H", *range(0, 12 * 300, 300)) for _ in range(4)))
 REFUSED = {
-    "truncated.jpeg": (encoded("JPEG", random_pixels(0, 200, 200))[:9000], "truncated"),
-    "truncated.png": (encoded("PNG", random_pixels(0, 200, 200))[:9000], "cannot be decoded"),
-    "truncated.tiff": (encoded("TIFF", random_pixels(0, 200, 200))[:9000], "not enough image data|truncated"),
+    "truncated.jpeg": (encoded("JPEG", random_image(0, 200, 200))[:9000], "truncated"),
     "zero.jpeg": (b"", "empty"),
     "text.jpeg": (b"patient left early\n", "not an image"),
     "postscript.jpeg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
-    "bomb.png": (png_claiming(50_000, 50_000), "pixels"),
-    "large.png": (png_claiming(11_000, 11_000), "11000 x 11000 pixels are more than"),
+    "large.png": (png(11_000, 11_000, 8, 0, b"x"), "11000 x 11000 pixels are more than"),
+    "deep-colour.png": (png(4, 4, 16, 2, DEEP_COLOUR), "16 bits a channel"),
     "missing.jpeg": (None, "no such file"),
     "nan.tiff": (encoded("TIFF", np.array([[0.5, np.nan, 1]], np.float32)), "not finite"),
-    "infinite.tiff": (encoded("TIFF", np.array([[-np.inf, 0.5, np.inf]], np.float32)), "not finite"),
-    "damaged.dcm": (bytes(128) + b"DICM" + b"\1\n" * 99, "without an image"),
 }
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_with_a_reason(tmp_path, monkeypatch, name):
+def test_what_is_not_a_usable_image_is_refused_with_a_reason(tmp_path, monkeypatch, name):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("another program would be started"))
     content, reason = REFUSED[name]
-    if name == "damaged.dcm":
-        pytest.importorskip("pydicom")
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    for size in (None, 64):
-        with pytest.raises(data.ImageError, match=reason) as refused:
-            data.read_image(tmp_path / name, size)
-        assert str(refused.value).isprintable()
+    with pytest.raises(data.ImageError, match=reason):
+        data.read_image(tmp_path / name, 64)
 
 
-def test_deep_colour_is_refused(tmp_path):
-    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
-    rows = b"".join(b"\0" + struct.pack(">12H", *range(0, 12 * 300, 300)) for _ in range(4))
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    (tmp_path / "deep.png").write_bytes(content)
-    with pytest.raises(data.ImageError, match="16 bits a channel"):
-        data.read_image(tmp_path / "deep.png", 32)
+# --- DICOM ---
 
-
-def test_reasons_are_one_printable_line(monkeypatch):
-    def fail(*_, **__):
-        raise RuntimeError("two\nlines \x1b[31m")
-
-    monkeypatch.setattr(Image, "open", fail)
-    with pytest.raises(data.ImageError, match="two lines") as refused:
-        data.read_image(io.BytesIO(b"x"), None)
-    assert str(refused.value).isprintable()
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
-    os.mkfifo(tmp_path / "x.jpeg")
-    with pytest.raises(data.ImageError, match="not a regular file"):
-        data.read_image(tmp_path / "x.jpeg", None)
+needs_pydicom = pytest.mark.extra("pydicom")
 
 
 def dicom(samples, bits, photometric="MONOCHROME2", **fields):
-    """A DICOM file of samples [height, width] or [height, width, 3], as an open file; fields are DICOM keywords."""
-    pydicom = pytest.importorskip("pydicom")
+    """A DICOM file of samples [height, width] or [height, width, 3], as bytes; fields are DICOM keywords."""
+    import pydicom
+
     dataset = pydicom.Dataset()
     dataset.file_meta = pydicom.dataset.FileMetaDataset()
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
@@ -614,23 +751,25 @@ def dicom(samples, bits, photometric="MONOCHROME2", **fields):
     dataset.PhotometricInterpretation = photometric
     dataset.add_new("PixelData", "OW" if samples.itemsize == 2 else "OB", samples.tobytes())
     for keyword, value in fields.items():
-        setattr(dataset, keyword, value)
+        if keyword == "PixelPaddingValue":
+            dataset.add_new(keyword, "US" if value >= 0 else "SS", value)
+        else:
+            setattr(dataset, keyword, value)
     file = io.BytesIO()
     pydicom.dcmwrite(file, dataset, enforce_file_format=True)
-    return file
+    return file.getvalue()
 
 
-def stored(bits, signed, photometric):
+def stored(bits, signed=0, photometric="MONOCHROME2", picture=PICTURE):
     """The picture as DICOM samples."""
-    samples = deepened(bits).astype(np.int64)
+    samples = deepened(bits, picture).astype(np.int64)
     if photometric == "MONOCHROME1":
         samples = 2**bits - 1 - samples
-    kind = f"{'i' if signed else 'u'}{1 if bits == 8 else 2}"
-    return (samples - signed * 2 ** (bits - 1)).astype(kind)
+    return (samples - signed * 2 ** (bits - 1)).astype(f"{'i' if signed else 'u'}{1 if bits == 8 else 2}")
 
 
-@pytest.mark.extra("pydicom")
-@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+@needs_pydicom
+@pytest.mark.parametrize("bits", [8, 12, 16])
 @pytest.mark.parametrize("signed", [0, 1])
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
 def test_dicom_reads_as_the_grey_picture(bits, signed, photometric):
@@ -640,550 +779,545 @@ def test_dicom_reads_as_the_grey_picture(bits, signed, photometric):
     low = 2 * (middle - 2 ** (bits - 1)) - 100
     high = low + 2 * (2**bits - 1)
     both = rescaled | {"WindowCenter": (low + high + 1) / 2, "WindowWidth": high - low + 1}
-    for fields in ({}, window, rescaled, both, {"WindowCenter": None, "WindowWidth": None}):
-        pixels, info = data.read_image(dicom(samples, bits, photometric, **fields), None)
-        np.testing.assert_array_equal(pixels, PICTURE)
+    placeholders = {"WindowCenter": 0, "WindowWidth": 0, "RescaleSlope": None}
+    for fields in ({}, window, rescaled, both, {"WindowCenter": None, "WindowWidth": None}, placeholders):
+        found, info = read(dicom(samples, bits, photometric, **fields))
+        np.testing.assert_array_equal(found, PICTURE)
         assert (info.width, info.height, info.mode, info.depth) == (90, 60, photometric, bits)
 
 
-@pytest.mark.extra("pydicom")
-@pytest.mark.parametrize("signed", [0, 1])
-@pytest.mark.parametrize("bits", [8, 10, 12, 14])
-def test_dicom_that_states_16_bits_without_a_window_is_guessed(bits, signed):
-    samples = stored(bits, signed, "MONOCHROME2").astype("i2" if signed else "u2")
-    rescaled = {"RescaleSlope": 2, "RescaleIntercept": -100}
-    for fields in ({}, rescaled):
-        pixels, info = data.read_image(dicom(samples, 16, **fields), None)
-        np.testing.assert_array_equal(pixels, PICTURE)
-        assert info.depth == bits
-    inverse, _ = data.read_image(dicom(samples, 16, "MONOCHROME1"), None)
-    np.testing.assert_array_equal(inverse, 255 - PICTURE)
-    window = {"WindowCenter": 0 if signed else 2**15, "WindowWidth": 2**16}
-    pixels, info = data.read_image(dicom(samples, 16, **window), None)
-    assert np.ptp(pixels) <= 2 ** (bits - 8) and info.depth == 16  # a window is taken at its word
+@needs_pydicom
+@pytest.mark.parametrize("kind", ["u2", "i2"])
+@pytest.mark.parametrize("bits", [8, 12, 14])
+def test_dicom_that_states_16_bits_is_guessed_unless_it_has_a_window(bits, kind):
+    samples = stored(bits, kind == "i2").astype(kind)
+    samples[:10, :30] = np.iinfo(kind).max  # a burned-in marker
+    window = {"WindowCenter": 0 if kind == "i2" else 2**15, "WindowWidth": 2**16}
+    for fields, sign in (({}, 1), ({"RescaleSlope": 2, "RescaleIntercept": -100}, 1), ({"RescaleSlope": -1}, -1)):
+        found, info = read(dicom(samples, 16, **fields))
+        np.testing.assert_array_equal(found[10:], PICTURE[10:] if sign > 0 else 255 - PICTURE[10:])
+        assert info.depth == bits and (found[:10, :30] == (255 if sign > 0 else 0)).all()
+    found, info = read(dicom(samples, 16, **window))
+    assert np.ptp(found[10:]) <= 2 ** (bits - 8) and info.depth == 16  # a window is taken at its word
 
 
-@pytest.mark.extra("pydicom")
-def test_dicom_window_and_rescale():
-    """Against the definitions in the standard, PS3.3 C.11.1.1.2 and C.11.2.1.2.1."""
-    samples = stored(12, 0, "MONOCHROME2")
-    for slope, intercept, center, width in ((1, 0, 2000, 1000), (0.5, -300, 400.5, 333), (-1, 4095, 2500, 901)):
-        window = {"WindowCenter": center, "WindowWidth": width}
-        file = dicom(samples, 12, RescaleSlope=slope, RescaleIntercept=intercept, **window)
-        shares = (samples.astype(float) * slope + intercept - (center - 0.5)) / (width - 1) + 0.5
-        assert np.abs(data.read_image(file, None)[0] - 255 * shares.clip(0, 1)).max() <= 0.5 + 1e-6
-    turned, _ = data.read_image(dicom(samples, 12, RescaleSlope=-1, RescaleIntercept=0), None)
-    np.testing.assert_array_equal(turned, 255 - PICTURE)
+WINDOWS = {  # function: its definition in PS3.3 C.11.2.1.2 and C.11.2.1.3, and slope, intercept, center and width
+    "LINEAR": (
+        lambda x, center, width: (x - (center - 0.5)) / (width - 1) + 0.5,
+        [(1, 0, 2000, 1000), (-1, 4095, 2500, 901)],
+    ),
+    "": (lambda x, center, width: (x - (center - 0.5)) / (width - 1) + 0.5, [(0.5, -300, 400.5, 333)]),
+    "LINEAR_EXACT": (lambda x, center, width: (x - center) / width + 0.5, [(0.0001, 0, 0.2, 0.3), (1, 0, 900, 1500)]),
+    "SIGMOID": (lambda x, center, width: 1 / (1 + np.exp(-4 * (x - center) / width)), [(1, -1024, 900, 1500)]),
+}
 
 
-@pytest.mark.extra("pydicom")
+@needs_pydicom
+@pytest.mark.parametrize("function", WINDOWS)
+def test_dicom_windows_follow_their_definitions(function):
+    share, cases = WINDOWS[function]
+    for slope, intercept, center, width in cases:
+        fields = {"RescaleSlope": slope, "RescaleIntercept": intercept, "WindowCenter": center, "WindowWidth": width}
+        fields |= {"VOILUTFunction": function} if function else {}
+        found, _ = read(dicom(stored(12), 12, **fields))
+        expected = 255 * share(stored(12).astype(float) * slope + intercept, center, width).clip(0, 1)
+        assert np.abs(found - expected).max() <= 0.5 + 1e-6
+
+
+@needs_pydicom
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("first", [0, -100])
+@pytest.mark.parametrize("name", ["VOILUTSequence", "ModalityLUTSequence"])
+def test_dicom_lookup_tables_are_applied_and_their_depth_is_the_range(bits, first, name):
+    import pydicom
+
+    curve = (np.linspace(0, 1, 4096) ** 2 * (2**bits - 1) / 2).round().astype(int)  # up to half of the range
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "SS" if first < 0 else "US", [4096, first, bits])
+    item.add_new("LUTData", "US", curve.tolist())
+    lookup = {name: pydicom.Sequence([item])}
+    fields = {}
+    if name == "VOILUTSequence":  # it counts where there is a window too, and is applied after the slope
+        fields = {"RescaleSlope": 0.5, "RescaleIntercept": first, "WindowCenter": 1, "WindowWidth": 2}
+    samples = stored(12).astype(np.int16)
+    samples = samples * np.int16(2) if fields else samples + np.int16(first)
+    found, _ = read(dicom(samples, 16, **lookup, **fields))
+    assert np.abs(found - curve[stored(12)] * (255 / (2**bits - 1))).max() <= 0.5 + 1e-6
+
+
+PADDINGS = {  # type, stored bits, the padding's value, header fields
+    "signed": ("i2", 16, -32768, {"PixelPaddingValue": -32768}),
+    "signed, written as unsigned": ("i2", 16, -2000, {"PixelPaddingValue": 63536}),
+    "a range": ("u2", 16, 60001, {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 60002}),
+    "white in MONOCHROME1": ("u2", 16, 0, {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}),
+    "beside a window": ("u2", 12, 4095, {"PixelPaddingValue": 4095, "WindowCenter": 2048, "WindowWidth": 4096}),
+}
+
+
+@needs_pydicom
+@pytest.mark.parametrize("case", PADDINGS)
+def test_dicom_padding_is_black_and_a_dark_picture_beside_it_stays_dark(case):
+    kind, bits, value, fields = PADDINGS[case]
+    picture = (PICTURE.clip(1, 254) + 20) * 0.6 if bits == 16 else PICTURE.clip(1, 254) // 4
+    samples = stored(12, 0, fields.get("PhotometricInterpretation", ""), picture).astype(kind)
+    samples[:25] = value
+    found, _ = read(dicom(samples, bits, **fields))
+    assert not found[:25].any() and np.abs(found[25:] - picture[25:]).max() <= 0.6
+
+
+@needs_pydicom
 def test_dicom_of_many_frames_of_colour_and_compressed():
-    pydicom = pytest.importorskip("pydicom")
+    import pydicom
+
     frames = np.stack([PICTURE, 255 - PICTURE])
-    first, _ = data.read_image(dicom(PICTURE, 8, NumberOfFrames=2, PixelData=frames.tobytes()), None)
-    np.testing.assert_array_equal(first, PICTURE)
+    np.testing.assert_array_equal(read(dicom(PICTURE, 8, NumberOfFrames=2, PixelData=frames.tobytes()))[0], PICTURE)
     red = np.stack([PICTURE, 0 * PICTURE, 0 * PICTURE], axis=2)
-    pixels, info = data.read_image(dicom(red, 8, "RGB"), None)
-    np.testing.assert_array_equal(pixels, Image.fromarray(red).convert("L"))
-    assert info.colour == pytest.approx(PICTURE.mean(), abs=1)
+    np.testing.assert_array_equal(read(dicom(red, 8, "RGB"))[0], Image.fromarray(red).convert("L"))
     syntaxes = {"JPEGBaseline8Bit": ("JPEG", PICTURE, 8), "JPEG2000Lossless": ("JPEG2000", DEEP, 16)}
     for syntax, (kind, samples, bits) in syntaxes.items():
-        dataset = pydicom.dcmread(io.BytesIO(dicom(samples, bits).getvalue()))
+        dataset = pydicom.dcmread(io.BytesIO(dicom(samples, bits)))
         dataset.file_meta.TransferSyntaxUID = getattr(pydicom.uid, syntax)
         options = {"quality": 98} if kind == "JPEG" else {"no_jp2": True}
         dataset.PixelData = pydicom.encaps.encapsulate([encoded(kind, samples, **options)])
         dataset["PixelData"].VR = "OB"
-        file = io.BytesIO()
-        dataset.save_as(file)
+        dataset.save_as(file := io.BytesIO())
         assert np.abs(data.read_image(file, None)[0].astype(int) - PICTURE).max() <= 6
 
 
-@pytest.mark.extra("pydicom")
-def test_dicom_patients_are_hashed(tmp_path):
-    samples = stored(12, 0, "MONOCHROME2")
-    for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", "", None)):
-        content = dicom(samples, 12, PatientID=patient, PatientName="Miller^Ann").getvalue()
-        (touch(tmp_path, f"train/A/{i}.dcm") / f"train/A/{i}.dcm").write_bytes(content)
-    records = data.scan(tmp_path, "train")
-    patients = [r.patient for r in records]
-    assert patients[0] == patients[1] != patients[2] and "Miller" not in str(records)
+@needs_pydicom
+@pytest.mark.parametrize("name", ["x.dcm", "x.dicom", "x.IMA", "x", "1.2.840.7", "x.jpeg"])
+def test_dicom_is_known_by_its_content(tmp_path, name):
+    import pydicom
+
+    content = dicom(stored(12), 12, PatientID="Miller", ViewPosition="LL")
+    kinds = [content, content[132:]]  # as some programs export it: without the preamble
+    for is_implicit in (True, False):  # and without the group that says how the rest is written
+        buffer = pydicom.filebase.DicomBytesIO()
+        buffer.is_little_endian, buffer.is_implicit_VR = True, is_implicit
+        pydicom.filewriter.write_dataset(buffer, pydicom.dcmread(io.BytesIO(content)))
+        kinds.append(buffer.getvalue())
+    for kind in kinds:
+        (touch(tmp_path, f"train/A/{name}") / f"train/A/{name}").write_bytes(kind)
+        found, info = data.read_image(tmp_path / f"train/A/{name}", None)
+        np.testing.assert_array_equal(found, PICTURE)
+        (record,) = data.scan(tmp_path, "train")
+        assert record.known_patient and record.view == info.view == "LL"
+
+
+@needs_pydicom
+def test_the_patient_is_named_by_table_header_and_file_name_in_this_order(tmp_path):
+    """A header is hashed, so that nothing of it is written anywhere."""
+    (tmp_path / "train/A").mkdir(parents=True)
+    for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", "", None, "anonymous", "0")):
+        content = dicom(stored(12), 12, PatientID=patient, PatientName="Miller^Ann")
+        (tmp_path / f"train/A/IM-000{i}-0001.dcm").write_bytes(content)
+    patients = [r.patient for r in data.scan(tmp_path, "train")]
+    assert patients[0] == patients[1] != patients[2] and "Miller" not in str(data.scan(tmp_path, "train"))
     assert all(len(bytes.fromhex(patient)) == 8 for patient in patients[:3])
-    assert patients[3:] == ["train/A/3.dcm", "train/A/4.dcm"]
+    assert patients[3:] == ["IM-3", "IM-4", "IM-5", "IM-6"]
+    table(tmp_path, "file_name,patient\ntrain/A/IM-0000-0001.dcm,p\ntrain/A/IM-0001-0001.dcm,none\n")
+    assert [r.patient for r in data.scan(tmp_path, "train")] == ["p", *patients[1:]]
 
 
-@pytest.mark.extra("pydicom")
+UNREADABLE = {  # what the reason says, and the header fields
+    "PALETTE COLOR": {"PhotometricInterpretation": "PALETTE COLOR"},
+    "not finite": {"RescaleSlope": "nan"},
+    "Window Width": {"WindowCenter": 5, "WindowWidth": -3},
+    "VOI LUT Function": {"WindowCenter": 5, "WindowWidth": 30, "VOILUTFunction": "CUBIC"},
+    "up to bit 14": {"HighBit": 14},
+    "cannot be decoded": {"Rows": 9999},
+    "pixels are more than": {"Rows": 60_000, "Columns": 60_000},
+}
+
+
+@needs_pydicom
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
-def test_dicom_that_cannot_be_read(monkeypatch):
-    samples = stored(12, 0, "MONOCHROME2")
-    for fields in ({"PhotometricInterpretation": "PALETTE COLOR"}, {"RescaleSlope": "nan"}, {"Rows": 9999}):
-        with pytest.raises(data.ImageError):
-            data.read_image(dicom(samples, 12, **fields), None)
-    with pytest.raises(data.ImageError, match="pixels are more than"):
-        data.read_image(dicom(samples, 12, Rows=60_000, Columns=60_000), None)
-    report = dicom(samples, 12, PixelData=None).getvalue().replace(b"\xe0\x7f\x10\x00", b"\xe0\x7f\x11\x00")
-    with pytest.raises(data.ImageError, match="without an image"):
-        data.read_image(io.BytesIO(report), None)
-    file = dicom(samples, 12)
+@pytest.mark.parametrize("reason", UNREADABLE)
+def test_dicom_that_cannot_be_shown_right_is_refused_by_name(reason):
+    with pytest.raises(data.ImageError, match=reason):
+        read(dicom(stored(12), 12, **UNREADABLE[reason]))
+
+
+@needs_pydicom
+def test_dicom_without_an_image_or_without_pydicom_is_refused(monkeypatch):
+    content = dicom(stored(12), 12)
+    report = content.replace(b"\xe0\x7f\x10\x00", b"\xe0\x7f\x11\x00")
+    for damaged in (report, bytes(128) + b"DICM" + b"\1\n" * 99):
+        with pytest.raises(data.ImageError, match="without an image"):
+            read(damaged)
     monkeypatch.setitem(sys.modules, "pydicom", None)
     with pytest.raises(data.ImageError, match="pip install pydicom"):
-        data.read_image(file, None)
-
-
-# --- metadata.csv ---
-
-
-def table(root, text, folder=""):
-    (root / folder / "metadata.csv").write_bytes(text.encode() if isinstance(text, str) else text)
-    return root
-
-
-@pytest.mark.parametrize("name", ["pipe", "pipe.dcm", "pipe.png"])
-def test_a_named_pipe_is_not_waited_for(tmp_path, name):
-    root = tree(tmp_path / "d")
-    os.mkfifo(root / "train" / "NORMAL" / name)
-    assert len(data.load_images(root, data.scan(root, "train"), 16).failed) <= 1
-
-
-def test_a_table_tells_patients_subtypes_and_groups(tmp_path, capsys):
-    touch(
-        tmp_path, "train/NORMAL/a.png", "train/NORMAL/b.png", "train/PNEUMONIA/c.png", "train/PNEUMONIA/IM-0007-1.png"
-    )
-    rows = "file_name,patient,subtype,sex\ntrain/NORMAL/a.png,p1,,F\ntrain/NORMAL/b.png,p1,,F\n"
-    rows += "train/PNEUMONIA/c.png,p2,viral,M\ntrain/PNEUMONIA/gone.png,p3,viral,M\n"
-    records = data.scan(table(tmp_path, rows), "train")
-    assert [(r.patient, r.subtype, r.groups) for r in records] == [
-        ("p1", "", {"sex": "F"}),
-        ("p1", "", {"sex": "F"}),
-        ("IM-7", "", {}),
-        ("p2", "viral", {"sex": "M"}),
-    ]
-    warnings = capsys.readouterr().err.splitlines()
-    assert len(warnings) == 2
-    assert "file is not there: 1 (train/PNEUMONIA/gone.png)" in warnings[1]
-    assert "does not know these images of train: 1 (train/PNEUMONIA/IM-0007-1.png)" in warnings[0]
-
-
-WRITTEN = {  # the same table as other programs write it
-    "plain": "file_name,label,split,patient\nx/1.png,A,train,p\nx/2.png,B,train,q\nx/3.png,A,test,r\n",
-    "semicolons, CRLF": "file_name;label;split;patient\r\nx/1.png;A;train;p\r\nx/2.png;B;train;q\r\nx/3.png;A;test;r\r\n",
-    "byte order mark, quotes": '\ufefffile_name,"label",split,patient\n"x/1.png","A",train,p\nx/2.png,B,train,q\nx/3.png,A,test,r\n',
-    "backslashes, capitals, tabs": "file_name\tlabel\tsplit\tpatient\nx\\1.png\tA\tTrain\tp\nx\\2.png\tB\tTRAIN\tq\nx\\3.png\tA\tTest\tr\n",
-}
-
-
-@pytest.mark.parametrize("kind", WRITTEN)
-def test_a_table_with_labels_and_splits_needs_no_class_folders(tmp_path, kind):
-    root = table(touch(tmp_path, "x/1.png", "x/2.png", "x/3.png", "x/4.png"), WRITTEN[kind])
-    train, test = data.scan(root, "train"), data.scan(root, "test")
-    assert [(r.path, r.label, r.patient) for r in train] == [("x/1.png", "A", "p"), ("x/2.png", "B", "q")]
-    assert [(r.path, r.label, r.patient) for r in test] == [("x/3.png", "A", "r")]
-
-
-def test_a_table_in_the_splits_folder(tmp_path, capsys):
-    touch(tmp_path, "train/1.png", "train/2.png", "valid/3.png")
-    table(tmp_path, "file_name,label\n1.png,Überweisung\n2.png,\n", "train")
-    records = data.scan(table(tmp_path, "file_name,label\n3.png,B\n", "valid"), "train")
-    assert [(r.path, r.label) for r in records] == [("train/1.png", "Überweisung")]
-    assert "has rows of train without a label, left out: 1 (train/2.png)" in capsys.readouterr().err
-    assert [r.path for r in data.scan(tmp_path, "val")] == ["valid/3.png"]
-
-
-BAD_TABLES = {
-    "no column file_name; its columns are path, label": "path,label\nx,A\n",
-    "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
-    "has a column twice": "file_name,label,split,split\nx/1.png,A,train,test\n",
-    "../1.png is not within the folder": "file_name,label,split\n../1.png,A,train\n",
-    "the split of x/1.png is dev": "file_name,label,split\nx/1.png,A,dev\n",
-    "the split of x/1.png is not told": "file_name,label\nx/1.png,A\n",
-    "save it as CSV in UTF-8": b"file_name,label\nx\xff.png,A\n",
-    "has no column file_name": "",
-    "call the column patient instead of Patient_ID": "file_name,Patient_ID\nx/1.png,A\n",
-    "differ in case alone: NORMAL, normal": "file_name,label,split\nx/1.png,normal,train\nx/2.png,NORMAL,train\n",
-    "the row of x/1.png has more cells": "file_name,label,split\nx/1.png,A, upper lobe,train\n",
-    "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
-}
-
-
-def test_a_split_that_does_not_count_is_said(tmp_path, capsys):
-    touch(tmp_path, "train/A/1.png", "train/B/2.png")
-    rows = "file_name,patient,split,\ntrain/A/1.png,p,train,\ntrain/B/2.png,q,test,\n"
-    assert [r.patient for r in data.scan(table(tmp_path, rows), "train")] == ["p", "q"]  # an empty cell more is none
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "a column split but no column label" in line
-
-
-@pytest.mark.parametrize("message", BAD_TABLES)
-def test_a_table_that_can_not_be_used_is_an_error(tmp_path, message):
-    with pytest.raises(data.UserError, match=message):
-        data.scan(table(touch(tmp_path, "x/1.png", "x/2.png"), BAD_TABLES[message]), "train")
-
-
-def test_what_is_wrong_with_a_split_of_the_table_is_said(tmp_path):
-    touch(tmp_path, *(f"x/{i}.png" for i in range(4)))
-    rows = "file_name,label,split\nx/0.png,A,train\nx/1.png,B,train\nx/2.png,A,test\nx/3.png,a,test\n"
-    with pytest.raises(data.UserError, match="test differ in case alone: A, a"):
-        data.scan_all(table(tmp_path, rows))
-
-
-def test_a_patient_of_the_table_in_train_and_test_is_an_error(tmp_path):
-    touch(tmp_path, "train/A/1.png", "train/B/2.png", "test/A/3.png", "test/B/4.png")
-    names = ["train/A/1.png,p", "train/B/2.png,q", "test/A/3.png,p", "test/B/4.png,r"]
-    table(tmp_path, "\n".join(["file_name,patient", *names]))
-    with pytest.raises(data.UserError, match=r"1 patients are in both train and test .*\(p\)"):
-        data.find_training(tmp_path, 2, 0)
+        read(content)
 
 
 # --- cache ---
-
-
-def tree(root, count=6):
-    """Noise images, half of them in each class of train/."""
-    paths = [p.replace("jpeg", "bmp") for p in file_names("train", 1, count)]
-    return save(root, {p: random_pixels(i) for i, p in enumerate(paths)})
 
 
 def load(root, size=16):
     return data.load_images(root, data.scan(root, "train"), size)
 
 
-def expected(root, size=16):
+def decoded(root, size=16):
     return np.stack([data.read_image(root / r.path, size)[0] for r in data.scan(root, "train")])
 
 
-def fail_to_read(*_):
-    pytest.fail("decoded again")
-
-
-def test_second_call_decodes_nothing(tmp_path, monkeypatch):
+def test_a_second_call_decodes_nothing(tmp_path, monkeypatch):
     root = tree(tmp_path / "d")
     first = load(root)
-    np.testing.assert_array_equal(first.pixels, expected(root))
-    monkeypatch.setattr(data, "read_image", fail_to_read)
+    np.testing.assert_array_equal(first.images, decoded(root))
+    assert first.images.dtype == torch.uint8 and first.hashes.dtype == np.uint64 and first.hashes.shape == (6, 4)
+    assert first.digests == [data.sha256(root / r.path)[:16] for r in data.scan(root, "train")]
+    monkeypatch.setattr(data, "read_image", lambda *_: pytest.fail("decoded again"))
     again = load(root)
-    assert again.pixels.dtype == torch.uint8 and not again.failed
-    assert torch.equal(again.digests, first.digests) and torch.equal(again.pixels, first.pixels)
+    assert torch.equal(again.images, first.images) and (again.hashes == first.hashes).all()
+    assert again.digests == first.digests and again.failed == first.failed == {}
     monkeypatch.setattr(data, "READER_VERSION", data.READER_VERSION + 1)
     with pytest.raises(pytest.fail.Exception):
         load(root)
 
 
-def cut(length):
-    return lambda stored: stored[:length]
+DAMAGES = {
+    "empty": lambda stored: b"",
+    "end missing": lambda stored: stored[:-3],
+    "one bit": lambda stored: stored[:1000] + bytes([stored[1000] ^ 1]) + stored[1001:],
+    "a digest": lambda stored: stored.replace(b'"digest": "', b'"digest": "0', 1),
+}
 
 
-def zero_some_pixels(stored):
-    return stored[:300] + bytes(256) + stored[556:]
-
-
-def flip_one_bit(stored):
-    return stored[:1000] + bytes([stored[1000] ^ 1]) + stored[1001:]
-
-
-@pytest.mark.parametrize("damage", [cut(0), cut(900), cut(-3), zero_some_pixels, flip_one_bit])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_rebuilt(tmp_path, capsys, damage):
     root = tree(tmp_path / "d")
     first = load(root)
     (path,) = (root / ".cache").iterdir()
-    path.write_bytes(damage(path.read_bytes()))  # 6 x 256 bytes of pixels, and notes after them
+    content = DAMAGES[damage](path.read_bytes())
+    path.unlink()  # the old file stays mapped
+    path.write_bytes(content)
     leftover = root / ".cache" / f".{path.name}.1.tmp"  # of a build that was killed
     leftover.write_bytes(b"x")
     os.utime(leftover, (0, 0))
     again = load(root)
-    np.testing.assert_array_equal(again.pixels, expected(root))
-    assert torch.equal(again.digests, first.digests) and not again.failed
-    assert "damaged" in capsys.readouterr().err
+    assert torch.equal(again.images, first.images) and again.digests == first.digests
+    assert "damaged: decoding again" in capsys.readouterr().err
     assert list((root / ".cache").iterdir()) == [path]
 
 
-def repaint(root):
-    """Other pixels under the same name and in as many bytes: the time alone tells."""
+def repaint(root, shift=0):
+    """Other pixels under the same name and in as many bytes."""
     path = next((root / "train/NORMAL").iterdir())
     before = path.stat()
-    Image.fromarray(random_pixels(77)).save(path)
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    Image.fromarray(random_image(77)).save(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + shift))
     assert path.stat().st_size == before.st_size
 
 
 CHANGES = {
-    "touch": repaint,
-    "add": lambda root: save(root, {"train/NORMAL/IM-0900-0001.png": random_pixels(99)}),
-    "remove": lambda root: next((root / "train/NORMAL").iterdir()).unlink(),
+    "another time": lambda root: repaint(root, shift=1),
+    "size and time kept": repaint,
+    "one more": lambda root: save(root, {"train/NORMAL/IM-0900-0001.png": random_image(99)}),
+    "one less": lambda root: next((root / "train/NORMAL").iterdir()).unlink(),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_file_rebuilds(tmp_path, change):
+def test_a_changed_file_is_decoded_again(tmp_path, change):
     root = tree(tmp_path / "d")
     load(root), load(root, size=8)
     CHANGES[change](root)
-    np.testing.assert_array_equal(load(root).pixels, expected(root))
-    assert len(list((root / ".cache").glob("train-16-*"))) == 1  # the outdated file is gone, the other size stays
-    assert len(list((root / ".cache").glob("train-8-*"))) == 1
+    np.testing.assert_array_equal(load(root).images, decoded(root))
+    # The outdated file is gone, the other size stays.
+    assert sorted(path.name.split("-v")[0] for path in (root / ".cache").iterdir()) == ["train-16", "train-8"]
 
 
-def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    root, read, calls = tree(tmp_path / "d", 12), data.read_image, []
+def test_an_interrupted_build_leaves_nothing_and_what_failed_for_a_moment_is_read_again(tmp_path, monkeypatch):
+    root, read_image = tree(tmp_path / "d"), data.read_image
 
-    def interrupted(path, size):
-        calls.append(path)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return read(path, size)
+    def failing(error, path, size):
+        if "IM-1-" in str(path):
+            raise error
+        return read_image(path, size)
 
     with monkeypatch.context() as m:
-        m.setattr(data, "read_image", interrupted)
+        m.setattr(data, "read_image", functools.partial(failing, KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             load(root)
-    assert not [p for p in tmp_path.rglob("*") if "cache" in p.parts[-2] and p.is_file()]
-    np.testing.assert_array_equal(load(root).pixels, expected(root))
+        assert not list((root / ".cache").iterdir())
+        m.setattr(data, "read_image", functools.partial(failing, data.ImageError("a stale file handle")))
+        assert list(load(root).failed.values()) == ["a stale file handle"]
+    again = load(root)
+    assert not again.failed
+    np.testing.assert_array_equal(again.images, decoded(root))
 
 
-def test_two_processes_build_at_once(tmp_path, monkeypatch, capfd):
-    root, read, fork = tree(tmp_path / "d"), data.read_image, multiprocessing.get_context("fork")
-    want, gate, results = expected(root).tobytes(), fork.Barrier(2), fork.SimpleQueue()
-
-    def slow(*arguments):  # long enough to overlap
-        time.sleep(0.1)
-        return read(*arguments)
-
-    def build():
-        gate.wait(30)
-        results.put(load(root).pixels.numpy().tobytes())
-
-    monkeypatch.setattr(data, "read_image", slow)
-    processes = [fork.Process(target=build, daemon=True) for _ in range(2)]
-    for p in processes:
-        p.start()
-    for p in processes:
-        p.join(30)
-    assert [p.exitcode for p in processes] == [0, 0]
-    assert [results.get(), results.get()] == [want, want]
-    assert "WARNING" not in capfd.readouterr().err
-    assert [p.suffix for p in (root / ".cache").iterdir()] == [".bin"]
-
-
-def test_a_cache_folder_that_cannot_be_written(tmp_path, capsys):
-    root = touch(tree(tmp_path / "d"), ".cache")  # a file where the folder should be: holds for root as well
-    np.testing.assert_array_equal(load(root).pixels, expected(root))
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"no image cache in {root}/.cache" in line and line.endswith("trying the user's cache folder")
-    assert len(list(tmp_path.glob("user-cache/pneumonia/*/*.bin"))) == 1
+def test_a_cache_that_cannot_be_beside_the_data_goes_to_the_users_folder(tmp_path, monkeypatch, capsys):
+    root = touch(tree(tmp_path / "d"), ".cache")  # a file where the folder should be: stops root as well
+    np.testing.assert_array_equal(load(root).images, decoded(root))
+    assert f"no image cache in {root}/.cache" in capsys.readouterr().err
     load(root)
     assert not capsys.readouterr().err  # the second start takes it from there
-
-
-def test_no_place_for_the_cache_is_an_error_that_says_what_to_set(tmp_path):
-    root = touch(tree(tmp_path / "d"), ".cache", "../user-cache")
-    with pytest.raises(data.UserError, match="no image cache in .*user-cache.*directory.*; set XDG_CACHE_HOME to"):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / ".cache"))
+    with pytest.raises(data.UserError, match="set XDG_CACHE_HOME"):
         load(root)
 
 
-def test_unreadable_files_are_reported_by_both_calls(tmp_path, capsys):
+def test_what_cannot_be_used_is_reported_by_both_calls_and_is_not_a_copy(tmp_path, capsys):
     root = tree(tmp_path / "d")
     bad = [f"train/NORMAL/IM-8{i:02}-0001.jpeg" for i in range(12)]
-    for path in bad:
-        (root / path).write_bytes(b"")
+    mask = "train/PNEUMONIA/person1_virus_9.png"
+    save(touch(root, *bad), {mask: np.eye(20, dtype=np.uint8)})
     records = data.scan(root, "train")
     first, second = load(root), load(root)
-    assert first.failed == second.failed == {i: "the file is empty" for i, r in enumerate(records) if r.path in bad}
-    assert not second.pixels[list(second.failed)].any() and second.pixels[-1].any()
+    reasons = dict.fromkeys(bad, "not an image of a known format")
+    reasons[mask] = "a mask or drawing: at most three grey levels"
+    assert first.failed == second.failed == {i: reasons[r.path] for i, r in enumerate(records) if r.path in reasons}
+    assert len(set(data.copy_groups(first.hashes).tolist())) == len(records)
     capsys.readouterr()
-    assert data.report_left_out(records, first.failed) == [{"path": p, "reason": "the file is empty"} for p in bad]
+    assert data.report_left_out(records, first.failed) == [{"path": p, "reason": r} for p, r in reasons.items()]
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 11 and bad[0] in lines[0] and "2 more" in lines[-1]
+    assert len(lines) == 11 and bad[0] in lines[0] and "3 more files" in lines[-1]
 
 
 def test_mixed_depths_are_said_at_each_start(tmp_path, capsys):
     root = tree(tmp_path / "d")
-    save(root, {"train/NORMAL/IM-901-1.png": random_pixels(1)})
     load(root)
     assert not capsys.readouterr().err
-    save(root, {f"train/NORMAL/IM-90{i}-1.png": deepened(12, random_pixels(i)) for i in (2, 3)})
-    (root / "train/NORMAL/IM-904-1.png").write_bytes(b"broken")
+    save(touch(root, "train/NORMAL/IM-904-1.png"), {"train/NORMAL/IM-902-1.png": deepened(12, random_image(2))})
     for _ in range(2):
         load(root)
         (line,) = capsys.readouterr().err.splitlines()
-        assert "images of 8 bits (7) and of 12 bits (2) are mixed" in line
+        assert "images of 8 bits (6) and of 12 bits (1) are mixed" in line
 
 
-def test_a_file_that_was_unreadable_for_a_moment_is_read_again(tmp_path, monkeypatch):
-    root, read = tree(tmp_path / "d"), data.read_image
-
-    def for_a_moment(path, size):
-        if "IM-1-" in str(path):
-            raise data.ImageError("a stale file handle")
-        return read(path, size)
-
-    with monkeypatch.context() as m:
-        m.setattr(data, "read_image", for_a_moment)
-        assert list(load(root).failed.values()) == ["a stale file handle"]
-    again = load(root)
-    assert not again.failed
-    np.testing.assert_array_equal(again.pixels, expected(root))
-
-
-def test_digests_and_fingerprint_tell_equal_pixels(tmp_path):
-    root = save(tmp_path / "d", {f"train/{c}/{n}": random_pixels(0) for c in "AB" for n in ("a.png", "b.tiff")})
-    save(root, {"train/B/c.png": random_pixels(1)})
+def test_the_fingerprint_is_of_files_paths_labels_and_splits(tmp_path):
+    root = tree(tmp_path / "d")
     shutil.copytree(root, tmp_path / "copy")
-    digests = load(root).digests
-    assert len(set(digests[:4].tolist())) == 1 and digests[4] != digests[0]
-    records = data.scan(root, "train")
-    before = data.fingerprint(records, digests)
-    assert data.fingerprint(data.scan(tmp_path / "copy", "train"), load(tmp_path / "copy").digests) == before
-    save(root, {"train/B/c.png": random_pixels(2)})
-    assert data.fingerprint(records, load(root).digests) != before
+    before = data.fingerprint(data.scan(root, "train"), load(root).digests)
+    assert data.fingerprint(data.scan(tmp_path / "copy", "train"), load(tmp_path / "copy", 8).digests) == before
+    for name in ("path", "label", "split"):
+        changed = data.scan(root, "train")
+        setattr(changed[0], name, "x")
+        assert data.fingerprint(changed, load(root).digests) != before
+    repaint(root)
+    assert data.fingerprint(data.scan(root, "train"), load(root).digests) != before
 
 
-# --- augment ---
+# --- change ---
 
-SMOOTH = Image.fromarray(random_pixels(3, 8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
+SMOOTH = Image.fromarray(random_image(3, 8, 8)).resize((64, 64), Image.Resampling.BICUBIC)
 X, BILINEAR = torch.from_numpy(np.asarray(SMOOTH).copy())[None, None] / 255, InterpolationMode.BILINEAR
-INSIDE = (..., slice(12, 52), slice(12, 52))
-OPERATIONS = {  # with the random numbers at 0.75, so each parameter half-way to its largest value
-    "flip": (data.flip, 1.0, lambda: TF.horizontal_flip(X), ...),
-    "no flip": (data.flip, 0.5, lambda: X, ...),  # 0.75 is not below 0.5
-    "brightness": (data.brightness, 0.8, lambda: TF.adjust_brightness(X, 1.4), ...),
-    "contrast": (data.contrast, 0.8, lambda: TF.adjust_contrast(X, 1.4), ...),
-    "gamma": (data.gamma, 2 * np.log(1.7), lambda: TF.adjust_gamma(X, 1.7), ...),
-    # Area 1 - 0.75 (1 - scale) = 0.75 squared, moved by half of the room: 48 pixels from 12 on.
-    "crop": (
-        data.random_resized_crop,
-        data.Crop(64, 1 - 0.4375 / 0.75),
-        lambda: TF.resized_crop(X, 12, 12, 48, 48, [64, 64], BILINEAR, False),
+INSIDE, ALL = (..., slice(12, 52), slice(12, 52)), ...
+
+
+def resized(x, *sides, antialias=False):
+    for side in sides:
+        x = TF.resize(x, [side, side], BILINEAR, antialias=antialias and side < x.shape[-1])
+    return x
+
+
+OPERATIONS = {  # operation, parameters, the same by torchvision, where it is compared
+    "brightness": (data.brightness, {"factor": 1.4}, lambda x: TF.adjust_brightness(x, 1.4), ALL),
+    "contrast": (data.contrast, {"factor": 1.4}, lambda x: TF.adjust_contrast(x, 1.4), ALL),
+    "gamma": (data.gamma, {"exponent": 1.7}, lambda x: TF.adjust_gamma(x, 1.7), ALL),
+    "lower resolution": (data.lower_resolution, {"factor": 0.5}, lambda x: resized(x, 32, 64, antialias=True), ALL),
+    "smaller": (data.resample, {"size": 32, "width": 1.0, "height": 1.0}, lambda x: resized(x, 32), ALL),
+    "window": (  # 48 x 32 pixels from (row 12, column 12) on
+        data.resample,
+        {"size": 64, "width": 0.75, "height": 0.5, "right": 4 / 64, "down": -4 / 64},
+        lambda x: TF.resized_crop(x, 12, 12, 32, 48, [64, 64], BILINEAR, False),
+        INSIDE,
+    ),
+    "turn to the left": (
+        data.resample,
+        {"size": 64, "width": 1.0, "height": 1.0, "turn": 20.0},
+        lambda x: TF.rotate(x, 20, BILINEAR),
         INSIDE,
     ),
 }
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_single_operations_equal_torchvision(name):
-    operation, strength, reference, where = OPERATIONS[name]
-    u = torch.full((1, data.NUMBERS), 0.75)
-    u[:, 1] = 0.5  # the crop is a square
-    changed = operation(X.clone(), u, strength)
-    torch.testing.assert_close(changed[where], reference()[where], atol=1e-4, rtol=0)
+def test_operations_equal_torchvision_by_numbers_and_by_tensors(name):
+    operation, parameters, reference, where = OPERATIONS[name]
+    changed = operation(X.clone(), **parameters)
+    torch.testing.assert_close(changed[where], reference(X)[where], atol=1e-4, rtol=0)
+    each = {k: torch.tensor([v, v]) if isinstance(v, float) else v for k, v in parameters.items()}
+    torch.testing.assert_close(operation(torch.cat([X, X.flip(3)]), **each)[:1], changed, atol=1e-6, rtol=0)
+
+
+def test_outside_of_the_image_its_edge_is_repeated():
+    x = torch.zeros(1, 1, 40, 40)
+    x[..., -1] = 1
+    wider = data.resample(x, 40, 2.0, 2.0)
+    assert (wider[..., 30:] == 1).all() and not wider[..., :29].any()
+
+
+def test_flip_and_resolution_follow_each_images_own_parameter():
+    x = torch.rand(3, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    flipped = data.flip(x.clone(), torch.tensor([True, False, True]))
+    assert torch.equal(flipped, torch.stack([x[0].flip(2), x[1], x[2].flip(2)]))
+    lower = data.lower_resolution(x.clone(), torch.tensor([1.0, 0.5, 0.25]))
+    assert torch.equal(lower[0], x[0])
+    for i, factor in ((1, 0.5), (2, 0.25)):
+        torch.testing.assert_close(lower[i : i + 1], data.lower_resolution(x[i : i + 1].clone(), factor))
 
 
 def test_noise_has_the_standard_deviation_that_it_says():
-    x, u = torch.full((4, 1, 96, 96), 0.5), torch.tensor([[0.2], [0.75], [0.999], [0.75]]).expand(4, 4).clone()
-    u[3, 1] = 0.1
-    change = data.noise(x.clone(), u, 0.04) - x
-    assert torch.equal(change[0], torch.zeros(1, 96, 96))  # half of the images are left alone
+    x, start = torch.full((4, 1, 96, 96), 0.5), torch.tensor([500_000, 1000, 2000, 999_999])
+    change = data.noise(x.clone(), torch.tensor([0, 0.02, 0.04, 0.02]), start) - x
+    assert torch.equal(change[0], torch.zeros(1, 96, 96))
     for i, sd in ((1, 0.02), (2, 0.04), (3, 0.02)):
         assert change[i].mean().abs() < 0.001 and change[i].std() == pytest.approx(sd, rel=0.05)
     assert abs(np.corrcoef(change[1].flatten(), change[3].flatten())[0, 1]) < 0.05  # another place in the normals
+    torch.testing.assert_close(data.noise(x.clone(), 0.02, start)[1], x[1] + change[1])
 
 
-def test_the_border_comes_from_the_image_before():
+def test_the_border_comes_from_the_image_before_or_from_others():
     x = torch.stack([torch.full((1, 100, 100), v) for v in (0.1, 0.5, 0.9)])
-    u = torch.tensor([[0.1, 0.0, 0, 0], [0.1, 0.999, 0, 0], [0.8, 0.5, 0, 0]])
-    out = data.exchange_border(x.clone(), u, 0.7)
+    changed = data.exchange_border(x.clone(), torch.tensor([0.04, 0.18, 0]))
     for i, (width, border) in enumerate(((4, 0.9), (18, 0.1), (0, None))):
-        inside = out[i, 0, width : 100 - width, width : 100 - width]
+        inside = changed[i, 0, width : 100 - width, width : 100 - width]
         assert inside.unique().tolist() == x[i].unique().tolist()
-        assert width == 0 or out[i, 0, width - 1, 50] == out[i, 0, 50, -width] == pytest.approx(border)
+        assert width == 0 or changed[i, 0, width - 1, 50] == changed[i, 0, 50, -width] == pytest.approx(border)
+    others = data.exchange_border(x.clone(), 0.1, torch.zeros_like(x))
+    assert not others[:, :, :10].any() and torch.equal(others[..., 10:90, 10:90], x[..., 10:90, 10:90])
 
 
-BATCH = torch.from_numpy(np.stack([random_pixels(i, 40, 40) for i in range(12)]))
+BATCH = torch.from_numpy(np.stack([random_image(i, 40, 40) for i in range(12)]))
 
 
-def apply(name, images=BATCH, seed=0, epoch=0, size=32):
-    operations = data.preset(name, size)
-    return data.augment(images, operations, data.draw(operations, len(images), seed, epoch))
+def apply(operations, images=BATCH, seed=0):
+    return data.augment(images, operations, data.draw_numbers(operations, len(images), seed, 0))
 
 
-def test_no_augmentation_is_identity():
-    before = BATCH.clone()
-    assert torch.equal(apply("none"), BATCH[:, None].float() / 255) and torch.equal(BATCH, before)
+DRAWN = {  # what each operation of robust draws: parameter, lowest, median and largest
+    "exchange_border": {"width": (0, 0.08, 0.18)},
+    "resample": {
+        "width": (0.26, 0.74, 1),
+        "height": (0.26, 0.74, 1),
+        "right": (-0.37, 0, 0.37),
+        "down": (-0.37, 0, 0.37),
+    },
+    "flip": {"chosen": (0, 0.5, 1)},
+    "brightness": {"factor": (0.7, 1, 1.3)},
+    "contrast": {"factor": (0.7, 1, 1.3)},
+    "gamma": {"exponent": (0.67, 1, 1.49)},
+    "noise": {"sd": (0, 0, 0.05), "start": (0, 2**19, 2**20)},
+}
 
 
-@pytest.mark.parametrize("name", data.PRESETS[1:])
-def test_presets(name):
-    operations = data.preset(name, 32)
-    out = apply(name)
-    assert out.shape == (12, 1, 32, 32) and out.dtype == torch.float32
+def test_robust_draws_the_parameters_that_it_says_and_medium_the_same_without_border_and_noise():
+    operations = data.preset("robust", 32)
+    assert [operation.__name__ for operation, _ in operations] == list(DRAWN)
+    names = [operation.__name__ for operation, _ in data.preset("medium", 32)]
+    assert names == [name for name in DRAWN if name not in ("exchange_border", "noise")]
+    for (operation, draw), u in zip(operations, data.draw_numbers(operations, 20_000, 0, 0)):
+        parameters = draw(u)
+        for name, (low, middle, high) in DRAWN[operation.__name__].items():
+            drawn = parameters[name].double()
+            centre = drawn.mean() if name == "chosen" else drawn.median()
+            found = [value.item() for value in (drawn.min(), centre, drawn.max())]
+            assert found == pytest.approx([low, middle, high], abs=0.03 * (high - low)), (operation, name)
+        if operation is data.resample:
+            area, aspect = (parameters["width"] * parameters["height"]), parameters["width"] / parameters["height"]
+            assert 0.079 < area.min() < 0.1 and 0.74 < aspect.min() < 0.76 and 1.31 < aspect.max() < 1.34
+            assert (parameters["right"].abs() <= (1 - parameters["width"]) / 2 + 1e-6).all()  # within the image
+
+
+@pytest.mark.parametrize("name", data.PRESETS)
+def test_presets_keep_shape_and_range_and_each_operation_changes_something(name):
+    operations, before = data.preset(name, 32 if name != "none" else 40), BATCH.clone()
+    numbers = data.draw_numbers(operations, 12, 0, 0)
+    whole = data.augment(BATCH, operations, numbers)
+    assert whole.shape == (12, 1, *[32 if operations else 40] * 2) and torch.equal(BATCH, before)
+    assert operations or torch.equal(whole, BATCH[:, None].float() / 255)
     for number in (0.0, 0.99999):
-        numbers = [torch.full((12, data.NUMBERS), number) for _ in operations]
-        extreme = data.augment(BATCH, operations, numbers)
+        extreme = data.augment(BATCH, operations, [torch.full((12, data.NUMBERS), number) for _ in operations])
         assert extreme.min() >= 0 and extreme.max() <= 1 and not extreme.isnan().any()
-    twins = apply(name, BATCH[:1].expand(12, -1, -1))
-    assert len({t.numpy().tobytes() for t in twins}) == 12  # each has its own random numbers
-    # What an image becomes depends on its own numbers: not on its place, its batch mates or their number.
-    alone = [(f, s) for f, s in operations if f is not data.exchange_border]
-    numbers = data.draw(alone, 12, 0, 0)
-    whole = data.augment(BATCH, alone, numbers)
+    for i, (operation, _) in enumerate(operations):
+        without = data.augment(BATCH, operations[:i] + operations[i + 1 :], numbers[:i] + numbers[i + 1 :])
+        assert without.shape != whole.shape or (without - whole).abs().mean() > 0.003, operation
+
+
+def test_what_an_image_becomes_depends_on_its_own_numbers_alone():
+    twins = apply(data.preset("robust", 32), BATCH[:1].expand(12, -1, -1))
+    assert len({twin.numpy().tobytes() for twin in twins}) == 12  # each has its own random numbers
+    alone = [line for line in data.preset("robust", 32) if line[0] is not data.exchange_border]
+    numbers = data.draw_numbers(alone, 12, 0, 0)
     parts = [data.augment(BATCH[i : i + 1], alone, [u[i : i + 1] for u in numbers]) for i in range(12)]
-    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.cat(parts), data.augment(BATCH, alone, numbers), atol=1e-6, rtol=0)
 
 
-def darken(x, u, strength):
+def darken(x, share):
     """An operation as a user adds one."""
-    return x * (1 - strength * data.column(u[:, 0]))
+    return x * (1 - data.column(share))
 
 
 def test_another_operation_changes_no_others_numbers():
+    line = (darken, lambda u: {"share": 0.2 * u[:, 0]})
     before = data.preset("medium", 32)
-    after = [(darken, 0.2), *before[:2], (darken, 0.1), *before[2:]]
-    numbers = dict(zip(["a", *"01", "b", *"2345"], data.draw(after, 12, 3, 7)))
-    for i, u in enumerate(data.draw(before, 12, 3, 7)):
-        assert torch.equal(u, numbers[str(i)])
-    assert not torch.equal(numbers["a"], numbers["0"])
-    darker = data.augment(BATCH, [(darken, 0.2)], [numbers["a"]])
-    torch.testing.assert_close(darker, BATCH[:, None] / 255 * (1 - 0.2 * numbers["a"][:, 0].view(-1, 1, 1, 1)))
+    numbers = data.draw_numbers([line, *before[:2], line, *before[2:]], 12, 3, 7)
+    assert all(map(torch.equal, data.draw_numbers(before, 12, 3, 7), numbers[1:3] + numbers[4:]))
+    assert not torch.equal(numbers[0], numbers[1])
+    darker = data.augment(BATCH, [line], [numbers[0]])
+    torch.testing.assert_close(darker, BATCH[:, None] / 255 * (1 - 0.2 * numbers[0][:, 0].view(-1, 1, 1, 1)))
 
 
-@pytest.mark.parametrize(("margin", "width"), [(0, 0), (0.1, 3), (0.4, 13)])
-def test_a_margin_is_filled_with_the_mean_of_its_image(margin, width):
-    images = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    hidden = data.hide_margin(images, margin)
-    inside = slice(width, 32 - width)
-    assert torch.equal(hidden[:, inside, inside], images[:, inside, inside]) and hidden.dtype == torch.uint8
-    for image, expected in zip(hidden, images.float().mean((1, 2)).round()):
-        outside = image[data.border_ring(32, width)]
-        assert len(outside) == 32**2 - (32 - 2 * width) ** 2 and (outside == expected).all()
-
-
-def test_random_numbers_are_a_function_of_seed_and_epoch():
+def test_random_numbers_are_a_function_of_seed_and_epoch_and_never_change():
     def both(seed, epoch):
-        return *data.draw(data.preset("robust", 32), 50, seed, epoch), data.shuffle(50, seed, epoch)
+        return *data.draw_numbers(data.preset("robust", 32), 50, seed, epoch), data.shuffle(50, seed, epoch)
 
-    first = both(3, 4)
+    first, state = both(3, 4), torch.get_rng_state()
     torch.manual_seed(99)  # the global generator must play no part
-    state = torch.get_rng_state()
     assert all(map(torch.equal, first, both(3, 4)))
-    assert torch.equal(torch.get_rng_state(), state)
     for other in ((3, 5), (4, 4), (4, 3)):
         assert not any(map(torch.equal, first, both(*other)))
+    torch.set_rng_state(state)
     assert 0 <= first[0].min() and first[0].max() < 1
     assert sorted(first[-1].tolist()) == list(range(50)) != first[-1].tolist()
+    # Else earlier runs could not be compared with new ones.
+    torch.testing.assert_close(both(5, 2)[1][0, 0].item(), 0.876353, atol=1e-4, rtol=0)
 
 
-# --- stress and shortcuts ---
+def test_the_model_sees_normalised_levels():
+    preprocessing = {"input_size": 40, "mean": 0.4, "std": 0.2, "more": "keys of a checkpoint"}
+    torch.testing.assert_close(data.to_input(BATCH, preprocessing), (BATCH[:, None].float() / 255 - 0.4) / 0.2)
 
 
-def test_stress():
+LEVELS = {  # of the halves of a picture of 100 and 200, far from the edge between them
+    "brightness x 0.65": (65, 130),
+    "brightness x 1.4": (140, 255),
+    "contrast x 0.65": (118, 182),  # 150 -+ 32.5
+    "contrast x 1.4": (80, 220),
+    "gamma 0.7": (132, 215),  # 255 (100 / 255) ^ 0.7 = 132.4
+    "gamma 1.4": (69, 181),
+    **dict.fromkeys(("blur", "half resolution", "crop of 85 %", "JPEG quality 30"), (100, 200)),
+}
+EDGES = {  # the column where the brighter half begins, in the first and in the last row, and the number of black rows
+    "zoomed out to 115 %": (80, 80, 35),
+    "shifted by 7 %": (91, 91, 19),
+    "turned by 7 degrees": (70, 90, 16),
+    "turned by -7 degrees": (90, 70, 16),
+    "stretched by 15 %": (80, 80, 16),
+    "crop of 85 %": (80, 80, 0),
+}
+
+
+def test_stress_changes_what_it_says():
     images = torch.full((2, 160, 160), 100, dtype=torch.uint8)
     images[:, :, 80:] = 200
     images[1, :8] = images[1, -8:] = 0  # rows that the central 85 % leave out
-    partners = torch.full((2, 160, 160), 7, dtype=torch.uint8)
     before = images.clone()
-    copies = dict(data.stress(images, partners, ["a.png", "b.png"]))
-    assert len(copies) == 12 and torch.equal(images, before)
+    copies = dict(data.stress(images, torch.full_like(images, 7), ["a.png", "b.png"]))
+    assert len(copies) == 18 and torch.equal(images, before)
     assert all(c.shape == images.shape and c.dtype == torch.uint8 for c in copies.values())
     assert all(not torch.equal(c, images) for c in copies.values())
-    by_hand = {
-        "brightness x 0.65": (65, 130),
-        "brightness x 1.4": (140, 255),
-        "contrast x 1.4": (80, 220),  # 150 -+ 70
-        "gamma 0.7": (132, 215),  # 255 (100 / 255) ^ 0.7 = 132.4
-        "gamma 1.4": (69, 181),
-        "blur": (100, 200),  # far from the edge
-        "crop of 85 %": (100, 200),
-    }
-    for name, values in by_hand.items():
-        assert (copies[name][0, 80, 8].item(), copies[name][0, 80, -9].item()) == values, name
-    assert copies["crop of 85 %"][1].min() == 100
+    for name, levels in LEVELS.items():
+        assert (copies[name][0, 80, 8].item(), copies[name][0, 80, -9].item()) == pytest.approx(levels, abs=1), name
+    for name, (first, last, n_black) in EDGES.items():
+        is_bright = (copies[name][0] > 150).byte()
+        n = (copies[name][1, :, 80] < 50).sum().item()
+        assert (is_bright[0].argmax().item(), is_bright[-1].argmax().item(), n) == pytest.approx(
+            (first, last, n_black), abs=1
+        )
     assert copies["blur"][0, 80].unique().numel() > 2  # the edge is no longer sharp
     for sd in (0.02, 0.05):
         change = copies[f"noise {sd}"].float() - images.float()
@@ -1191,10 +1325,10 @@ def test_stress():
     exchanged = copies["border exchanged"][0]
     assert torch.equal(exchanged[16:-16, 16:-16], images[0, 16:-16, 16:-16])
     assert exchanged[:16].unique().tolist() == exchanged[:, -16:].unique().tolist() == [7]
-    # The noise of an image is its own, whatever stands beside it; without partners there is no exchange.
+    # The noise of an image is its own, whatever lies beside it; without partners there is no exchange.
     alone = dict(data.stress(images[1:], None, ["b.png"]))
-    assert len(alone) == 11 and torch.equal(alone["noise 0.05"][0], copies["noise 0.05"][1])
-    assert not torch.equal(copies["noise 0.05"][0, 5], copies["noise 0.05"][1, 5])
+    assert len(alone) == 17 and torch.equal(alone["noise 0.05"][0], copies["noise 0.05"][1])
+    assert not torch.equal(copies["noise 0.05"][0, 80], copies["noise 0.05"][1, 80])
 
 
 def test_partners_are_of_another_class_and_a_function_of_the_path():
@@ -1202,6 +1336,63 @@ def test_partners_are_of_another_class_and_a_function_of_the_path():
     partners = data.draw_partners(records)
     assert all(records[j].label != r.label for r, j in zip(records, partners.tolist()))
     assert len(partners.unique()) > 30 and torch.equal(partners, data.draw_partners(records))
+    assert data.draw_partners(records_of("p", "q")) is None
+
+
+# --- copies and shortcuts ---
+
+
+def texture(seed):
+    """Something smooth, as a radiograph is."""
+    return np.asarray(Image.fromarray(random_image(seed, 12, 12)).resize((240, 240), Image.Resampling.BICUBIC))
+
+
+def differing(a, b):
+    return np.bitwise_count(data.difference_hash(a) ^ data.difference_hash(b)).sum()
+
+
+def test_the_hash_survives_what_copying_does_and_differs_between_images():
+    images = [texture(seed) for seed in range(20)]
+    for image in images:
+        copies = [Image.fromarray(image).resize(size, Image.Resampling.BICUBIC) for size in ((120, 120), (300, 200))]
+        for copy in (
+            *map(np.asarray, copies),
+            read(encoded("JPEG", image, quality=30))[0],
+            (image * 0.8).astype(np.uint8),
+        ):
+            assert differing(image, copy) <= data.SAME
+        assert differing(image, image[:, ::-1]) > 60 and differing(image, image[::-1]) > 60
+    assert min(differing(a, b) for a, b in itertools.combinations(images, 2)) > 60
+
+
+def flip_bits(hashes, row, bits):
+    """One of the hashes with so many of its bits changed."""
+    changed = np.unpackbits(hashes[row].view(np.uint8))
+    changed[np.random.default_rng(row).permutation(256)[:bits]] ^= 1
+    return np.packbits(changed).view(np.uint64)
+
+
+def test_copies_are_found_up_to_the_limit_across_blocks_and_through_others():
+    hashes = np.random.default_rng(0).integers(0, 2**64, (9000, 4), dtype=np.uint64)
+    hashes[8999] = flip_bits(hashes, 3, data.SAME)  # a copy
+    hashes[8998] = flip_bits(hashes, 4, data.SAME + 1)  # none
+    hashes[8997] = ~hashes[5]  # all bits differ
+    hashes[5000] = hashes[71] = hashes[70]
+    hashes[7000] = flip_bits(hashes, 8999, data.SAME)  # a copy of a copy
+    groups = data.copy_groups(hashes)
+    assert groups[3] == groups[8999] == groups[7000] and groups[70] == groups[71] == groups[5000]
+    assert len(np.unique(groups)) == 9000 - 4 and len(data.copy_groups(hashes[:0])) == 0
+
+
+def test_what_was_seen_before_is_found_by_image_and_by_patient():
+    hashes = np.random.default_rng(0).integers(0, 2**64, (5, 4), dtype=np.uint64)
+    old = np.stack([flip_bits(hashes, 1, 5), hashes[3]])
+    seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
+    records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
+    is_copy, patients = data.seen_before(records, hashes, seen)
+    assert is_copy.tolist() == [False, True, False, True, False] and patients == {"p"}
+    nothing = {"patients": [], "hashes": torch.empty(0, 4, dtype=torch.int64)}
+    assert not data.seen_before(records, hashes, nothing)[0].any()
 
 
 def test_border_features_see_no_lung():
@@ -1212,7 +1403,7 @@ def test_border_features_see_no_lung():
     assert data.border_features(images).sum() == 32
 
 
-# --- the demo set and the check ---
+# --- the demo set ---
 
 
 @pytest.fixture(scope="module")
@@ -1226,63 +1417,46 @@ def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# --- the demo set ---
-
-
-def test_demo_is_a_function_of_the_seed(tmp_path):
+def test_the_demo_set_is_a_function_of_the_seed_and_overwrites_nothing(tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         data.draw_demo(tmp_path / name, images=40, seed=seed)
     a, b, c = (contents(tmp_path / name) for name in "abc")
     assert a == b and a.keys() == c.keys() and all(a[name] != c[name] for name in a)
+    for folder in (tmp_path / "a", touch(tmp_path, "file") / "file"):
+        with pytest.raises(data.UserError, match="not an empty folder"):
+            data.draw_demo(folder, images=40, seed=1)
+    assert contents(tmp_path / "a") == a
 
 
-def test_demo_overwrites_nothing(tmp_path):
-    (tmp_path / "demo").mkdir()
-    (tmp_path / "demo" / "mine.txt").touch()
-    with pytest.raises(data.UserError, match="not empty"):
-        data.draw_demo(tmp_path / "demo", images=40)
-    assert list(contents(tmp_path)) == ["demo/mine.txt"]
-
-
-def test_two_processes_draw_the_demo_set_at_once(tmp_path, monkeypatch):
+def test_two_processes_may_draw_the_demo_set_at_once(tmp_path, monkeypatch):
     rename = os.rename
-
-    def second(new, folder):
-        shutil.copytree(new, folder)  # the other process was first
-        rename(new, folder)
-
-    monkeypatch.setattr(os, "rename", second)
-    data.draw_demo(tmp_path / "demo", images=40)
+    monkeypatch.setattr(os, "rename", lambda new, folder: (shutil.copytree(new, folder), rename(new, folder)))
+    data.draw_demo(tmp_path / "demo", images=40)  # the other process was first
     assert data.is_demo(tmp_path / "demo") and [p.name for p in tmp_path.iterdir()] == ["demo"]
 
 
-def test_demo_is_sound(demo):
-    records = data.scan_all(demo)
-    assert len(records) == 120 and data.is_demo(demo)
-    assert all(r.known_patient for r in records) and not data.shared_patients(records)
+def test_the_demo_set_is_drawn_where_data_are_missing_and_announced(tmp_path, monkeypatch, capsys):
+    draw_demo = data.draw_demo
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "draw_demo", lambda root: draw_demo(root, images=40))
+    data.prepare_demo(tmp_path)
+    assert not list(tmp_path.iterdir()) and not capsys.readouterr().err
+    data.prepare_demo(data.find_root(None))
+    assert len(data.scan(data.DEMO_ROOT)) == 40 and "DEMO DATA" in capsys.readouterr().err
+
+
+def test_the_demo_set_is_sound_and_a_histogram_does_not_show_its_class(large_demo):
+    records = data.scan(large_demo)
+    assert len(records) == 1000 and all(r.known_patient for r in records) and not data.shared_patients(records)
     assert set(Counter(r.patient for r in records).values()) == {2}
-    assert {(r.label, r.subtype) for r in records} == {
-        ("NORMAL", ""),
-        ("PNEUMONIA", "bacterial"),
-        ("PNEUMONIA", "viral"),
-    }
-    assert {data.identify(r.path.split("/")[-1])[2] for r in records} >= {"IM", "NORMAL", "bacteria", "BACTERIA"}
-    opacities = json.loads((demo / "demo.json").read_text())["opacities"]
-    assert opacities.keys() == {r.path for r in records}
-    for r in records:
-        assert len(opacities[r.path]) == {"": 0, "bacterial": 1, "viral": 2}[r.subtype]
-        for x, y, rx, ry in opacities[r.path]:
-            assert 0.2 < x < 0.8 and 0.3 < y < 0.7 and 0.1 < rx < 0.2 and 0.1 < ry < 0.3
-
-
-def test_demo_class_is_not_in_the_histogram(large_demo):
-    records = data.scan_all(large_demo)
-    pixels = [data.read_image(large_demo / r.path, None)[0] for r in records]
-    histograms = [np.histogram(p, 32, (0, 256))[0] / p.size for p in pixels]
-    ill = np.array([r.label == "PNEUMONIA" for r in records])
+    kinds = {("NORMAL", ""), ("PNEUMONIA", "bacterial"), ("PNEUMONIA", "viral")}
+    assert {(r.label, r.subtype) for r in records} == kinds
+    images = [data.read_image(large_demo / r.path, None)[0] for r in records]
+    histograms = [np.histogram(image, 32, (0, 256))[0] / image.size for image in images]
+    is_ill = np.array([r.label == "PNEUMONIA" for r in records])
     options = {"groups": [r.patient for r in records], "cv": StratifiedGroupKFold(5), "method": "predict_proba"}
-    scores = cross_val_predict(HistGradientBoostingClassifier(random_state=0), histograms, ill, **options)
-    assert roc_auc_score(ill, scores[:, 1]) < 0.75
+    probabilities = cross_val_predict(HistGradientBoostingClassifier(random_state=0), histograms, is_ill, **options)
+    assert roc_auc_score(is_ill, probabilities[:, 1]) < 0.75
 
 
 # --- check ---
@@ -1290,138 +1464,169 @@ def test_demo_class_is_not_in_the_histogram(large_demo):
 
 def draw(path, rng):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(rng.integers(0, 256, (48, 40), dtype=np.uint8)).save(path, compress_level=0)
+    Image.fromarray(rng.integers(0, 256, (48, 40), dtype=np.uint8)).save(path, quality=90)
 
 
-def plain(root, images=40):
-    """Noise under both classes: nothing tells them."""
+def plain(root, n=40, ending="png"):
+    """Noise under both classes: nothing separates them."""
     rng = np.random.default_rng(0)
-    for label, i in itertools.product(("NORMAL", "PNEUMONIA"), range(images)):
-        series = {"NORMAL": "NORMAL", "PNEUMONIA": "BACTERIA"}[label]
-        number = i if label == "NORMAL" else 1000 + i
-        draw(root / f"train/{label}/{series}-{number}-0001.png", rng)
+    for i in range(n):
+        draw(root / f"train/NORMAL/NORMAL-{i}-0001.{ending}", rng)
+        draw(root / f"train/PNEUMONIA/BACTERIA-{1000 + i}-0001.{ending}", rng)
     return root
 
 
-def test_audit_of_the_demo_set(large_demo):
+def test_the_demo_set_has_no_problem(large_demo):
     report = data.check(large_demo)
-    assert report["problems"] == report["warnings"] == []
-    assert len(report["audit"]) == 2
+    assert report["problems"] == report["warnings"] == {} and len(report["audit"]) == 2
     for row in report["audit"]:
         a, n, m = row["auroc"], 133, 267  # training patients
         q1, q2 = a / (2 - a), 2 * a * a / (1 + a)  # Hanley and McNeil 1982
         half = 1.96 * math.sqrt((a * (1 - a) + (m - 1) * (q1 - a * a) + (n - 1) * (q2 - a * a)) / (n * m))
         assert a < 0.6 and row["ci95"] == pytest.approx([a - half, a + half])
+    for split in ("train", "test"):
+        records = data.scan(large_demo, split)
+        digests = [data.sha256(large_demo / r.path)[:16] for r in records]
+        assert report["fingerprints"][split] == data.fingerprint(records, digests)
 
 
 def mark_corner(path):
     image = np.array(Image.open(path))
     image[-6:, -12:] = 255
-    Image.fromarray(image).save(path, compress_level=0)  # so that the file is as large as before
-
-
-def pad_file(path):
-    path.write_bytes(path.read_bytes() + bytes(500))  # Pillow ignores what follows the image
-
-
-def make_colour(path):
-    Image.open(path).convert("RGB").save(path)
+    Image.fromarray(image).save(path)
 
 
 def make_deep(path):
     Image.fromarray(np.array(Image.open(path)).astype(np.uint16) * 257).save(path)
 
 
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [(None, []), (mark_corner, ["border"]), (pad_file, ["file"]), (make_colour, ["file"]), (make_deep, ["file"])],
-)
-def test_audit_finds_what_marks_one_class(tmp_path, change, found):
-    root = plain(tmp_path / "d", images=60)
+def pad_file(path):
+    path.write_bytes(path.read_bytes() + bytes(500))  # Pillow ignores what follows the image
+
+
+MARKS = {  # how the images of one class are changed, their ending, what separates the classes then
+    "nothing": (lambda path: None, "png", []),
+    "corner": (mark_corner, "png", ["border"]),
+    "bytes of JPEG": (pad_file, "jpeg", ["file"]),
+    "bytes of PNG, which depend on the picture": (pad_file, "png", []),
+    "colour": (lambda path: Image.open(path).convert("RGB").save(path), "png", ["file"]),
+    "depth": (make_deep, "png", ["file"]),
+}
+
+
+@pytest.mark.parametrize("case", MARKS)
+def test_the_audit_finds_what_marks_one_class(tmp_path, case):
+    change, ending, found = MARKS[case]
+    root = plain(tmp_path / "d", 60, ending)
     for path in sorted((root / "train" / "PNEUMONIA").iterdir()):
-        if change:
-            change(path)
+        change(path)
     report = data.check(root)
-    said = [line for line in report["warnings"] if "tells NORMAL from PNEUMONIA with AUROC" in line]
-    assert len(said) == len(found) and all(f"the {what} alone" in line for what, line in zip(found, said))
-    for row in report["audit"]:
-        assert (row["auroc"] > 0.95) == (row["from"].split()[1] in found)
+    said = [line.split()[1] for line in report["warnings"] if "separates NORMAL from PNEUMONIA with AUROC" in line]
+    assert said == found == [row["from"].split()[1] for row in report["audit"] if row["auroc"] > 0.95]
 
 
-def test_check_counts(tmp_path):
-    root = plain(tmp_path / "d", images=4)
+def test_check_counts_and_measures(tmp_path):
+    root = plain(tmp_path / "d", 4)
     shutil.copy(root / "train/NORMAL/NORMAL-0-0001.png", root / "train/NORMAL/NORMAL-0-0002.png")  # of one patient
-    flat = np.full((20, 40), 100, np.uint8)
-    flat[:10] = 140
-    (root / "test/NORMAL").mkdir(parents=True)
-    Image.fromarray(flat).save(root / "test/NORMAL/own.png")
-    draw(root / "test/PNEUMONIA/VIRUS-2000-0001.png", np.random.default_rng(1))
+    flat = np.repeat(np.array([100, 140, 100, 140], np.uint8), 10) + np.arange(20, dtype=np.uint8)[:, None] % 5
+    save(root, {"test/NORMAL/own.png": flat, "test/PNEUMONIA/VIRUS-2000-0001.png": random_image(1)})
     report = data.check(root)
-    assert report["problems"] == [] and report["audit"] == [] and not report["demo"]
+    assert report["problems"] == {} and report["audit"] == [] and not report["demo"]
     train, test = report["folders"]["train/NORMAL"], report["folders"]["test/NORMAL"]
     assert (train["images"], train["patients"], train["unknown patients"]) == (5, 4, 0)
     assert report["folders"]["train/PNEUMONIA"]["bacterial"] == 4
     assert test["unknown patients"] == 1 and test["mode L, 8 bits"] == 1
-    size = (root / "test/NORMAL/own.png").stat().st_size
-    values = {"width": 40, "height": 20, "aspect": 2, "brightness": 120, "contrast": 20, "bytes per pixel": size / 800}
-    for name, value in values.items():
+    measures = {"width": 40, "height": 20, "aspect": 2, "brightness": 122, "contrast": math.hypot(20, math.sqrt(2))}
+    measures["bytes per pixel"] = (root / "test/NORMAL/own.png").stat().st_size / 800
+    for name, value in measures.items():
         assert test[name] == pytest.approx([value] * 3, abs=1e-3)
     assert json.loads(json.dumps(report)) == report
 
 
 NORMAL = "train/NORMAL/NORMAL-0-0001.png"
-COPIES = {  # where a copy of NORMAL is put, the problem
-    "unknown patient": ("train/NORMAL/own.png", "of other or unknown patients"),
-    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "of other or unknown patients"),
-    "other class": ("train/PNEUMONIA/NORMAL-0-0001.png", "across classes"),
-    "other split": ("test/NORMAL/NORMAL-9-0001.png", "across splits"),
-    "shared patient": ("test/NORMAL/NORMAL-0-0002.png", "1 patients are in both train and test"),
+FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
+    "same patient": ("train/NORMAL/NORMAL-0-0002.png", None, ""),
+    "unknown patient": ("train/NORMAL/own.png", "warnings", "copies under several patients, who count as one"),
+    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "warnings", "copies under several patients, who count as one"),
+    "other class": ("train/PNEUMONIA/NORMAL-0-0001.png", "problems", "copies under several labels"),
+    "other split": ("test/NORMAL/NORMAL-9-0001.png", "problems", "copies across splits"),
+    "shared patient": ("test/NORMAL/NORMAL-0-0002.png", "problems", "patients in both train and test"),
 }
 
 
-@pytest.mark.parametrize("case", COPIES)
-def test_check_finds_copies(tmp_path, case):
-    root, (place, problem) = plain(tmp_path / "d", images=3), COPIES[case]
+@pytest.mark.parametrize("case", FINDINGS)
+def test_check_finds_copies_and_leaks(tmp_path, case):
+    root, (place, kind, message) = plain(tmp_path / "d", 3), FINDINGS[case]
     for i, label in enumerate(("NORMAL", "PNEUMONIA")):
         draw(root / f"test/{label}/VIRUS-{3000 + i}-0001.png", np.random.default_rng(7 + i))
-    assert data.check(root)["problems"] == []
-    shutil.copy(root / NORMAL, root / place)
-    problems = data.check(root)["problems"]
-    assert any(problem in line and (place in line or "both" in line) for line in problems)
-
-
-def test_check_prints_in_100_columns(tmp_path, capsys):
-    root = plain(tmp_path / "d", images=3)
-    make_deep(root / NORMAL)
-    (root / "train/PNEUMONIA/broken.png").write_bytes(b"no image")
-    for label in ("NORMAL", "PNEUMONIA"):
-        shutil.copytree(root / "train" / label, root / "test" / label)
+    save(root, {place: (np.asarray(Image.open(root / NORMAL)) * 0.8).astype(np.uint8)})
     report = data.check(root)
-    data.print_check(report)
-    printed = capsys.readouterr().out
-    assert all(len(line) <= 100 or str(root) in line for line in printed.splitlines())
-    assert "train/NORMAL mixes images of 8 and 16 bits" in printed
-    assert "2 files can't be read" in printed and "a result on this folder would not be valid" in printed
-    assert len(report["unreadable"]) == 2
-    table = printed.split("\n\n")[1].splitlines()
-    assert len({len(line) for line in table}) == 1  # aligned to the right
+    if kind is None:
+        assert report["problems"] == report["warnings"] == {}
+    else:
+        assert report[kind][message] in (["0"], [f"{NORMAL} = {place}"], [f"{place} = {NORMAL}"])
+    assert run_script("data.py", "check", root, cwd=tmp_path).returncode == (kind == "problems")
+
+
+def test_what_check_says_is_counted_and_printed_in_100_columns(tmp_path):
+    root = plain(tmp_path / "d", 3)
+    make_deep(root / NORMAL)
+    save(root, {"train/NORMAL/drawing.png": np.eye(30, dtype=np.uint8), "train/NORMAL/1_mask.png": random_image(0)})
+    touch(root, "test/NORMAL/only.png", "train/PNEUMONIA/broken.png")
+    done = run_script("data.py", "check", root, cwd=tmp_path)
+    assert done.returncode == 1 and not done.stderr
+    lines = done.stdout.splitlines()
+    assert all(len(line) <= 100 or str(root) in line for line in lines)
+    text = " ".join(" ".join(lines).split())
+    for message in (
+        "PROBLEM: test has no image of: 1 (PNEUMONIA)",
+        "PROBLEM: test/NORMAL has no readable image",
+        "WARNING: left out as masks or annotations, by their names: 1 (train/NORMAL/1_mask.png)",
+        "WARNING: train/NORMAL mixes images of 8 and 16 bits",
+        "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
+        "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
+        "images of unknown patients, each counts as its own, among 9: 3",
+        "fingerprint of train: ",
+        "fingerprint of test: ",
+    ):
+        assert message in text
+    assert lines[-1] == "2 problems, 5 warnings; results on this folder would be invalid"
+    assert len({len(line) for line in done.stdout.split("\n\n")[1].splitlines()}) == 1  # aligned to the right
+    report = json.loads(run_script("data.py", "check", root, "--json", cwd=tmp_path).stdout)
+    assert [len(report[kind]) for kind in ("problems", "warnings")] == [2, 5]
+
+
+def test_check_of_a_folder_without_images_says_what_was_skipped(tmp_path):
+    done = run_script("data.py", "check", touch(tmp_path, "train/A/1.nii"), cwd=tmp_path)
+    assert done.returncode == 2 and "has no images in train/, val/, test/" in done.stderr and "1 .nii" in done.stderr
+
+
+@needs_pydicom
+def test_check_counts_lateral_views_among_frontal_ones(tmp_path):
+    (tmp_path / "train/A").mkdir(parents=True)
+    for i, view in enumerate(("PA", "LL", "LATERAL")):
+        content = dicom(stored(12, picture=random_image(i)), 12, PatientID=str(i + 1), ViewPosition=view)
+        (tmp_path / f"train/A/{i}.dcm").write_bytes(content)
+    lateral = ["train/A/1.dcm", "train/A/2.dcm"]
+    assert data.check(tmp_path)["warnings"] == {"lateral views among 3 images": lateral}
+    (tmp_path / "train/A/0.dcm").unlink()
+    assert data.check(tmp_path)["warnings"] == {}
 
 
 # --- download ---
 
 
 def archive(*names):
-    held = io.BytesIO()
-    with zipfile.ZipFile(held, "w") as z:
-        for name in names or ("chest_xray/train/NORMAL/a.jpeg", "chest_xray/test/NORMAL/b.jpeg"):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as z:
+        for name in (*names, "__MACOSX/train/NORMAL/c.jpeg"):
             z.writestr(name, name)
-        z.writestr("__MACOSX/train/NORMAL/c.jpeg", "not of chest_xray")
-    return held.getvalue()
+    return buffer.getvalue()
 
 
 @contextlib.contextmanager
-def serve(*parts, pause=0.0):
-    """The URL of a server that answers one request with these bytes, waiting after each part."""
+def serve(*parts, silent=False):
+    """The URL of a server that answers one request with these bytes, and then is silent or closes."""
     listener, done = socket.create_server(("127.0.0.1", 0)), threading.Event()
 
     def answer():
@@ -1429,10 +1634,8 @@ def serve(*parts, pause=0.0):
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                for part in parts:
-                    connection.sendall(part)
-                    if done.wait(pause):
-                        break
+                connection.sendall(b"".join(parts))
+                done.wait(60 * silent)
 
     thread = threading.Thread(target=answer, daemon=True)
     thread.start()
@@ -1442,37 +1645,29 @@ def serve(*parts, pause=0.0):
     thread.join()
 
 
-OK = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n"
-BODY = archive()
+OK, UP = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n", archive("../../evil.jpeg")
+BODY = archive("chest_xray/train/NORMAL/a.jpeg", "chest_xray/test/NORMAL/b.jpeg")
 
 
-def test_download(tmp_path):
+def test_the_download_is_unpacked_and_not_repeated(tmp_path):
     with serve(OK % len(BODY), BODY) as url:
         target = data.download(tmp_path / "d", url, hashlib.sha256(BODY).hexdigest())
-    held = sorted(p.relative_to(tmp_path / "d").as_posix() for p in (tmp_path / "d").rglob("*") if p.is_file())
-    assert held == ["chest_xray/test/NORMAL/b.jpeg", "chest_xray/train/NORMAL/a.jpeg"]
+    assert list(contents(tmp_path / "d")) == ["chest_xray/test/NORMAL/b.jpeg", "chest_xray/train/NORMAL/a.jpeg"]
     assert data.download(tmp_path / "d", "http://127.0.0.1:1/gone") == target  # nothing is fetched again
 
 
-UP, ROOTED, UP_WINDOWS = archive("../../evil.jpeg"), archive("/evil.jpeg"), archive("..\\evil.jpeg")
 BAD_SERVERS = {  # what is sent, the body that its checksum is of, what the message says
-    "another checksum": ([OK % len(BODY), BODY], b"other", "checksum"),
-    "cut half-way": ([OK % len(BODY), BODY[:100]], BODY, "checksum"),
-    "status line broken": ([b"nonsense\r\n\r\n"], BODY, "BadStatusLine"),
-    "closed at once": ([], BODY, "RemoteDisconnected"),
+    "another checksum": ([OK % len(BODY), BODY], b"other", "invalid hash value"),
+    "cut half-way": ([OK % len(BODY), BODY[:100]], BODY, "invalid hash value"),
     "not found": ([b"HTTP/1.1 404 Not Found\r\n\r\n"], BODY, "404"),
-    "length is no number": ([b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"], BODY, "checksum"),
-    "length is negative": ([b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n"], BODY, "checksum"),
-    "chunk broken": ([b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nabc\r\n"], BODY, "IncompleteRead"),
-    "no archive": ([OK % 5, b"hello"], b"hello", "zip"),
+    "length is not a number": ([b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n"], BODY, "many"),
+    "not an archive": ([OK % 5, b"hello"], b"hello", "zip"),
     "writes outside": ([OK % len(UP), UP], UP, "chest_xray/train"),
-    "writes to the root": ([OK % len(ROOTED), ROOTED], ROOTED, "chest_xray/train"),
-    "writes outside on Windows": ([OK % len(UP_WINDOWS), UP_WINDOWS], UP_WINDOWS, "chest_xray/train"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_SERVERS)
-def test_bad_server_is_one_line_and_leaves_nothing(tmp_path, case):
+def test_a_bad_server_is_one_line_and_leaves_nothing(tmp_path, case):
     parts, body, message = BAD_SERVERS[case]
     with serve(*parts) as url, pytest.raises(data.UserError, match=message) as caught:
         data.download(tmp_path / "d", url, hashlib.sha256(body).hexdigest())
@@ -1480,87 +1675,12 @@ def test_bad_server_is_one_line_and_leaves_nothing(tmp_path, case):
     assert [p.name for p in tmp_path.rglob("*")] == ["d"]
 
 
-@pytest.mark.parametrize("url", ["foo://bar", "no scheme", "http://127.0.0.1:1/nobody", "http://[broken"])
-def test_bad_url_is_one_line(tmp_path, url):
-    with pytest.raises(data.UserError, match="download failed"):
+def test_a_server_that_stops_answering_or_is_not_there_is_one_line(tmp_path, monkeypatch):
+    limit = socket.setdefaulttimeout
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: limit(0.1 if seconds == 60 else seconds))
+    with serve(OK % 1000, b"x", silent=True) as url, pytest.raises(data.UserError, match="timed out|TimeoutError"):
         data.download(tmp_path / "d", url)
-
-
-DRIPS = {"body": [OK % 1000, *[b"x"] * 1000], "headers": [b"HTTP/1.1 200 OK\r\nX-Drip: ", *[b"x"] * 1000]}
-
-
-@pytest.mark.parametrize("case", DRIPS)
-def test_a_drip_ends_at_the_limit(tmp_path, case):
-    start = time.monotonic()
-    with (
-        serve(*DRIPS[case], pause=0.01) as url,
-        pytest.raises(data.UserError, match="took more than 2e-05 hours"),
-    ):
-        data.download(tmp_path / "d", url, hours=2e-5)  # 72 ms
-    assert time.monotonic() - start < 5  # the whole drip takes 10 s
-    assert [p.name for p in tmp_path.rglob("*")] == ["d"]
-
-
-# --- ends ---
-
-
-def run_code(code, tmp_path, number):
-    """Run Python code that prints a line when it is ready for the signal; returns the exit code and what it printed."""
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    # What a shell starts in the background ignores SIGINT, and would hand that down.
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=tmp_path, **options)
-    process.stdout.readline()
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    return process.returncode, err
-
-
-WORK = """
-import data, pathlib, time
-def work():
-    with data.replacing(pathlib.Path("x")) as f:
-        f.write(b"half")
-        print("ready", flush=True)
-        time.sleep(60)
-data.run_script(data.Parser(prog="x"), work, lambda: "go on like this")
-"""
-
-
-def test_ctrl_c_leaves_nothing_half_written_and_says_how_to_go_on(tmp_path):
-    assert run_code(WORK, tmp_path, signal.SIGINT) == (130, "interrupted; go on like this\n")
-    assert not list(tmp_path.iterdir())
-
-
-class Closed(io.StringIO):
-    """A pipe that nobody reads any more."""
-
-    def fileno(self):
-        return os.open(os.devnull, os.O_WRONLY)
-
-    def write(self, text):
-        raise BrokenPipeError
-
-
-@pytest.mark.parametrize(("hint", "code"), [(None, 0), (lambda: "go on like this", 1)])
-def test_a_closed_pipe_ends_quietly_what_may_end(monkeypatch, capsys, hint, code):
-    monkeypatch.setattr(sys, "stdout", Closed())
-    with pytest.raises(SystemExit) as end:
-        data.run_script(data.Parser(prog="x"), lambda: print("a row"), hint)
-    assert end.value.code == code
-    assert capsys.readouterr().err == ("nobody reads the output; go on like this\n" if hint else "")
-
-
-def test_closed_streams_change_nothing(monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    with pytest.raises(SystemExit) as end:
-        data.run_script(data.Parser(prog="x"), lambda: sys.stdout.write("a row") + sys.stderr.write("a line") - 10)
-    assert end.value.code == 1
-
-
-def test_an_interruption_while_importing_is_one_line(tmp_path):
-    code = "import signal, time; signal.signal(signal.SIGINT, signal.default_int_handler); sys.argv = ['train.py'];"
-    code += "import data; print(1, flush=True); time.sleep(60)"
-    assert run_code(code, tmp_path, signal.SIGINT) == (-signal.SIGINT, "interrupted\n")
+    assert socket.getdefaulttimeout() is None and [p.name for p in tmp_path.rglob("*")] == ["d"]
+    for url in ("foo://bar", "http://127.0.0.1:1/nobody"):
+        with pytest.raises(data.UserError, match="download failed"):
+            data.download(tmp_path / "d", url)

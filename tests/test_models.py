@@ -1,22 +1,20 @@
-"""Models: six architectures, weights from files and from a hub, checkpoints, heat maps, and the check of inputs."""
+"""Models: families of architectures, weights from files and a hub, checkpoints, decisions, heat maps, what is unlike."""
 
 import contextlib
-import copy
+import functools
+import http.server
+import io
 import json
 import math
 import os
-import random
-import socket
-import subprocess
-import sys
-from collections import Counter
+import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from conftest import ROOT
 from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
@@ -27,55 +25,25 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 import data
 import models
 
-NAMES = (
-    "mobilenetv3_small_050",
-    "resnet18",
-    "efficientnet_lite0",
-    "convnext_atto",
-    "vit_tiny_patch16_224",
-    "swin_tiny_patch4_window7_224",
-)
-SMALL = NAMES[0]
+SMALL, VIT, SWIN = "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
+NAMES = (SMALL, "resnet18", "efficientnet_lite0", "convnext_atto", VIT, SWIN)
 CLASSES = ["NORMAL", "PNEUMONIA"]
+CPU = torch.device("cpu")
 
 
-def to_checkpoint(name: str, model: nn.Module, size: int = 64) -> dict:
-    """All that a checkpoint must hold."""
+def to_checkpoint(name: str, model: nn.Module) -> dict:
+    """What this module reads of a checkpoint, and fields of other kinds."""
     return {
         "format": models.FORMAT,
         "format_version": models.FORMAT_VERSION,
         "model": name,
+        "model_arguments": {},
         "state_dict": model.state_dict(),
-        "classes": ["NORMAL", "PNEUMONIA"],
-        "positive": "PNEUMONIA",
-        "input_size": size,
-        "mean": 0.45,
-        "std": 0.23,
-        "margin": 0.1,
-        "temperature": 1.0,
-        "threshold": {"value": 0.5, "rule": "0.5", "from": "default"},
-        "validation": {"val_loss": 0.7, "val_auroc": 0.5, "val_accuracy": 0.5},
-        "epoch": 1,
-        "epochs": 2,
+        "classes": CLASSES,
+        "input_size": 64,
+        "slope": 1.5,
         "finished": True,
-        "data": {
-            "root": "x",
-            "demo": False,
-            "fingerprint": "0",
-            "patients": ["IM-1"],
-            "images": 2,
-            "pixels": torch.tensor([1, 2]),
-            "val_patients": ["IM-2"],
-            "val_pixels": torch.tensor([3]),
-        },
-        "arguments": {"seed": 0, "epochs": 1, "folds": 10, "fold": 0},
-        "environment": {"torch": "2"},
-        "weights": {"source": "random", "note": "", "failed": ""},
-        "input_check": {
-            "mean": torch.zeros(models.FEATURES),
-            "whiten": torch.eye(models.FEATURES),
-            "cut": 20.0,
-        },
+        "data": {"patients": ["IM-1"], "hashes": torch.tensor([[1, 2, 3, 4]])},
         "border": None,
     }
 
@@ -88,6 +56,19 @@ def write_weights(path: Path, state: dict) -> Path:
     return path
 
 
+def load_weights(path: Path, classes=CLASSES, name: str = SMALL) -> tuple:
+    return models.build_pretrained(name, classes, 64, str(path), insist=False)
+
+
+def one_line_error(work, *arguments) -> str:
+    """The message of the UserError that work(*arguments) raises."""
+    with pytest.raises(data.UserError) as caught:
+        work(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
 @pytest.fixture
 def small():
     torch.manual_seed(1)
@@ -95,7 +76,7 @@ def small():
 
 
 class Malicious:
-    """What a pickle can do to whoever loads it carelessly: this one creates a file."""
+    """What a pickle can do to whoever loads it carelessly: this one creates a folder."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -127,43 +108,68 @@ def test_training_reaches_every_part(trained):
     _, before, model, without = trained
     assert without == []
     changed = [not torch.equal(v, before[k]) for k, v in model.named_parameters()]
-    # A few may stand still by right, such as what a layer scale close to zero hides.
-    assert sum(changed) > 0.8 * len(changed)
-    first, last = next(iter(before)), list(before)[-1]
-    parameters = dict(model.named_parameters())
-    assert not torch.equal(parameters[last], before[last])
-    assert not torch.equal(parameters[first], before[first])
+    # A few may stay as they are, such as what a layer scale close to zero hides.
+    assert sum(changed) > 0.8 * len(changed) and changed[0] and changed[-1]
 
 
-def test_save_and_load_give_the_same_logits(trained, tmp_path):
+def test_a_saved_model_gives_the_same_logits_and_timm_loads_it(trained, tmp_path):
     name, _, model, _ = trained
     x = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(2))
     models.save(to_checkpoint(name, model), tmp_path / "ckpt.pt")
-    loaded = models.from_checkpoint(models.load(tmp_path / "ckpt.pt"), torch.device("cpu"))
+    loaded = models.from_checkpoint(models.load(tmp_path), CPU)
+    options = {"in_chans": 1, "num_classes": 2} | ({"img_size": 64} if name in (VIT, SWIN) else {})
+    by_timm = timm.create_model(name, checkpoint_path=str(tmp_path / "ckpt.pt"), **options)
     assert not loaded.training
     with torch.inference_mode():
         expected = model(x)
         torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-6)
-    assert expected.shape == (3, 2)
-    assert expected.std() > 0
+        torch.testing.assert_close(by_timm.eval()(x), expected, rtol=1e-5, atol=1e-6)
+    assert expected.shape == (3, 2) and expected.std() > 0
 
 
-def test_heat_map_of_each_architecture(trained):
+def test_each_architecture_has_a_heat_map_with_places(trained):
     _, _, model, _ = trained
     x = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(3))
-    # In a network that learnt nothing, all may speak for one and the same class: look at both.
+    # In a network that learnt nothing, everything may speak for the same class: look at both.
     maps = torch.stack([models.heat_map(model, x.clone(), target) for target in (0, 1)])
-    assert maps.shape == (2, 8, 64, 64)
-    assert maps.dtype == torch.float32
+    assert maps.shape == (2, 8, 64, 64) and maps.dtype == torch.float32
     assert maps.min() >= 0 and maps.max() <= 1
     assert (maps.amax((0, 2, 3)) > 0.7).sum() > 4
     assert maps.flatten(2).std(2).amax(0).gt(0.01).sum() > 4  # a place, not a plain sheet
 
 
+# --- heat maps ---
+
+
+def test_the_map_of_a_trained_model_lies_on_the_planted_opacity():
+    """A disc of 7 % of the image, at random places in noise."""
+    torch.manual_seed(0)
+    grid = torch.arange(64)
+
+    def draw(n: int):
+        row, column = torch.randint(12, 52, (2, n, 1, 1))
+        disc = (grid[:, None] - row) ** 2 + (grid - column) ** 2 < 100
+        labels = torch.arange(n) % 2
+        x = 0.3 * torch.randn(n, 1, 64, 64) + (disc & (labels[:, None, None] == 1))[:, None]
+        return x, labels, disc
+
+    model = models.build(SMALL, 2, 64).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.003)
+    for _ in range(40):
+        x, labels, _ = draw(16)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    x, labels, disc = draw(40)
+    heat = models.heat_map(model.eval(), x[1::2], 1)
+    peaks = heat.flatten(1).argmax(1)
+    assert disc[1::2].flatten(1)[range(20), peaks].float().mean() > 0.6
+
+
 class Toy(nn.Module):
     """A stage whose features are the image in cells of 8 pixels, in one of many layouts; logit 1 sums them up."""
 
-    def __init__(self, layout: str):
+    def __init__(self, layout):
         super().__init__()
         self.stage = nn.Identity()
         self.feature_info = [{"module": "stage", "reduction": 8}]
@@ -171,26 +177,28 @@ class Toy(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        f = self.gain * nn.functional.avg_pool2d(x, 8).repeat(1, 3, 1, 1)
-        tokens = f.flatten(2).transpose(1, 2)
-        head = 100 * self.gain * torch.ones(len(x), 9, 3)
-        layouts = {
-            "NCHW": f,
-            "NHWC": f.permute(0, 2, 3, 1),
-            "tokens": tokens,
-            "class token": torch.cat([head[:, :1], tokens], 1),
-            "five tokens": torch.cat([head[:, :5], tokens], 1),
-            "nine tokens": torch.cat([head, tokens], 1),
-            "beside another": (head, f),
-            "no map": f.mean((2, 3)),
-        }
-        out = self.stage(layouts[self.layout])
-        parts = out if isinstance(out, tuple) else (out,)
-        score = sum(part.flatten(1).sum(1) for part in parts)
+        features = self.layout(self.gain * nn.functional.avg_pool2d(x, 8).repeat(1, 3, 1, 1))
+        out = self.stage(features)
+        score = sum(part.flatten(1).sum(1) for part in (out if isinstance(out, tuple) else (out,)))
         return torch.stack([-score, score], 1)
 
 
-@pytest.mark.parametrize("layout", ["NCHW", "NHWC", "tokens", "class token", "five tokens", "beside another"])
+def tokens(f, others: int):
+    """Cells as tokens, after others that stand for no cell."""
+    return torch.cat([100 * f.mean((2, 3))[:, None].expand(-1, others, -1), f.flatten(2).transpose(1, 2)], 1)
+
+
+LAYOUTS = {
+    "NCHW": lambda f: f,
+    "NHWC": lambda f: f.permute(0, 2, 3, 1),
+    "tokens": lambda f: tokens(f, 0),
+    "class token": lambda f: tokens(f, 1),
+    "five tokens": lambda f: tokens(f, 5),
+    "beside another": lambda f: (tokens(f, 9), f),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_a_line_in_the_image_is_a_line_in_the_map(layout):
     """From the upper left down to the middle: a transposed, mirrored or sheared map would show."""
     x = torch.zeros(2, 1, 80, 80)
@@ -198,101 +206,83 @@ def test_a_line_in_the_image_is_a_line_in_the_map(layout):
     for row, column in cells:
         x[:, 0, row * 8 : row * 8 + 8, column * 8 : column * 8 + 8] = 1
     heat = models.heat_map(Toy(layout), x, 1)[1, 4::8, 4::8]
-    line = [tuple(cell) for cell in (heat > 0.6).nonzero().tolist()]
-    assert line == cells
+    assert [tuple(cell) for cell in (heat > 0.6).nonzero().tolist()] == cells
     assert models.heat_map(Toy(layout), x, 0).max() == 0
 
 
-@pytest.mark.parametrize("layout", ["nine tokens", "no map"])
-def test_what_is_no_map_of_the_image_is_refused(layout):
-    with pytest.raises(data.UserError, match="no feature map"):
-        models.heat_map(Toy(layout), torch.rand(1, 1, 80, 80), 1)
+def test_features_that_are_not_a_map_of_the_image_are_refused():
+    for layout in (lambda f: tokens(f, 9), lambda f: f.mean((2, 3))):
+        assert "no feature map" in one_line_error(models.heat_map, Toy(layout), torch.rand(1, 1, 80, 80), 1)
 
 
+# A class token that joins behind the blocks; stages of a map and of tokens; stages that are not there; tokens in an
+# order of their own.
 @pytest.mark.parametrize(
     ("name", "size", "shown"),
-    [
-        ("xcit_nano_12_p16_224", 64, True),  # its class token joins behind the blocks
-        ("pit_ti_224", 64, True),  # its stages give a map and tokens
-        ("hrnet_w18_small", 64, False),  # timm names stages that it does not have
-        ("coat_tiny", 64, False),  # one stage runs under three names
-        ("hiera_tiny_224", 224, False),  # tokens in an order of their own
-    ],
+    [("xcit_nano_12_p16_224", 64, 1), ("pit_ti_224", 64, 1), ("hrnet_w18_small", 64, 0), ("hiera_tiny_224", 224, 0)],
 )
 def test_families_of_odd_layout_get_a_map_or_a_line(name, size, shown):
-    torch.manual_seed(0)
     model = models.build(name, 2, size).eval()
     x = torch.randn(1, 1, size, size)
     if shown:
         assert models.heat_map(model, x, 1).shape == (1, size, size)
     else:
-        with pytest.raises(data.UserError, match="no feature map"):
-            models.heat_map(model, x, 1)
-
-
-# --- memory format ---
-
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "expected"),
-    [
-        (SMALL, CPU, torch.channels_last),
-        ("repvgg_a0", CPU, torch.contiguous_format),
-        ("mobileone_s1", CPU, torch.contiguous_format),
-        ("fastvit_t8", CPU, torch.contiguous_format),
-        ("repvgg_a0", CUDA, torch.channels_last),
-        ("lambda_resnet26t", CUDA, torch.contiguous_format),
-        (SMALL, torch.device("mps"), torch.contiguous_format),
-    ],
-)
-def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, device, expected):
-    model = timm.create_model(name, in_chans=1, num_classes=2)
-    found = models.memory_format(model, device)
-    assert found == expected
-    model.to(memory_format=found)
+        assert "no feature map" in one_line_error(models.heat_map, model, x, 1)
 
 
 # --- build ---
 
 
-def test_timms_old_names_are_known():
-    assert models.preprocessing("mobilenetv3_large_100_miil", None)["input_size"] == 160
+@pytest.mark.parametrize(
+    ("name", "device", "contiguous"),
+    [(SMALL, "cpu", 0), (SMALL, "mps", 1), ("repvgg_a0", "cpu", 1), ("repvgg_a0", "cuda", 0)]
+    + [("mobileone_s1", "cpu", 1), ("fastvit_t8", "cpu", 1), ("lambda_resnet26t", "cuda", 1)],
+)
+def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, device, contiguous):
+    model = timm.create_model(name, in_chans=1, num_classes=2)
+    found = models.memory_format(model, torch.device(device))
+    assert found == (torch.contiguous_format if contiguous else torch.channels_last)
+    model.to(memory_format=found)
 
 
 @pytest.mark.parametrize(
-    ("name", "nearest"), [("resnet19", "resnet18"), ("mobilenetv3_smal_050", SMALL), ("vit_tiny_p16_224", "vit_tiny")]
+    ("name", "nearest"),
+    [("resnet19", "resnet18"), ("mobilenetv3_smal_050", SMALL), ("mobilenetv3", "mobilenetv3_"), ("@@@@", "none")],
 )
 def test_an_unknown_name_lists_the_nearest(name, nearest):
-    with pytest.raises(data.UserError, match=f"{name}.*nearest.*{nearest}"):
-        models.build(name, 2, 64)
+    message = one_line_error(models.build, name, 2, 64)
+    assert name in message and nearest in message.partition("nearest")[2]
 
 
-def test_a_name_that_is_near_nothing_is_an_error_too():
-    with pytest.raises(data.UserError, match="@@@@@@"):
-        models.preprocessing("@@@@@@", None)
+def test_input_size_is_the_asked_one_else_what_the_model_takes():
+    names = (SMALL, VIT, "mobilenetv3_large_100_miil")  # the last one is an old name of timm
+    assert [models.preprocessing(name, None)["input_size"] for name in names] == [160, 224, 160]
+    assert models.preprocessing(VIT, 64)["input_size"] == 64
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "expected"),
-    [(SMALL, None, 160), ("vit_tiny_patch16_224", None, 224), ("vit_tiny_patch16_224", 64, 64)],
-)
-def test_input_size_is_the_asked_one_else_what_the_model_takes(name, size, expected):
-    assert models.preprocessing(name, size)["input_size"] == expected
+def test_a_model_that_does_not_fit_is_refused_by_name():
+    model = models.build("convnext_atto", 2, 64)
+    assert "does not take 8 x 8 pixels" in one_line_error(models.require_size, model, 2, 8)
+    maps = nn.Conv2d(1, 2, 1)  # and no logits
+    assert "no classifier that can be replaced" in one_line_error(models.require_size, maps, 2, 64)
 
 
-def test_mean_and_std_are_those_of_the_weights_in_grey():
-    found = models.preprocessing("resnet18", None)
-    assert found["mean"] == pytest.approx((0.485 + 0.456 + 0.406) / 3)
-    assert found["std"] == pytest.approx((0.229 + 0.224 + 0.225) / 3)
+def test_a_model_is_taken_from_a_folder_with_its_own_arguments(tmp_path):
+    config = {"architecture": SMALL, "num_classes": 3, "model_args": {"drop_rate": 0.4}}
+    config["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.25] * 3, "first_conv": "conv_stem"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    name = f"local-dir:{tmp_path}"
+    assert models.preprocessing(name, None) == {"input_size": 160, "mean": 0.5, "std": 0.25}
+    model = models.build(name, 2, 64)
+    assert model.drop_rate == 0.4 and model.classifier.out_features == 2
+    assert "can't be looked up" in one_line_error(models.build, f"{name}/missing", 2, 64)
+    assert "can't be looked up" in one_line_error(models.build, "hf-hub:nobody/nothing", 2, 64)
 
 
 def test_a_device_that_is_not_there_is_an_error():
     for name in ("cuda:99", "no such device"):
-        with pytest.raises(data.UserError, match=f"--device {name}.*auto"):
-            models.pick_device(name)
-    assert models.pick_device("cpu") == torch.device("cpu")
+        message = one_line_error(models.pick_device, name)
+        assert f"--device {name}" in message and "auto" in message
 
 
 # --- weights from a file ---
@@ -300,498 +290,343 @@ def test_a_device_that_is_not_there_is_an_error():
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize(
-    ("name", "stem", "head", "classes"),
+    ("name", "stem", "head", "n_classes"),
     [
         (SMALL, "conv_stem.weight", "classifier.weight", 2),
         (SMALL, "conv_stem.weight", "classifier.weight", 5),
         ("resnet18", "conv1.weight", "fc.weight", 2),
-        ("vit_tiny_patch16_224", "patch_embed.proj.weight", "head.weight", 2),
+        (VIT, "patch_embed.proj.weight", "head.weight", 2),
+        ("deit_tiny_distilled_patch16_224", "patch_embed.proj.weight", "head.weight", 5),
     ],
 )
-def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, classes, suffix):
+def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, n_classes, suffix):
     torch.manual_seed(3)
-    state = timm.create_model(name, num_classes=classes).state_dict()
+    state = timm.create_model(name, num_classes=n_classes).state_dict()
     path = write_weights(tmp_path / f"w{suffix}", state)
     torch.manual_seed(4)
-    model, source, seen = models.build_pretrained(name, CLASSES, 64, str(path), insist=False)
+    model, origin, seen = load_weights(path, name=name)
     found = model.state_dict()
     assert torch.equal(found[stem], state[stem].sum(1, keepdim=True))
     assert found[head].shape[0] == 2
-    assert source["source"] == str(path) and source["failed"] == ""
-    assert "3 input channels summed to 1" in source["note"] and "\n" not in source["note"]
     assert not torch.equal(found[head], state[head][:2])  # nobody knows which class is which
-    assert "new head" in source["note"] and seen is None
-    others = [k for k in state if k not in (stem, head, head.replace("weight", "bias"), "pos_embed")]
+    assert origin["source"] == str(path) and origin["sha256"] == data.sha256(path) and origin["failed"] == ""
+    assert f"{len(state)} tensors" in origin["note"] and "3 input channels summed to 1" in origin["note"]
+    assert "new head" in origin["note"] and "\n" not in origin["note"] and seen is None
+    others = [k for k in state if k not in (stem, "pos_embed") and not k.startswith(("head", "classifier", "fc"))]
     assert [k for k in others if not torch.equal(found[k], state[k])] == []
-    assert f"{len(state)} tensors" in source["note"]
-
-
-def test_weights_of_grey_images_without_a_head(tmp_path):
-    state = timm.create_model(SMALL, in_chans=1, num_classes=0).state_dict()
-    model, source, _ = models.build_pretrained(
-        SMALL, ["A", "B", "C"], 64, str(write_weights(tmp_path / "w.pt", state)), insist=False
-    )
-    assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"])
-    assert model.classifier.weight.shape[0] == 3
-    assert "summed" not in source["note"] and "new head" in source["note"]
 
 
 @pytest.mark.parametrize(
-    "wrap",
+    ("wrap", "not_used"),
     [
-        lambda s: {"state_dict": s, "epoch": 3},
-        lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}},
-        lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}},
-        lambda s: {"model": {"state_dict": s}},
-        lambda s: {f"model.{k}": v for k, v in s.items()},
-        lambda s: {f"net._orig_mod.{k}": v for k, v in s.items()},
+        (lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}, 0),
+        (lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}}, 0),
+        (lambda s: {"model": {"state_dict": s}, "best": np.float64(0.9), "path": Path("a/b")}, 0),
+        (lambda s: {f"backbone.encoder.{k}": v for k, v in s.items()}, 0),
+        (lambda s: {"state_dict": s | {"criterion.weight": torch.ones(2), "total_ops": torch.ones(1)}}, 2),
+        (lambda s: {f"model.{k}": v for k, v in s.items()} | {"auroc.preds": torch.ones(9)}, 1),
+        (lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s}, 244),
     ],
 )
-def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap):
-    path = write_weights(tmp_path / "w.pt", wrap(small.state_dict()))
-    model, _, _ = models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
+def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap, not_used):
+    """Averaged weights are preferred; what is beside them is passed over and counted."""
+    torch.save(wrap(small.state_dict()), tmp_path / "w.pt")
+    model, origin, _ = load_weights(tmp_path / "w.pt")
     assert torch.equal(model.conv_head.weight, small.conv_head.weight)
+    assert (f"not used: {not_used} other" in origin["note"]) == bool(not_used)
 
 
 @pytest.mark.parametrize(
     ("classes", "rows"),
-    [(CLASSES, [0, 1]), (["PNEUMONIA", "NORMAL"], [1, 0]), (["NORMAL", "COVID"], None), ([*CLASSES, "X"], None)],
+    [(CLASSES, [0, 1]), (CLASSES[::-1], [1, 0]), (["NORMAL", "COVID"], None), ([*CLASSES, "X"], None)],
 )
 def test_a_head_is_taken_from_a_run_and_by_class_name(tmp_path, small, classes, rows):
-    """The run's folder stands for its checkpoint, which says what was seen."""
+    """The run's folder means its checkpoint, which says what was seen."""
     models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
-    model, source, seen = models.build_pretrained(SMALL, classes, 64, str(tmp_path), insist=False)
+    model, origin, seen = load_weights(tmp_path, classes)
     if rows:
         assert torch.equal(model.classifier.weight, small.classifier.weight[rows])
         assert torch.equal(model.classifier.bias, small.classifier.bias[rows])
     else:
-        assert len(model.classifier.weight) == len(classes) and "new head" in source["note"]
+        assert len(model.classifier.weight) == len(classes) and "new head" in origin["note"]
     assert torch.equal(model.conv_head.weight, small.conv_head.weight)
-    assert seen["patients"] == ["IM-1"] and seen["pixels"].tolist() == [1, 2]
+    assert seen["data"]["patients"] == ["IM-1"] and seen["input_size"] == 64
 
 
-def spoil(kind: str, path: Path, state: dict) -> str:
-    """Write a weights file that must be refused; returns what the message must hold."""
-    if kind == "other architecture":
-        write_weights(path, timm.create_model("resnet18", num_classes=2).state_dict())
-        return "does not hold weights of"
-    if kind == "one tensor missing":
-        del state["blocks.0.0.conv_dw.weight"]
-        write_weights(path, state)
-        return "blocks.0.0.conv_dw.weight"
-    if kind == "one tensor too many":
-        write_weights(path, state | {"more.weight": torch.zeros(3)})
-        return "more.weight"
-    if kind == "one tensor of another shape":
-        write_weights(path, state | {"blocks.0.0.conv_dw.weight": torch.zeros(3, 1, 3, 3)})
-        return "blocks.0.0.conv_dw.weight"
-    if kind in ("nan", "inf"):
-        state["conv_head.weight"][0] = float(kind)
-        write_weights(path, state)
-        return "conv_head.weight"
-    if kind == "no tensors":
-        torch.save({"a": 1, "b": "text"}, path)
-        return "state dict"
-    if kind == "garbage":
-        path.write_bytes(bytes(range(256)) * 20)
-        return "can't be read"
-    if kind == "empty":
-        path.write_bytes(b"")
-        return "can't be read"
-    if kind == "truncated":
-        write_weights(path, state)
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        return "can't be read"
-    return "does not exist"
-
-
-KINDS = "other architecture, one tensor missing, one tensor too many, one tensor of another shape, garbage, empty, truncated, nan, inf"
+def test_both_heads_of_a_distilled_model_are_taken_by_class_name(tmp_path):
+    torch.manual_seed(5)
+    name = "deit_tiny_distilled_patch16_224"
+    before = models.build(name, 2, 64)
+    models.save(to_checkpoint(name, before), tmp_path / "ckpt.pt")
+    after, _, _ = load_weights(tmp_path, CLASSES[::-1], name)
+    for head in ("head", "head_dist"):
+        assert torch.equal(after.get_submodule(head).weight, before.get_submodule(head).weight.flip(0)), head
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize("kind", [*KINDS.split(", "), "missing"])
-def test_weights_that_do_not_fit_are_an_error(tmp_path, small, kind, suffix):
-    path = tmp_path / f"w{suffix}"
-    expected = spoil(kind, path, small.state_dict())
-    with pytest.raises(data.UserError) as caught:
-        models.build_pretrained(SMALL, CLASSES, 64, str(path), insist=False)
-    assert expected in str(caught.value) and str(path) in str(caught.value)
-    assert "\n" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("altered", "expected"),
+    [
+        ({"blocks.0.0.conv_dw.weight": None}, "does not fit"),
+        ({"blocks.9.weight": torch.zeros(3)}, "does not fit"),
+        ({"blocks.0.0.conv_dw.weight": torch.zeros(3, 1, 3, 3)}, "does not fit"),
+        ({"conv_head.weight": torch.full((1024, 288, 1, 1), math.nan)}, "NaN or infinite weights: conv_head.weight"),
+        ({"conv_head.bias": torch.full((1024,), math.inf)}, "NaN or infinite weights: conv_head.bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_an_error(tmp_path, small, altered, expected, suffix):
+    state = {k: v for k, v in (small.state_dict() | altered).items() if v is not None}
+    path = write_weights(tmp_path / f"w{suffix}", state)
+    message = one_line_error(load_weights, path)
+    assert expected in message and str(path) in message
+    path.write_bytes(path.read_bytes()[:50_000])
+    assert "is not a .safetensors or torch weights file" in one_line_error(load_weights, path)
 
 
-def test_a_training_state_is_no_weights(tmp_path, small):
-    """It was trained on images that nobody could tell of."""
-    models.save({"format": "training state", "format_version": 2, "model": small.state_dict()}, tmp_path / "last.pt")
-    with pytest.raises(data.UserError, match="not a chest radiograph classifier"):
-        models.build_pretrained(SMALL, CLASSES, 64, str(tmp_path / "last.pt"), insist=False)
+def test_files_that_are_not_weights_of_this_model_are_an_error(tmp_path, small):
+    assert "does not exist" in one_line_error(load_weights, tmp_path / "w.pt")
+    training_state = {"format": "training state", "format_version": 4, "model": small.state_dict()}
+    for content in ({"a": 1}, timm.create_model("resnet18", num_classes=2).state_dict(), training_state):
+        torch.save(content, tmp_path / "w.pt")
+        assert "w.pt" in one_line_error(load_weights, tmp_path / "w.pt")
 
 
-def test_a_file_of_other_things_is_no_weights(tmp_path):
-    expected = spoil("no tensors", tmp_path / "w.pt", {})
-    with pytest.raises(data.UserError, match=expected):
-        models.build_pretrained(SMALL, CLASSES, 64, str(tmp_path / "w.pt"), insist=False)
-
-
-@pytest.mark.parametrize("read", [lambda p: models.build_pretrained(SMALL, CLASSES, 64, str(p), False), models.load])
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, read):
+@pytest.mark.parametrize(("read", "named"), [(load_weights, "mkdir"), (models.load, "damaged")])
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
     mark = tmp_path / "ran"
-    torch.save({"format": models.FORMAT, "format_version": 1, "state_dict": Malicious(mark)}, tmp_path / "w.pt")
-    with pytest.raises(data.UserError, match="w.pt"):
-        read(tmp_path / "w.pt")
-    assert not mark.exists()
+    torch.save({"format": models.FORMAT, "format_version": 4, "state_dict": Malicious(mark)}, tmp_path / "w.pt")
+    message = one_line_error(read, tmp_path / "w.pt")
+    assert "w.pt" in message and named in message and not mark.exists()
 
 
 # --- weights from the hub ---
 
 
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Sends files as the hub does; asked: what was asked for."""
+
+    asked = []
+
+    def end_headers(self):
+        self.send_header("ETag", '"0123456789abcdef"')
+        self.send_header("X-Repo-Commit", 4 * "0123456789")
+        super().end_headers()
+
+    def log_message(self, *_):
+        self.asked.append(f"{self.command} {self.path}")
+
+
 @pytest.fixture
-def no_hub(monkeypatch, tmp_path):
-    """A hub that refuses connections, and an empty cache."""
+def hub(monkeypatch, tmp_path):
+    """A hub that sends the files of tmp_path until it is closed, and an empty cache."""
     from huggingface_hub import constants
 
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    return constants
+    Handler.asked.clear()
+    yield server
+    server.server_close()
+    assert constants.HF_HUB_OFFLINE is False  # as it was before
 
 
-def test_without_a_network_training_goes_on_from_random_weights(no_hub):
-    model, source, _ = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
-    assert source["source"] == "random"
-    assert SMALL in source["failed"] and "\n" not in source["failed"]
-    with torch.inference_mode():
-        assert model.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
-    assert no_hub.HF_HUB_OFFLINE is False  # as it was before
-
-
-def test_without_a_network_insisting_is_an_error(no_hub):
-    with pytest.raises(data.UserError, match=f"{SMALL}.*--weights.*--no-pretrained") as caught:
-        models.build_pretrained(SMALL, CLASSES, 64, None, insist=True)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_model_that_was_never_trained_has_no_pretrained_weights():
-    name = next(m for m in timm.list_models("resnet*") if not timm.is_model_pretrained(m))
-    with pytest.raises(data.UserError, match=f"no pretrained weights for {name}"):
-        models.build_pretrained(name, CLASSES, 64, None, insist=True)
-
-
-# In a process of its own: the hub's library reads its address from the environment when it is imported.
-HUB = """
-import hashlib, http.server, json, os, sys, threading
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-content = (folder / "model.safetensors").read_bytes()
-asked = []
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def do_GET(self):
-        asked.append(f"{self.command} {self.path}")
-        known = self.path.split("?")[0] == "/timm/mobilenetv3_small_050.lamb_in1k/resolve/main/model.safetensors"
-        body = content if known else b"not found"
-        self.send_response(200 if known else 404)
-        if known:
-            self.send_header("ETag", '"' + hashlib.sha1(content).hexdigest() + '"')
-            self.send_header("X-Repo-Commit", "0123456789abcdef0123456789abcdef01234567")
-        else:
-            self.send_header("X-Error-Code", "EntryNotFound")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-    do_HEAD = do_GET
-    def log_message(self, *_):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-threading.Thread(target=server.serve_forever, daemon=True).start()
-os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_address[1]}"
-os.environ["HF_HOME"] = str(folder / "home")
-import models, torch
-
-result = {}
-for when in ("served", "cached"):
-    torch.manual_seed(len(when))
-    model, source, _ = models.build_pretrained("mobilenetv3_small_050", ["A", "B"], 64, None, insist=True)
-    torch.save(model.state_dict(), folder / f"{when}.pt")
-    result[when] = source | {"asked": list(asked)}
-    if when == "served":
-        server.shutdown()
-        server.server_close()
-        asked.clear()
-print(json.dumps(result))
-"""
-
-
-def test_weights_from_a_hub_and_again_from_its_cache(tmp_path):
-    torch.manual_seed(5)
+def test_weights_from_a_hub_and_again_from_its_cache(hub, tmp_path):
+    path = tmp_path / "timm" / "mobilenetv3_small_050.lamb_in1k" / "resolve" / "main" / "model.safetensors"
+    path.parent.mkdir(parents=True)
     state = timm.create_model(SMALL).state_dict()
-    write_weights(tmp_path / "model.safetensors", state)
-    hidden = ("HF_", "HUGGING", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    environment = {k: v for k, v in os.environ.items() if not k.upper().startswith(hidden)}
-    environment |= {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    command = [sys.executable, "-c", HUB, str(tmp_path)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert any(line.startswith("GET") and "model.safetensors" in line for line in result["served"]["asked"])
-    assert result["cached"]["asked"] == []
-    for when in ("served", "cached"):
-        assert result[when]["source"] == "hub" and result[when]["failed"] == ""
-        assert "timm/mobilenetv3_small_050.lamb_in1k" in result[when]["note"]
-        found = torch.load(tmp_path / f"{when}.pt", weights_only=True)
+    write_weights(path, state)
+    for is_served in (True, False):
+        model, origin, _ = models.build_pretrained(SMALL, ["A", "B"], 64, None, insist=True)
+        assert any("model.safetensors" in line for line in Handler.asked) == is_served
+        assert origin["source"] == "hub" and origin["failed"] == ""
+        assert "timm/mobilenetv3_small_050.lamb_in1k" in origin["note"]
+        found = model.state_dict()
         assert torch.equal(found["conv_stem.weight"], state["conv_stem.weight"].sum(1, keepdim=True))
         assert found["classifier.weight"].shape[0] == 2
         others = [k for k in state if k != "conv_stem.weight" and not k.startswith("classifier.")]
         assert [k for k in others if not torch.equal(found[k], state[k])] == []
+        hub.shutdown()
+        hub.server_close()
+        Handler.asked.clear()
 
 
-# --- checkpoints ---
+def test_without_a_hub_training_goes_on_from_random_weights_unless_they_are_required(hub):
+    hub.shutdown()
+    hub.server_close()
+    model, origin, _ = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
+    assert origin["source"] == "random" and SMALL in origin["failed"] and "\n" not in origin["failed"]
+    with torch.inference_mode():
+        assert model.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
+    message = one_line_error(models.build_pretrained, SMALL, CLASSES, 64, None, True)
+    assert SMALL in message and "--weights FILE or --no-pretrained" in message
+
+
+# --- save and load ---
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
+    ("content", "expected"),
     [
-        ("missing", "does not exist"),
-        ("folder", "does not exist"),
-        ("truncated", "damaged"),
-        ("random bytes", "damaged"),
-        ("empty", "damaged"),
-        ("other dict", "not a chest radiograph classifier of this suite"),
-        ("tensor", "not a chest radiograph classifier of this suite"),
-        ("flipped bits", "damaged"),
-        ("no threshold", "damaged: it holds no threshold"),
-        ("future", f"version {models.FORMAT_VERSION + 1}.*update"),
+        ({"format": "training state", "format_version": 4}, "is not a chest radiograph classifier of this suite"),
+        ({"format": models.FORMAT, "format_version": 3}, "has format version 3, this code reads 4: train again"),
+        ({"format": models.FORMAT, "format_version": 5}, "has format version 5, this code reads 4"),
+        ({"format": models.FORMAT, "format_version": 4}, "was altered or damaged after it was written"),
+        (torch.zeros(3), "is damaged, or not a file of this suite"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_an_error(tmp_path, small, kind, expected):
+def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, content, expected):
+    torch.save(content, tmp_path / "ckpt.pt")  # without a seal
+    assert expected in one_line_error(models.load, tmp_path)
+    assert "none.pt does not exist" in one_line_error(models.load, tmp_path / "none.pt")
+
+
+def test_whatever_byte_is_altered_nothing_else_is_loaded(tmp_path):
+    """Only what carries no content, such as the times in an archive, may change unnoticed."""
+    content = {"format": "x", "format_version": models.FORMAT_VERSION, "a": torch.arange(5.0), "b": [1, "text", None]}
+    path = tmp_path / "file.pt"
+    models.save(content, path)
+    original = path.read_bytes()
+    n_refused = 0
+    for i in range(len(original)):
+        altered = bytearray(original)
+        altered[i] ^= 0x41
+        path.write_bytes(altered)
+        try:
+            found = models.load(path, "x")
+        except data.UserError as e:
+            assert "\n" not in str(e)
+            n_refused += 1
+        else:
+            assert torch.equal(found.pop("a"), content["a"])
+            assert found == {k: v for k, v in content.items() if k != "a"}
+    assert n_refused > len(original) / 2
+    for size in range(0, len(original), 50):
+        path.write_bytes(original[:size])
+        one_line_error(models.load, path, "x")
+
+
+def change(value):
+    """Another value of the same type."""
+    if isinstance(value, dict):
+        return {key: change(part) for key, part in value.items()} or {"new": 1}
+    if isinstance(value, list):
+        return value[::-1] + value[:1]
+    if isinstance(value, torch.Tensor):
+        return value + 1
+    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+def test_whatever_field_is_altered_is_refused(tmp_path, small):
+    """By a program that keeps the seal."""
     path = tmp_path / "ckpt.pt"
-    if kind == "folder":
-        path.mkdir()
-    elif kind == "truncated":
-        models.save(to_checkpoint(SMALL, small), path)
-        path.write_bytes(path.read_bytes()[:-1000])
-    elif kind == "random bytes":
-        path.write_bytes(bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(0)).tolist()))
-    elif kind == "empty":
-        path.touch()
-    elif kind == "other dict":
-        torch.save({"state_dict": small.state_dict()}, path)
-    elif kind == "tensor":
-        torch.save(torch.zeros(3), path)
-    elif kind == "flipped bits":  # in a weight, where nothing but the checksum tells
-        models.save(to_checkpoint(SMALL, small), path)
-        content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
-        path.write_bytes(content)
-    elif kind == "no threshold":
-        content = to_checkpoint(SMALL, small)
-        del content["threshold"]
-        models.save(content, path)
-    elif kind == "future":
-        models.save(to_checkpoint(SMALL, small) | {"format_version": models.FORMAT_VERSION + 1}, path)
-    with pytest.raises(data.UserError, match=expected) as caught:
-        models.load(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_one_kind_of_checkpoint_is_not_taken_for_another(tmp_path, small):
-    models.save(to_checkpoint(SMALL, small) | {"format": "training state"}, tmp_path / "last.pt")
-    assert models.load(tmp_path / "last.pt", "training state")["model"] == SMALL
-    with pytest.raises(data.UserError, match="not a chest radiograph classifier"):
-        models.load(tmp_path / "last.pt")
+    checkpoint = to_checkpoint(SMALL, small)
+    models.save(checkpoint, path)
+    assert models.load(path)["data"]["patients"] == ["IM-1"]
+    with zipfile.ZipFile(path) as archive:
+        name = next(name for name in archive.namelist() if name.endswith("/seal"))
+        seal = archive.read(name)
+    for key in checkpoint.keys() - {"format", "format_version"}:
+        buffer = io.BytesIO()
+        torch.save(checkpoint | {key: change(checkpoint[key])}, buffer)
+        with zipfile.ZipFile(buffer, "a") as archive:
+            archive.writestr(f"{archive.namelist()[0].split('/')[0]}/seal", seal)
+        path.write_bytes(buffer.getvalue())
+        assert "was altered or damaged" in one_line_error(models.load, path), key
 
 
 def test_weights_that_do_not_fit_the_model_of_a_checkpoint_are_an_error(small):
-    with pytest.raises(data.UserError, match="resnet18"):
-        models.from_checkpoint(to_checkpoint("resnet18", small), torch.device("cpu"))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_weights_that_are_not_finite_are_an_error(small, value):
-    for name in ("classifier.bias", "bn1.running_var"):
-        checkpoint = to_checkpoint(SMALL, small)
-        checkpoint["state_dict"] = {k: v.clone() for k, v in checkpoint["state_dict"].items()}
-        checkpoint["state_dict"][name][0] = value
-        with pytest.raises(data.UserError, match=f"NaN or infinite weights: {name}"):
-            models.from_checkpoint(checkpoint, torch.device("cpu"))
-
-
-@pytest.mark.filterwarnings("ignore")  # torch's, that such tensors go out of use
-@pytest.mark.parametrize(
-    "altered",
-    [
-        {"conv_head.weight": torch.zeros(1024, 288, 1, 1).to_sparse()},
-        {"conv_head.weight": lambda: torch.quantize_per_tensor(torch.zeros(1024, 288, 1, 1), 0.1, 0, torch.qint8)},
-        {"conv_head.weight": torch.zeros(1024, 288, 1, 1, device="meta")},
-        {"conv_head.weight": "text"},
-        {"classifier.weight": torch.zeros(1, 1024)},
-        {"more.weight": torch.zeros(3)},
-        {5: torch.zeros(3)},
-    ],
-    ids=["sparse", "quantized", "without data", "text", "another shape", "one too many", "a key that is no text"],
-)
-def test_altered_weights_are_refused_in_one_line_wherever_they_are_read(tmp_path, small, altered):
-    checkpoint = to_checkpoint(SMALL, small)
-    for key, value in altered.items():
-        checkpoint["state_dict"] = {**checkpoint["state_dict"], key: value() if callable(value) else value}
-    torch.save(checkpoint, tmp_path / "ckpt.pt")
-    for read in (
-        lambda: models.from_checkpoint(models.load(tmp_path), CPU),
-        lambda: models.build_pretrained(SMALL, CLASSES[::-1], 64, str(tmp_path), insist=False),
-    ):
-        with pytest.raises(data.UserError) as caught:
-            read()
-        assert "\n" not in str(caught.value)
-
-
-def spots(content: dict, prefix: tuple = ()) -> list[tuple]:
-    """The path of every key in nested dicts."""
-    found = []
-    for key, value in content.items():
-        found.append((*prefix, key))
-        if isinstance(value, dict):
-            found += spots(value, (*prefix, key))
-    return found
-
-
-def test_altered_checkpoints(tmp_path, small):
-    """Each loads and classifies with finite logits, or is refused in one line."""
-    original = to_checkpoint(SMALL, small, 32)
-    original["border"] = models.fit_border(torch.rand(20, models.BORDER_FEATURES), torch.arange(20).numpy() > 9)
-    rng = random.Random(0)
-    tensor = torch.zeros(3)
-    values = [
-        None,
-        -1,
-        0,
-        3,
-        10**40,
-        -0.5,
-        1e39,
-        math.nan,
-        math.inf,
-        -math.inf,
-        "",
-        "x",
-        [],
-        {},
-        [1],
-        {"a": 1},
-        True,
-        tensor,
-    ]
-    places = [p for p in spots(original) if p[0] not in ("format", "state_dict")]
-    places += [("state_dict",)] + [p for p in spots(original) if p[0] == "state_dict"][::9]
-    outcomes = Counter()
-    for _ in range(60):  # a thousand by hand
-        altered = copy.copy(original)
-        place = rng.choice(places)
-        inner = altered
-        for key in place[:-1]:
-            inner[key] = copy.copy(inner[key])
-            inner = inner[key]
-        if rng.random() < 0.1:
-            del inner[place[-1]]
-        else:
-            inner[place[-1]] = rng.choice(values)
-        if altered.get("input_size") == 10_000:
-            continue
-        torch.save(altered, tmp_path / "ckpt.pt")
-        try:
-            checkpoint = models.load(tmp_path / "ckpt.pt")
-            model = models.from_checkpoint(checkpoint, CPU)
-            with torch.inference_mode():
-                logits = model(torch.rand(1, 1, checkpoint["input_size"], checkpoint["input_size"]))
-            probabilities = models.probabilities(logits, checkpoint["temperature"])
-            images = torch.zeros(1, 32, 32, dtype=torch.uint8)
-            unlike = models.unlikeness(checkpoint["input_check"], images)
-            assert probabilities.isfinite().all() and unlike.isfinite().all(), place
-            outcomes["fine"] += 1
-        except data.UserError as e:
-            assert "\n" not in str(e), place
-            outcomes["refused"] += 1
-    assert outcomes["refused"] > 30 and outcomes["fine"] > 0
-
-
-def test_a_checkpoint_of_version_1_still_loads(tmp_path, small):
-    content = to_checkpoint(SMALL, small) | {"format_version": 1}
-    for key in ("finished", "epochs", "weights", "border", "margin"):
-        del content[key]
-    for key in ("images", "val_patients", "val_pixels"):
-        del content["data"][key]
-    for key in ("folds", "fold"):
-        del content["arguments"][key]
-    content["data"]["val"] = ["a", "b", "c"]
-    models.save(content, tmp_path / "ckpt.pt")
-    found = models.load(tmp_path)
-    assert found["finished"] is True and found["epochs"] == 1 and found["border"] is None
-    assert found["margin"] == 0 and found["data"]["images"] == 2 and len(found["data"]["val_pixels"]) == 3
-    assert found["arguments"]["folds"] == 10 and found["arguments"]["fold"] == 0
+    assert "timm's resnet18" in one_line_error(models.from_checkpoint, to_checkpoint("resnet18", small), CPU)
 
 
 @pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
-def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, small, broken):
-    path = tmp_path / "ckpt.pt"
-    path.write_bytes(b"the old one")
-
+def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, broken):
     def fail(*_):
-        raise OSError("disk full")
+        raise OSError("no more disk")
 
-    with monkeypatch.context() as m:
-        m.setattr(broken, fail)
-        with pytest.raises(OSError, match="disk full"):
-            models.save(to_checkpoint(SMALL, small), path)
-    assert path.read_bytes() == b"the old one"
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
-    models.save(to_checkpoint(SMALL, small), path)
-    assert models.load(path)["model"] == SMALL
-    assert os.listdir(tmp_path) == ["ckpt.pt"]
+    (tmp_path / "ckpt.pt").write_bytes(b"the old one")
+    monkeypatch.setattr(broken, fail)
+    with pytest.raises(OSError, match="no more disk"):
+        models.save({"format": "x"}, tmp_path / "ckpt.pt")
+    assert (tmp_path / "ckpt.pt").read_bytes() == b"the old one" and os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 def test_the_newest_run_is_found_by_time_and_those_that_ended_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(data.UserError, match="train"):
-        models.newest_checkpoint()
-    for name, age in (("a", 100), ("b", 900), ("c", 500)):
+    assert "train a model first" in one_line_error(models.newest_checkpoint)
+    for name, time in (("a", 3e8), ("b", 1e8), ("c", 2e8)):
         Path("runs", name).mkdir(parents=True)
         Path("runs", name, "ckpt.pt").touch()
-        os.utime(Path("runs", name, "ckpt.pt"), (1e9 - age, 1e9 - age))
+        os.utime(Path("runs", name, "ckpt.pt"), (time, time))
     assert models.newest_checkpoint() == Path("runs/a/ckpt.pt")
-    for name, finished in (("a", "false"), ("b", "true"), ("c", "true")):
-        Path("runs", name, "metrics.json").write_text(f'{{"finished": {finished}}}')
+    for name in ("b", "c"):
+        Path("runs", name, "metrics.json").write_text('{"finished": true}')
     assert models.newest_checkpoint() == Path("runs/c/ckpt.pt")
 
 
-# --- probabilities ---
+# --- ask ---
 
 
-@pytest.mark.parametrize(("temperature", "expected"), [(1, 0.75), (2, math.sqrt(3) / (1 + math.sqrt(3))), (0.5, 0.9)])
-def test_probabilities_follow_the_temperature(temperature, expected):
-    found = models.probabilities(torch.tensor([[0.0, math.log(3)], [5.0, 5.0]]), temperature)
-    assert found[:, 1].tolist() == pytest.approx([expected, 0.5], abs=1e-6)
-    assert found.sum(1).tolist() == pytest.approx([1, 1], abs=1e-12)
+def test_logits_are_those_of_the_normalised_image_whatever_the_batches(small):
+    images = torch.randint(0, 256, (10, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    preprocessing = {"input_size": 64, "mean": 0.4, "std": 0.2}
+    index = torch.tensor([7, 3, 9, 0])
+    found = models.infer(small, models.in_batches(images, index, 3), preprocessing)
+    with torch.inference_mode():
+        expected = small((images[index][:, None] / 255 - 0.4) / 0.2)
+    assert found.dtype == torch.float64 and not found.requires_grad
+    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6)
 
 
-def test_probabilities_of_huge_logits_stay_finite():
-    found = models.probabilities(torch.tensor([[1000.0, -1000.0, 0.0]]), 0.05)
-    assert found.tolist() == [[1, 0, 0]]
+def decide(logits, slope=1.0, intercept=0.0, threshold=0.0) -> models.Decision:
+    point = {"slope": slope, "intercept": intercept, "threshold": {"logit": threshold}}
+    return models.decide(torch.tensor(logits, dtype=torch.float64), point)
 
 
-# --- what a model has not seen ---
+def test_two_classes_are_calibrated_on_their_difference_and_decided_by_the_threshold():
+    found = decide([[1.0, 3.0], [2.0, 2.0], [5.0, 1.0]], slope=0.5, intercept=0.25, threshold=0.25)
+    assert found.calibrated_logits[:, 1].tolist() == pytest.approx([1.25, 0.25, -1.75])
+    assert found.calibrated_logits[:, 0].tolist() == pytest.approx([-1.25, -0.25, 1.75])
+    expected = [1 / (1 + math.exp(-z)) for z in (1.25, 0.25, -1.75)]
+    assert found.probabilities[:, 1].tolist() == pytest.approx(expected)
+    assert found.probabilities.sum(1).tolist() == pytest.approx([1, 1, 1])
+    assert found.predicted.tolist() == [1, 1, 0]  # positive from the threshold on
+    assert decide([[2.0, 2.0]], 0.5, 0.25, 0.2500001).predicted.tolist() == [0]
+
+
+def test_of_three_classes_the_largest_is_predicted():
+    logits = [[0.0, math.log(2), math.log(5)], [3.0, 1.0, 2.0]]
+    found = decide(logits)
+    assert found.probabilities[0].tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
+    assert found.calibrated_logits[0].tolist() == pytest.approx([math.log(1 / 7), math.log(2 / 6), math.log(5 / 3)])
+    assert found.predicted.tolist() == [2, 0]
+    steeper = decide(logits, slope=2.0)
+    assert steeper.probabilities[0].tolist() == pytest.approx([1 / 30, 4 / 30, 25 / 30])
+
+
+@pytest.mark.parametrize("n_classes", [2, 3])
+def test_where_probabilities_saturate_logits_still_rank_and_decide(n_classes):
+    logits = [[0.0] * (n_classes - 1) + [z] for z in (100.0, 100.5, 101.0)]
+    found = decide(logits, slope=2.0, threshold=201.0)
+    assert found.probabilities[:, -1].tolist() == [1, 1, 1]
+    assert (found.calibrated_logits[:, -1].diff() > 0.9).all()
+    assert found.predicted.tolist() == ([0, 1, 1] if n_classes == 2 else [2, 2, 2])
+    assert decide([[1000.0, -1000.0, 0.0]], slope=20.0).probabilities.tolist() == [[1, 0, 0]]
+
+
+# --- what is unlike ---
 
 
 @pytest.fixture(scope="module")
 def phantoms(demo):
     """uint8 images of the demo set at 64 px: training, validation, test."""
-    records = data.find_training(demo, 5, 0) + data.scan(demo, "test")
-    images = torch.stack([torch.from_numpy(data.read_image(demo / r.path, 64)[0].copy()) for r in records])
-    return [images[[i for i, r in enumerate(records) if r.split == s]] for s in ("train", "val", "test")]
+    records = data.find_training(demo) + data.scan(demo, "test")
+    images = torch.stack([torch.from_numpy(data.read_image(demo / r.path, 64)[0]) for r in records])
+    is_test = torch.tensor([r.split == "test" for r in records])
+    return images[~is_test][20:], images[~is_test][:20], images[is_test]
 
 
 @pytest.fixture(scope="module")
@@ -803,37 +638,23 @@ def flagged(check: dict, images: torch.Tensor) -> float:
     return float((models.unlikeness(check, images) > check["cut"]).float().mean())
 
 
-def test_few_phantoms_are_flagged(check, phantoms):
-    assert flagged(check, phantoms[0]) <= 0.1
-    assert round(flagged(check, phantoms[1]) * len(phantoms[1])) == 1  # the most unlike one of these few
-    assert flagged(check, phantoms[2]) <= 0.25
-
-
 @pytest.mark.parametrize("kind", ["noise", "inverted", "upside down", "plain grey", "patches of noise"])
-def test_what_is_no_upright_radiograph_is_flagged(check, phantoms, kind):
+def test_what_is_not_an_upright_radiograph_is_flagged(check, phantoms, kind):
     test = phantoms[2]
-    noise = torch.Generator().manual_seed(7)
+    seed = torch.Generator().manual_seed(7)
+    patches = torch.randint(0, 256, (len(test), 8, 8), generator=seed, dtype=torch.uint8)
     images = {
-        "noise": torch.randint(0, 256, test.shape, generator=noise, dtype=torch.uint8),
+        "noise": torch.randint(0, 256, test.shape, generator=seed, dtype=torch.uint8),
         "inverted": 255 - test,
         "upside down": test.flip(1),
         "plain grey": torch.full_like(test, 128),
-        "patches of noise": torch.randint(0, 256, (len(test), 8, 8), generator=noise, dtype=torch.uint8)
-        .repeat_interleave(8, 1)
-        .repeat_interleave(8, 2),
-    }[kind]
-    assert flagged(check, images) >= 0.9
-
-
-def test_the_check_does_not_depend_on_batches_or_mirroring(check, phantoms):
-    train, val, test = phantoms
-    other = models.fit_input_check([train.flip(2)], val.split(1))
-    assert other["cut"] == pytest.approx(check["cut"], rel=1e-3)
-    torch.testing.assert_close(models.unlikeness(other, test), models.unlikeness(check, test), rtol=1e-3, atol=1e-2)
+        "patches of noise": patches.repeat_interleave(8, 1).repeat_interleave(8, 2),
+    }
+    assert flagged(check, images[kind]) >= 0.9 and flagged(check, test) <= 0.25
 
 
 def test_the_check_fits_images_that_lie_on_a_gpu():
-    """Fake tensors tell what would meet on two devices; no GPU is needed."""
+    """Fake tensors show what would meet on two devices; no GPU is needed."""
     with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # the cut is a number: no fake has one
         images = torch.zeros(40, 64, 64, dtype=torch.uint8, device="cuda")
         models.fit_input_check(images.split(20), images.split(20))
@@ -847,21 +668,17 @@ def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
     assert flagged(check, images[700:]) == pytest.approx(0.01, abs=0.002)
 
 
-# --- what the border tells ---
-
-
 def test_border_logit_is_that_of_scikit_learn():
     g = torch.Generator().manual_seed(4)
     images = torch.randint(0, 256, (60, 64, 64), generator=g, dtype=torch.uint8)
-    positive = np.arange(60) % 2 == 0
-    images[positive, :4] //= 2
+    is_positive = np.arange(60) % 2 == 0
+    images[is_positive, :4] //= 2
     features = data.border_features(images)
-    border = models.fit_border(features, positive)
-    standard = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(
-        features.double(), positive
-    )
-    z = models.border_logit(border, images)
-    assert z.dtype == np.float64 and ((z > 0) == positive).all()
-    np.testing.assert_allclose(z, standard.decision_function(features.double()), rtol=0.05, atol=0.05)
-    images[:, 10:50, 10:50] = 0  # no part of the border
-    np.testing.assert_allclose(models.border_logit(border, images), z)
+    border = models.fit_border(features, is_positive)
+    standard = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
+    expected = standard.fit(features.double(), is_positive).decision_function(features.double())
+    found = models.border_logit(border, images)
+    assert found.dtype == np.float64 and ((found > 0) == is_positive).all()
+    np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
+    images[:, 10:50, 10:50] = 0  # not a part of the border
+    np.testing.assert_allclose(models.border_logit(border, images), found)

@@ -1,8 +1,8 @@
 """predict.py as a user runs it, and its parts."""
 
 import csv
+import dataclasses
 import hashlib
-import http.server
 import io
 import json
 import os
@@ -10,15 +10,14 @@ import shutil
 import subprocess
 import sys
 import threading
-import urllib.request
-from collections import Counter
-from pathlib import PurePosixPath, PureWindowsPath
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run_process, run_script
-from PIL import Image
+from conftest import ROOT, run_script
+from PIL import Image, ImageFont
 
 import data
 import models
@@ -30,432 +29,352 @@ def classifier(run_folder):
     return predict.open_classifier(run_folder, "cpu")
 
 
+@pytest.fixture(scope="module")
+def normals(demo) -> list[str]:
+    return sorted(map(str, (demo / "test" / "NORMAL").iterdir()))
+
+
 def as_json(done) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_probability_equals_the_evaluation_whatever_the_batch(run_folder, demo):
-    """One image alone, and all of them in batches, give what test.csv holds."""
-    assert run_script("evaluate.py", run_folder / "ckpt.pt", cwd=demo).returncode == 0
+def save_with(run_folder, path: Path, **fields) -> Path:
+    """A copy of the run's checkpoint with other fields."""
+    models.save(models.load(run_folder) | fields, path)
+    return path
+
+
+# --- probability and label ---
+
+
+def test_evaluation_and_prediction_agree_on_every_image(run_folder, demo):
+    assert run_script("evaluate.py", run_folder, "--bootstrap", 20, cwd=demo).returncode == 0
     with open(run_folder / "test.csv") as f:
-        rows = {r["path"]: r for r in csv.DictReader(f)}
-    everything = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--csv", demo / "test", cwd=demo)
-    found = {r["path"]: r for r in csv.DictReader(io.StringIO(everything.stdout))}
-    assert len(found) == len(rows) > 20
-    for path, row in rows.items():
-        other = found[str(demo / path)]
-        assert float(other["probability"]) == pytest.approx(float(row["probability"]), abs=1e-5)
-        assert other["label"] == row["prediction"]
-    path = next(iter(rows))
-    (alone,) = as_json(run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", path, cwd=demo))
-    assert alone["probability"] == pytest.approx(float(rows[path]["probability"]), abs=1e-5)
+        expected = {r["path"]: r for r in csv.DictReader(f)}
+    rows = as_json(run_script("predict.py", "--ckpt", run_folder, "--json", "test", cwd=demo))
+    assert sorted(r["path"] for r in rows) == sorted(expected)
+    for row in rows:
+        other = expected[row["path"]]
+        assert row["probability"] == pytest.approx(float(other["probability"]), abs=1e-6)
+        assert row["label"] == other["prediction"]
 
 
-def test_mixed_inputs_are_done_and_the_bad_ones_named(run_folder, demo, tmp_path):
-    """Exit code 1, nothing but results on stdout, and the good files classified all the same."""
-    good = sorted((demo / "test" / "NORMAL").iterdir())[:3]
-    shutil.copy(good[0], tmp_path / "a b.jpeg")
-    (tmp_path / "sub").mkdir()
-    shutil.copy(good[1], tmp_path / "sub" / "c.jpeg")
-    (tmp_path / "text.jpeg").write_text("no picture")
-    (tmp_path / "._a.jpeg").write_bytes(b"x")
-    done = run_process(
-        "predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "missing.png", ".", str(good[0].parent / "*.jpeg"), "-",
-        cwd=tmp_path, input=f"{good[2]}\n",
-    )  # fmt: skip
-    results = as_json(done)
-    assert done.returncode == 1
-    assert [r["error"] for r in results[:4]] == ["no such file", "", "not an image of a known format", ""]
-    assert [os.path.basename(r["path"]) for r in results[:4]] == ["missing.png", "a b.jpeg", "text.jpeg", "c.jpeg"]
-    assert results[0]["label"] is None and results[0]["probability"] is None
-    count = len(list(good[0].parent.glob("*.jpeg")))
-    assert len(results) == 4 + count + 1 and results[-1]["path"] == str(good[2])
-    assert all(r["label"] in ("NORMAL", "PNEUMONIA") for r in results[4:])
+def test_probability_is_calibrated_and_the_threshold_decides(run_folder, demo, tmp_path):
+    """By hand, from the model's logits of the whole images."""
+    checkpoint = models.load(run_folder)
+    paths = [str(demo / r.path) for r in data.scan(demo, "test")]
+    images = np.stack([data.read_image(path, 64)[0] for path in paths])
+    x = (images[:, None] / 255 - checkpoint["mean"]) / checkpoint["std"]
+    model = models.from_checkpoint(checkpoint, torch.device("cpu"))
+    with torch.inference_mode():
+        logits = model(torch.from_numpy(x).float()).double().numpy()
+    difference = logits[:, 1] - logits[:, 0]
+    slope = 3 / difference.std()
+    intercept = 1 - slope * difference.mean()
+    expected = 1 / (1 + np.exp(-slope * difference - intercept))
+    cut = float(np.median(expected))  # about 0.7
+    point = {"slope": float(slope), "intercept": float(intercept)}
+    point["threshold"] = checkpoint["threshold"] | {"value": cut, "logit": float(np.log(cut / (1 - cut)))}
+    rows = predict.predict(paths, save_with(run_folder, tmp_path / "ckpt.pt", **point), "cpu")
+    assert [r["path"] for r in rows] == paths
+    assert [r["probability"] for r in rows] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [r["label"] == "PNEUMONIA" for r in rows] == [r["probability"] >= r["threshold"] == cut for r in rows]
 
 
-def test_csv(run_folder, demo, tmp_path):
-    """The rows say which model they come from, and a spreadsheet takes no cell for a formula."""
-    shutil.copy(min((demo / "test" / "PNEUMONIA").iterdir()), tmp_path / "=1+1.jpeg")
-    done = run_script("predict.py", "--ckpt", run_folder, "--csv", "=1+1.jpeg", "nope.png", cwd=tmp_path)
-    rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    columns = ["path", "label", "probability", "threshold", "flags", "unlike", "error", "model", "checksum"]
-    assert list(rows[0]) == columns
-    assert rows[0]["path"] == "'=1+1.jpeg" and 0 < float(rows[0]["unlike"]) < 5 and "demo model" in rows[0]["flags"]
-    assert rows[1]["error"] == "no such file" and rows[1]["probability"] == ""
-    digest = hashlib.sha256((run_folder / "ckpt.pt").read_bytes()).hexdigest()
-    assert [(r["model"], r["checksum"]) for r in rows] == [("mobilenetv3_small_050", digest[:12])] * 2
+def test_of_three_classes_the_most_probable_is_the_label(run_folder, normals, tmp_path):
+    model = models.build("mobilenetv3_small_050", 3, 64)
+    fields = {"classes": ["A", "B", "C"], "state_dict": model.state_dict()}
+    fields["threshold"] = {"value": None, "logit": None, "rule": "", "from": "", "weighting": ""}
+    command = ("predict.py", "--ckpt", save_with(run_folder, tmp_path / "three.pt", **fields), normals[0])
+    (row,) = as_json(run_script(*command, "--json", cwd=tmp_path))
+    probability = row["probability"]
+    assert sum(probability.values()) == pytest.approx(1) and row["threshold"] is None
+    assert row["label"] == max(probability, key=probability.get)
+    (cells,) = csv.DictReader(io.StringIO(run_script(*command, "--csv", cwd=tmp_path).stdout))
+    assert float(cells["probability_B"]) == probability["B"] and "probability" not in cells
+    header, line = run_script(*command, "--cam", "maps", cwd=tmp_path).stdout.splitlines()
+    assert "P(label)" in header and f"{probability[row['label']]:.4f}" in line
 
 
-@pytest.mark.parametrize("cam", [(), ("--cam", "maps")])
-def test_table(run_folder, demo, tmp_path, cam):
-    """Columns stand where they are whatever names come; names move no cursor; the last line counts."""
-    image = min((demo / "test" / "PNEUMONIA").iterdir())
-    (tmp_path / "deep" / ("x" * 90)).mkdir(parents=True)
-    names = ["a.jpeg", f"deep/{'x' * 90}/b.jpeg", "a\x1b[2Jb.jpeg"]
-    for name in names:
-        shutil.copy(image, tmp_path / name)
-    done = run_script("predict.py", "--ckpt", run_folder, *cam, *names, "gone.png", cwd=tmp_path)
-    assert done.returncode == 1
-    header, *rows = done.stdout.splitlines()
-    threshold = models.load(run_folder)["threshold"]["value"]
-    assert "P(PNEUMONIA)" in header and f"threshold {threshold:.3f}" in header
-    column = header.index("image")
-    shown = ["a.jpeg", names[1], "a?[2Jb.jpeg", "gone.png"]
-    assert [row[column:].split("  [")[0] for row in rows] == shown
-    assert rows[3].startswith("error ") and "no such file" in rows[3]
-    p = float(rows[0][: column - 2].split()[1])
-    positives = 3 * (p >= threshold)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith(f"4 images: {positives} positive, {3 - positives} negative, ") and last.endswith(
-        ", 1 errors"
-    )
-
-
-def test_an_output_that_is_not_finite_is_an_error_of_that_file(classifier, demo, monkeypatch):
-    paths = sorted(map(str, (demo / "test" / "NORMAL").iterdir()))[:3]
+def test_an_output_that_is_not_finite_is_an_error_of_that_file(classifier, normals, monkeypatch):
     forward = classifier.model.forward
-
-    def spoiled(x):
-        return forward(x).index_fill(0, torch.tensor([1]), float("nan"))
-
-    monkeypatch.setattr(classifier.model, "forward", spoiled)
-    rows = predict.classify(paths, classifier)
+    monkeypatch.setattr(classifier.model, "forward", lambda x: forward(x).index_fill(0, torch.tensor([1]), torch.nan))
+    rows = predict.classify(normals[:3], classifier)
     assert [row.label is None for row in rows] == [False, True, False]
     assert "not finite" in rows[1].error and rows[1].probability is None
 
 
-def test_one_call_from_python(run_folder, demo):
-    """Paths, open files, Pillow images and arrays give the dicts of --json; the model is loaded once."""
-    path = min((demo / "test" / "NORMAL").iterdir())
-    with Image.open(path) as picture, open(path, "rb") as file:
-        pixels = np.asarray(picture)
-        found = predict.predict([path, file, picture, pixels, np.stack([pixels] * 3, 2), "nope"], run_folder, "cpu")
-    (expected,) = as_json(run_script("predict.py", "--ckpt", run_folder, "--json", path, cwd=demo))
-    assert found[0].keys() == expected.keys() and found[0]["label"] == expected["label"]
-    assert [r["path"] for r in found] == [str(path), str(path), "", "", "", "nope"]
-    assert [r["probability"] for r in found[:5]] == pytest.approx([expected["probability"]] * 5, abs=2e-3)
-    assert found[5]["error"] == "no such file" and found[5]["label"] is None
-    assert predict.open_classifier(run_folder, "cpu") is predict.open_classifier(str(run_folder), "cpu")
-    assert predict.predict([], run_folder) == []
-    rows = predict.predict((image for image in [pixels, None, pixels]), run_folder)  # as of a reader that failed
-    assert [bool(row["error"]) for row in rows] == [False, True, False]
+# --- flags ---
 
 
-def test_a_service_in_a_few_lines(run_folder, demo):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_POST(self):
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            (result,) = predict.predict([io.BytesIO(body)], run_folder)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(result).encode())
-
-        def log_message(self, *_):
-            pass
-
-    image = min((demo / "test" / "NORMAL").iterdir())
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}"
-        result = json.loads(urllib.request.urlopen(url, image.read_bytes()).read())
-        server.shutdown()
-    (expected,) = predict.predict([image], run_folder)
-    assert result["probability"] == pytest.approx(expected["probability"], abs=1e-6) and result["error"] == ""
-
-
-def test_flags(classifier, tmp_path):
-    """Each oddity gets its own name; none of them changes the label."""
+def test_each_oddity_has_its_own_flag(run_folder):
     rng = np.random.default_rng(0)
-    pictures = {
+    images = {
         "colour image": np.kron(rng.integers(0, 256, (8, 8, 3)), np.ones((16, 16, 1))),
-        "near-constant image": np.full((128, 128), 90),
+        "near-constant image": rng.integers(90, 95, (128, 128)),
         "under 64 pixels": rng.integers(0, 256, (50, 200)),
-        "unlike training images": rng.integers(0, 256, (128, 128)),
+        "mask or drawing": np.kron(rng.integers(0, 3, (8, 8)) * 100, np.ones((16, 16))),
     }
-    for name, pixels in pictures.items():
-        path = tmp_path / f"{name}.png"
-        Image.fromarray(pixels.astype(np.uint8)).save(path)
-        (row,) = predict.classify([str(path)], classifier)
-        assert name in row.flags
-        assert (row.unlike > 1) == ("unlike training images" in row.flags)
-        assert (row.label == "PNEUMONIA") == (row.probability >= row.threshold)
+    rows = predict.predict([image.astype(np.uint8) for image in images.values()], run_folder)
+    for name, row in zip(images, rows):
+        unlike = ["unlike training images"] * (row["unlike"] > 1)
+        assert row["flags"] == [name, *unlike]
+    assert rows[2]["unlike"] > 1  # noise
 
 
-def test_phantoms_are_seldom_flagged(run_folder, demo):
-    """The input check fits 120 images here; most of the held-back ones must pass."""
-    results = as_json(run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", demo / "test", cwd=demo))
-    flagged = [r for r in results if r["flags"]]
-    assert all((r["unlike"] > 1) == ("unlike training images" in r["flags"]) for r in results)
-    assert len(flagged) <= len(results) / 2
-    assert "colour image" not in {f for r in results for f in r["flags"]}
+@pytest.mark.parametrize(("view", "n_flags"), [("LL", 1), ("RL", 1), ("LATERAL", 1), ("PA", 0), ("", 0)])
+def test_a_lateral_view_is_flagged(view, n_flags):
+    image = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    info = data.ImageInfo(100, 100, "MONOCHROME2", view=view)
+    assert predict.find_flags(image, info, 0.5) == ["lateral view"] * n_flags
 
 
-def test_three_classes(demo, run_folder, tmp_path):
-    """All probabilities are given, and the label is the largest; there is no threshold."""
-    ckpt = models.load(run_folder / "ckpt.pt")
-    model = models.build(ckpt["model"], 3, ckpt["input_size"])
-    ckpt |= {"classes": ["A", "B", "C"], "positive": "C", "state_dict": model.state_dict()}
-    ckpt["threshold"] = {"value": None, "rule": "largest probability", "from": ""}
-    ckpt["border"] = None
-    models.save(ckpt, tmp_path / "three.pt")
-    image = min((demo / "test" / "NORMAL").iterdir())
-    (result,) = as_json(run_script("predict.py", "--ckpt", tmp_path / "three.pt", "--json", image, cwd=demo))
-    assert sum(result["probability"].values()) == pytest.approx(1)
-    assert result["label"] == max(result["probability"], key=result["probability"].get)
-    assert result["threshold"] is None
-    table = run_script("predict.py", "--ckpt", tmp_path / "three.pt", "--cam", "maps", image, cwd=tmp_path)
-    assert "P(label)" in table.stdout and len(list((tmp_path / "maps").iterdir())) == 1
-    assert table.stderr.splitlines()[-1].startswith("1 image: ")
+# --- order, batches, threads ---
 
 
-@pytest.mark.parametrize("size", [(224, 224), (2500, 2000), (100, 50)])
-def test_heat_map_is_the_radiograph_beside_itself(size):
-    """Coloured where the map is high and nowhere else; the caption does not widen the picture, however long it is."""
-    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, size[::-1], dtype=np.uint8))
-    heat = np.zeros((40, 40), np.float32)
-    heat[:20, :20] = 1
-    heat[20:, 20:] = 0.28
-    short = predict.draw_heat_map(picture, heat, ["a", "b"])
-    drawn = predict.draw_heat_map(picture, heat, ["胸\n" * 40, "x" * 400])
-    assert drawn.size == short.size
-    panel = max(size[0], 224), max(size[0], 224) * size[1] // size[0]
-    gap = drawn.width - 2 * panel[0]
-    assert 0 < gap < 0.02 * drawn.width + 4
-    colour = np.ptp(np.asarray(drawn).astype(int), axis=2)
-    left, right = colour[: panel[1], : panel[0]], colour[: panel[1], panel[0] + gap :]
-    assert left.max() == 0 and right[:, panel[0] * 3 // 5 :].max() == 0
-    assert right[: panel[1] * 2 // 5, : panel[0] * 2 // 5].min() > 20
-    assert np.asarray(drawn)[panel[1] :].max() == 255  # there is a caption
+def test_rows_keep_their_order_where_a_later_batch_is_done_first(monkeypatch):
+    second_is_done = threading.Event()
+
+    def work(numbers, **_):
+        if numbers[0] == 0:
+            assert second_is_done.wait(60)
+        if numbers[0] == predict.BATCH:
+            second_is_done.set()
+        return numbers
+
+    monkeypatch.setattr(predict, "classify", work)
+    monkeypatch.setattr(data, "CORES", 2)
+    assert list(predict.classify_all(range(1000), None)) == list(range(1000))
 
 
-def test_caption_tells_threshold_and_scale():
-    row = predict.Prediction("a/b.png", "PNEUMONIA", 0.75, 0.5, ["colour image"], demo=True)
-    lines = predict.caption(row, "PNEUMONIA")
-    assert lines[0] == "b.png" and "0.750" in lines[1] and "threshold 0.500" in lines[1]
-    assert "own maximum" in lines[2] and "DEMO" in lines[3] and lines[4] == "colour image"
+@pytest.mark.parametrize(("one_by_one", "ahead"), [(True, 1), (False, 8 * predict.BATCH)])
+def test_few_sources_are_taken_ahead_of_the_rows(one_by_one, ahead, monkeypatch):
+    monkeypatch.setattr(predict, "classify", lambda sources, **_: sources)
+    monkeypatch.setattr(data, "CORES", 2)
+    taken = []
+    numbers = (taken.append(i) or i for i in range(2000))
+    for i, row in enumerate(predict.classify_all(numbers, None, one_by_one=one_by_one)):
+        assert row == i and len(taken) <= i + ahead
+    assert len(taken) == 2000
 
 
-def test_the_margin_is_not_seen(run_folder):
-    """What stands in the outer tenth of each side can change a probability by the image's mean alone."""
-    rng = np.random.default_rng(0)
-    image = rng.integers(0, 256, (64, 64), dtype=np.uint8)
-    ring = data.border_ring(64, 6).numpy()
-    margin, inside = image.copy(), image.copy()
-    margin[ring] = rng.permutation(image[ring])
-    inside[~ring] = rng.permutation(image[~ring])
-    seen, same, other = (row["probability"] for row in predict.predict([image, margin, inside], run_folder))
-    assert same == pytest.approx(seen, abs=1e-7) and abs(other - seen) > 1e-5
+def test_threads_take_turns_with_the_model(classifier, normals):
+    turns, free = threading.Semaphore(1), []
+    hook = classifier.model.register_forward_pre_hook(lambda *_: free.append(turns.acquire(blocking=False)))
+    predict.classify(normals[:2], dataclasses.replace(classifier, turns=turns))
+    hook.remove()
+    assert free == [False] and turns.acquire(blocking=False)
 
 
-@pytest.mark.parametrize(
-    ("path", "start"),
-    [
-        (PurePosixPath("x/a/b\n\x1b[2J.png"), "x_a_b_2J_png_"),
-        (PureWindowsPath("C:\\scans\\p1.png"), "scans_p1_png_"),
-        (PurePosixPath("胸" * 100 + ".jpeg"), "胸"),
-    ],
-)
-def test_heat_map_names(path, start):
-    """No control characters, no drive, no more bytes than file systems take."""
-    name = predict.map_name(path)
-    assert name.startswith(start) and name.endswith("_cam.png") and len(name.encode()) < 200
-    assert name != predict.map_name(path / "other")
-
-
-def test_a_file_that_goes_before_its_map_is_drawn_is_one_bad_row(run_folder, demo, tmp_path, monkeypatch):
-    read_image = data.read_image
-
-    def gone(path, size):
-        if size is None and str(path).endswith("2.jpeg"):
-            raise data.ImageError("no such file")
-        return read_image(path, size)
-
-    monkeypatch.setattr(data, "read_image", gone)
-    for i in range(3):
-        shutil.copy(min((demo / "test" / "NORMAL").iterdir()), tmp_path / f"{i}.jpeg")
-    done = run_script(
-        "predict.py", "--ckpt", run_folder, "--json", "--cam", "m", "0.jpeg", "1.jpeg", "2.jpeg", cwd=tmp_path
-    )
-    assert done.returncode == 1
-    assert [r["error"] for r in as_json(done)] == ["", "", "no map: no such file"]
-    assert [r["label"] is None for r in as_json(done)] == [False, False, True]
-
-
-def test_maps_are_not_mixed_with_radiographs(run_folder, demo, tmp_path):
-    """A map among the images of a class would be scored as one; maps from before are in nobody's way."""
-    image = min((demo / "test" / "NORMAL").iterdir())
-    (tmp_path / "class").mkdir()
-    shutil.copy(image, tmp_path / "class")
-    common = ("predict.py", "--ckpt", run_folder, "--cam")
-    refused = run_script(*common, "class", image, cwd=tmp_path)
-    assert refused.returncode == 2 and "class holds images" in refused.stderr
-    for _ in range(2):
-        assert run_script(*common, "maps", image, cwd=tmp_path).returncode == 0
-    assert len(list((tmp_path / "maps").iterdir())) == 1 and len(list((tmp_path / "class").iterdir())) == 1
-
-
-def test_each_map_gives_its_row_at_once(run_folder, demo, tmp_path, monkeypatch):
-    """A heat map takes long: whoever interrupts waits for one, and what was done is printed."""
-    first, second, third = sorted((demo / "test" / "NORMAL").iterdir())[:3]
-
-    def add_heat_map(row, *rest):
-        if row.path == str(third):
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(predict, "add_heat_map", add_heat_map)
-    done = run_script("predict.py", "--ckpt", run_folder, "--json", "--cam", "m", third.parent, cwd=tmp_path)
-    assert done.returncode == 130
-    assert [r["path"] for r in as_json(done)] == [str(first), str(second)]
-
-
-def test_a_slow_list_on_stdin_gives_each_row_at_once(run_folder, demo):
-    paths = sorted(map(str, (demo / "test" / "NORMAL").iterdir()))[:3]
+def test_a_slow_list_on_stdin_gives_each_row_at_once(run_folder, normals):
     command = [sys.executable, str(ROOT / "predict.py"), "--ckpt", str(run_folder), "--json", "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        for path in paths:
+        watchdog = threading.Timer(120, process.kill)  # where it waits for more, so would this test
+        watchdog.daemon = True
+        watchdog.start()
+        for path in normals[:3]:
             process.stdin.write(f"{path}\n")
             process.stdin.flush()
             assert json.loads(process.stdout.readline())["path"] == path  # before the next one is known
-        process.stdin.write(paths[0])  # without an end of line
+        process.stdin.write(normals[0])  # without an end of line
         process.stdin.close()
-        assert json.loads(process.stdout.readline())["path"] == paths[0]
+        assert json.loads(process.stdout.readline())["path"] == normals[0]
         assert process.wait(60) == 0
 
 
-@pytest.mark.parametrize("shape", [(0, 0), (0, 9)])
-def test_an_image_without_pixels_is_an_error(run_folder, shape):
-    (row,) = predict.predict([np.zeros(shape, np.uint8)], run_folder, "cpu")
-    assert row["error"] == "it has no pixels" and row["label"] is None
+# --- inputs and the calls from Python ---
 
 
-@pytest.mark.parametrize("count", [0, 1, 5, 1000])
-def test_stream_keeps_order_and_little_in_memory(count):
-    """However many paths there are, no more than a few batches are ever taken ahead of what came out."""
-    taken, out = [], []
-
-    def paths():
-        for i in range(count):
-            taken.append(i)
-            yield str(i)
-
-    for batch in predict.stream(paths(), list, 3, 32):
-        out += batch
-        assert 0 < len(batch) <= 32 and len(taken) <= len(out) + 8 * 32
-    assert out == [str(i) for i in range(count)]
-
-
-def test_a_flush_among_the_sources_brings_out_what_came_before():
-    out = []
-
-    def paths():
-        yield from range(100)
-        yield predict.FLUSH
-        assert out == list(range(100))
-        yield 100
-
-    for batch in predict.stream(paths(), list, 2, 32):
-        out += batch
-    assert out == list(range(101))
-
-
-def test_threads_are_shared_out_and_given_back():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    try:
-        for workers, each in ((1, 4), (2, 2), (8, 1)):
-            for _ in predict.stream(range(100), list, workers, 32):
-                assert torch.get_num_threads() == each
-            assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_folders_are_walked_however_they_are_named(tmp_path, monkeypatch):
-    for name in ("a/1.png", "a/deep/2.png", "b/3.png", "c/4.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    found = list(predict.find_inputs(["a", "[b]*", "c"]))
-    assert found == ["a/1.png", "a/deep/2.png", "b/3.png", "c/4.png"]
-
-
-def test_a_glob_names_each_image_once(tmp_path, monkeypatch):
-    for name in ("a/1.png", "a/deep/2.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    assert sorted(predict.find_inputs(["a/**"])) == ["a/1.png", "a/deep/2.png"]
-
-
-def test_a_folder_without_images_is_one_bad_row(run_folder, demo, tmp_path):
+def test_mixed_inputs_are_classified_and_the_bad_ones_named(run_folder, normals, tmp_path):
+    (tmp_path / "sub").mkdir()
     (tmp_path / "empty").mkdir()
-    image = min((demo / "test" / "NORMAL").iterdir())
-    done = run_script("predict.py", "--ckpt", run_folder / "ckpt.pt", "--json", "empty", image, cwd=tmp_path)
-    assert done.returncode == 1
-    assert [r["error"] for r in as_json(done)] == ["a folder without images", ""]
+    shutil.copy(normals[0], tmp_path / "sub" / "a b.jpeg")
+    for name in ("text.jpeg", "._a.jpeg", "notes.doc"):
+        (tmp_path / "sub" / name).write_text("no picture")
+    inputs = ("missing.png", "sub", "empty", Path(normals[0]).parent / "*.jpeg", "-")
+    stdin = f"{normals[2]}\r\n\n-\nsub\n"
+    done = run_script("predict.py", "--ckpt", run_folder, "--json", *inputs, cwd=tmp_path, input=stdin)
+    rows = as_json(done)
+    assert done.returncode == 1 and "skipped 1 file in sub" in done.stderr
+    sub = ["sub/a b.jpeg", "sub/text.jpeg"]
+    assert [r["path"] for r in rows] == ["missing.png", *sub, "empty", *normals, normals[2], *sub]
+    errors = ["no such file", "", "not an image of a known format", "a folder without images"]
+    assert [r["error"] for r in rows] == [*errors, *[""] * len(normals), "", *errors[1:3]]
+    for row in rows:
+        assert (row["label"] is None) == (row["probability"] is None) == bool(row["error"])
 
 
-def test_names_that_the_output_can_not_encode(run_folder, demo, tmp_path, monkeypatch):
-    image = shutil.copy(min((demo / "test" / "NORMAL").iterdir()), tmp_path / "胸.jpeg")
-    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--ckpt", str(run_folder), "--csv", str(image)])
-    with pytest.raises(SystemExit) as end:
-        predict.main()
-    assert end.value.code == 0 and b"\\u80f8.jpeg," in out.buffer.getvalue()
+def test_folders_and_globs_name_each_image_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/1.png", "a/deep/2.png", "b/3.png", "c[1].png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    assert list(predict.find_inputs(["a", "[b]*", "c[1].png"])) == ["a/1.png", "a/deep/2.png", "b/3.png", "c[1].png"]
+    assert sorted(predict.find_inputs(["a/**"])) == ["a/1.png", "a/deep/2.png"]
+    assert list(predict.find_inputs(["none*"])) == ["none*"]
 
 
-def test_a_folder_that_can_not_be_read_is_one_bad_row(tmp_path, monkeypatch):
-    for name in ("d/1.png", "d/locked/2.png", "e/3.png"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    scandir, locked = os.scandir, str(tmp_path / "d" / "locked")
+def test_a_folder_that_can_not_be_read_is_a_row_of_its_own(tmp_path, monkeypatch):
+    def walk(folder, passed_over, onerror):
+        yield folder / "1.png"
+        onerror(PermissionError(13, "Permission denied", "locked"))
 
-    def refuse(path):
-        if str(path) == locked:
-            raise PermissionError(13, "Permission denied", locked)
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    found = list(predict.find_inputs([str(tmp_path / "d"), str(tmp_path / "e")]))
-    assert found == [str(tmp_path / "d" / "1.png"), locked, str(tmp_path / "e" / "3.png")]
-    with pytest.raises(data.UserError, match="locked can't be read"):
-        list(data.walk(tmp_path / "d", Counter()))
+    monkeypatch.setattr(data, "walk", walk)
+    assert list(predict.find_inputs([str(tmp_path)])) == [str(tmp_path / "1.png"), "locked"]
 
 
-def test_an_error_in_a_worker_is_not_swallowed():
-    def fail(_):
-        raise ZeroDivisionError
+@pytest.mark.parametrize(("style", "header"), [("--csv", "path,label,probability,"), ("--json", "")])
+def test_a_list_without_paths_is_a_mistake_and_the_message_says_the_way_out(run_folder, tmp_path, style, header):
+    done = run_script("predict.py", "--ckpt", run_folder, style, "-", cwd=tmp_path, input="\n")
+    assert done.returncode == 2 and "no path came on stdin; write one a line" in done.stderr
+    assert done.stdout.startswith(header) and done.stdout.count("\n") == bool(header)
 
-    with pytest.raises(ZeroDivisionError):
-        list(predict.stream(range(100), fail, 2, 32))
+
+def test_paths_files_pictures_and_arrays_give_the_rows_of_json(run_folder, normals, tmp_path):
+    (expected,) = as_json(run_script("predict.py", "--ckpt", run_folder, "--json", normals[0], cwd=tmp_path))
+    image = np.asarray(Image.open(normals[0]))
+    with Image.open(normals[0]) as picture, open(normals[0], "rb") as file:
+        sources = [normals[0], file, picture, image, np.stack([image] * 3, 2), None, image[:0], "nope"]
+        rows = predict.predict(iter(sources), run_folder)
+    assert [r["path"] for r in rows] == [normals[0]] * 2 + [""] * 5 + ["nope"]
+    assert [bool(r["error"]) for r in rows] == [False] * 5 + [True] * 3
+    assert [r["probability"] for r in rows[:5]] == pytest.approx([expected["probability"]] * 5, abs=2e-3)
+    assert rows[0].keys() == expected.keys() and rows[0]["label"] == expected["label"]
 
 
-def test_prediction_does_without_training_code(run_folder, demo):
-    """What one image needs to be classified leaves scikit-learn and the training script alone."""
-    image = min((demo / "test" / "NORMAL").iterdir())
+def test_the_model_is_loaded_once_until_its_file_changes(run_folder, tmp_path):
+    path = save_with(run_folder, tmp_path / "ckpt.pt")
+    first = predict.open_classifier(tmp_path, "cpu")
+    assert predict.open_classifier(str(path), "cpu") is first
+    save_with(run_folder, path, intercept=5.0)
+    os.utime(path, (1, 1))
+    assert predict.open_classifier(path, "cpu").checkpoint["intercept"] == 5
+
+
+# --- what is written ---
+
+
+def test_csv_names_the_model_and_gives_a_spreadsheet_no_formula(run_folder, normals, tmp_path):
+    shutil.copy(normals[0], tmp_path / "=1+1.jpeg")
+    done = run_script("predict.py", "--ckpt", run_folder, "--csv", "=1+1.jpeg", "nope.png", cwd=tmp_path)
+    assert done.stdout.startswith("path,label,probability,threshold,flags,unlike,error,demo,model,checksum,run\n")
+    row, bad = csv.DictReader(io.StringIO(done.stdout))
+    assert row["path"] == "'=1+1.jpeg" and 0 < float(row["unlike"]) < 5 and row["demo"] == "True"
+    assert bad["error"] == "no such file" and bad["probability"] == ""
+    path = run_folder / "ckpt.pt"
+    assert row["checksum"] == bad["checksum"] == hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+    assert row["model"] == "mobilenetv3_small_050"
+    assert row["run"] == str(path) and f"model: {path}" in done.stderr.splitlines()
+
+
+def test_the_table_has_straight_columns_and_the_last_lines_count(run_folder, normals, tmp_path):
+    names = ["a.jpeg", f"{'x' * 90}.jpeg", "a\x1b[2Jb.jpeg"]
+    for name in names:
+        shutil.copy(normals[0], tmp_path / name)
+    done = run_script("predict.py", "--ckpt", run_folder, "--cam", "maps", *names, "gone.png", cwd=tmp_path)
+    header, *rows = done.stdout.splitlines()
+    threshold = models.load(run_folder)["threshold"]["value"]
+    assert done.returncode == 1 and "P(PNEUMONIA)" in header and f"threshold {threshold:.3f}" in header
+    column = header.index("image")
+    assert [row[column:].split("  [")[0] for row in rows] == [*names[:2], "a?[2Jb.jpeg", "gone.png"]
+    assert rows[3].startswith("error ") and "no such file" in rows[3] and "DEMO MODEL" in rows[0]
+    n_positive = 3 * (float(rows[0].split()[1]) >= threshold)
+    maps, summary = done.stderr.splitlines()[-2:]
+    assert maps == "3 heat maps in maps" and len(os.listdir(tmp_path / "maps")) == 3
+    assert summary.startswith(f"4 images: {3 - n_positive} NORMAL, {n_positive} PNEUMONIA, ")
+    assert summary.endswith(" flagged, 1 error")
+
+
+def test_one_image_is_classified_without_training_code(run_folder, normals):
     code = (
-        "import sys, predict; sys.argv = ['predict.py', '--ckpt', sys.argv[1], sys.argv[2]];"
-        "predict.run(predict.make_parser().parse_args());"
+        "import sys, contextlib, predict\n"
+        "with contextlib.suppress(SystemExit): predict.main()\n"
         "print({'sklearn', 'scipy', 'train', 'evaluate', 'matplotlib'} & set(sys.modules), file=sys.stderr)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(run_folder / "ckpt.pt"), str(image)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.stderr.splitlines()[-1] == "set()", done.stderr
+    command = [sys.executable, "-c", code, "--ckpt", str(run_folder), normals[0]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert len(done.stdout.splitlines()) == 2 and done.stderr.splitlines()[-1] == "set()", done.stderr
 
 
-def test_newest_run_is_taken(run_folder, demo, tmp_path):
-    for name, age in (("new", 10), ("old", 20)):
-        shutil.copytree(run_folder, tmp_path / "runs" / name)
-        ckpt = tmp_path / "runs" / name / "ckpt.pt"
-        os.utime(ckpt, (ckpt.stat().st_mtime - age,) * 2)
-    ckpt = models.load(tmp_path / "runs" / "new" / "ckpt.pt")
-    stamp = (tmp_path / "runs" / "new" / "ckpt.pt").stat().st_mtime
-    ckpt["threshold"]["value"] = 0.123
-    models.save(ckpt, tmp_path / "runs" / "new" / "ckpt.pt")
-    os.utime(tmp_path / "runs" / "new" / "ckpt.pt", (stamp, stamp))
-    image = demo / data.scan(demo, "test")[0].path
-    (result,) = as_json(run_script("predict.py", "--json", image, cwd=tmp_path))
-    assert result["threshold"] == 0.123
+# --- heat maps ---
+
+
+@pytest.mark.parametrize(("label", "logit"), [(0, 1e9), (1, -1e9)])
+def test_the_heat_map_is_of_the_class_that_was_predicted(run_folder, normals, tmp_path, label, logit):
+    point = models.load(run_folder)["threshold"] | {"logit": logit}
+    classifier = predict.open_classifier(save_with(run_folder, tmp_path / "ckpt.pt", threshold=point), "cpu")
+    predict.classify(normals[:1], classifier, tmp_path)
+    drawn = np.asarray(Image.open(next(tmp_path.glob("*_cam.png"))))
+    x = data.to_input(torch.from_numpy(data.read_image(normals[0], 64)[0])[None], classifier.checkpoint)
+    radiograph, _ = data.read_image(normals[0], None)
+    height, width = radiograph.shape
+    for c in (0, 1):
+        expected = predict.overlay(radiograph, models.heat_map(classifier.model, x, c)[0].numpy())
+        assert np.array_equal(drawn[:height, -width:], expected) == (c == label)
+    assert np.array_equal(drawn[:height, :width], np.stack([radiograph] * 3, 2))
+
+
+@pytest.mark.parametrize(("size", "panel"), [((300, 240),) * 2, ((900, 450), (500, 250)), ((100, 50), (224, 112))])
+def test_radiograph_and_heat_map_are_side_by_side_over_the_caption(size, panel, monkeypatch):
+    monkeypatch.setattr(predict, "LARGEST", 500)
+    image = np.random.default_rng(0).integers(60, 200, size[::-1], dtype=np.uint8)
+    heat = np.zeros((40, 40), np.float32)
+    heat[:20, :20] = 1
+    heat[20:, 20:] = 0.28
+    drawn = predict.draw_heat_map(image, heat, ["胸\n" * 40, "x" * 400])
+    assert drawn.size == predict.draw_heat_map(image, heat, ["a", "b"]).size
+    width, height = panel
+    colour = np.ptp(np.asarray(drawn).astype(int), axis=2)
+    right = colour[:height, -width:]
+    assert drawn.width < 2.05 * width and colour[:height, :width].max() == 0
+    assert right[: height * 2 // 5, : width * 2 // 5].min() > 20 and right[:, width * 3 // 5 :].max() == 0
+    assert np.asarray(drawn)[height:].max() == 255  # there is a caption
+
+
+def test_the_caption_says_file_label_probability_threshold_and_flags():
+    row = predict.Prediction("a/b.png", "NORMAL", 0.25, 0.5, ["colour image"], demo=True)
+    name, result, tinted, demo, flag = predict.caption(row, ["NORMAL", "PNEUMONIA"])
+    assert name == "b.png" and result == "NORMAL: P(PNEUMONIA) = 0.250, threshold 0.500"
+    assert tinted.endswith("for NORMAL") and "DEMO" in demo and flag == "colour image"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("unauffällig", "unauffallig"), ("a\u0308", "a"), ("Жё", r"\u0416\u0435"), ("胸", r"\u80f8")],
+)
+def test_a_font_with_the_letters_is_used_else_they_lose_their_marks_or_are_escaped(name, shown, monkeypatch):
+    ascii_alone = ImageFont.load_default(12)
+    monkeypatch.setattr(predict, "load_fonts", lambda: [ascii_alone])
+    assert predict.typeset(name, 12, 400)[0] == shown
+    every_letter = SimpleNamespace(getmask=str.encode, getlength=len, font_variant=lambda size: every_letter)
+    monkeypatch.setattr(predict, "load_fonts", lambda: [ascii_alone, every_letter])
+    assert predict.typeset(f"{name}\n\udcff", 12, 400)[0] == rf"{name}\n\udcff"
+
+
+@pytest.mark.parametrize(("path", "start"), [("x/b\n\x1b[2J.png", "x_b_2J_png_"), ("C:\\p", "C_p_"), ("胸" * 99, "胸")])
+def test_heat_maps_have_names_that_file_systems_take(path, start):
+    name = predict.map_name(path)
+    assert name.startswith(start) and name.endswith("_cam.png") and len(name.encode()) < 200
+    assert name != predict.map_name(f"y/{path}")
+
+
+@pytest.mark.parametrize(("folder", "path"), [("class", "x.png"), ("class/maps", "class")])
+def test_maps_are_not_mixed_with_radiographs(run_folder, normals, tmp_path, folder, path):
+    (tmp_path / "class").mkdir()
+    shutil.copy(normals[0], tmp_path / "class")
+    command = ("predict.py", "--ckpt", run_folder, "--cam")
+    refused = run_script(*command, folder, path, cwd=tmp_path)
+    assert refused.returncode == 2 and "mixed with images" in refused.stderr
+    for _ in range(2):  # maps from before are no obstacle
+        assert run_script(*command, "maps", "class", cwd=tmp_path).returncode == 0
+
+
+def test_an_interrupted_run_has_printed_each_image_that_has_its_map(run_folder, normals, tmp_path, monkeypatch):
+    def write_heat_map(row, *rest):
+        if row.path == normals[2]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "write_heat_map", write_heat_map)
+    folder = Path(normals[0]).parent
+    done = run_script("predict.py", "--ckpt", run_folder, "--json", "--cam", "m", folder, cwd=tmp_path)
+    assert done.returncode == 130 and [r["path"] for r in as_json(done)] == normals[:2]
