@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 import data
@@ -120,7 +120,7 @@ def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
 
 
 @functools.lru_cache(maxsize=2)
-def load_classifier(path: Path, changed: int, device: str) -> Classifier:
+def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # changed: another time is another model
     checkpoint = models.load(path)
     device = models.pick_device(device)
     model = models.from_checkpoint(checkpoint, device)
@@ -133,13 +133,13 @@ def classify_all(sources, classifier: Classifier, maps: Path | None = None, one_
 
     one_by_one: each prediction comes out before the next source is taken. The rest is as for classify.
     """
-    size, ahead = (1, 1) if one_by_one else (BATCH, 4 * data.CORES)
+    size, n_ahead = (1, 1) if one_by_one else (BATCH, 4 * data.CORES)
     sources = iter(sources)
     batches = iter(lambda: list(itertools.islice(sources, size)), [])
     work = functools.partial(classify, classifier=classifier, maps=maps)
     with ThreadPoolExecutor(data.CORES) as pool:
-        while some := list(itertools.islice(batches, ahead)):
-            yield from itertools.chain.from_iterable(pool.map(work, some))
+        while ahead := list(itertools.islice(batches, n_ahead)):
+            yield from itertools.chain.from_iterable(pool.map(work, ahead))
 
 
 def classify(sources: list, classifier: Classifier, maps: Path | None = None) -> list[Prediction]:
@@ -230,8 +230,8 @@ def overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
 def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Image.Image:
     """The radiograph, beside it the same with its heat map, and lines of text below; image and heat as for overlay."""
     side = min(max(SMALLEST, *image.shape), LARGEST)
-    radiograph = ImageOps.contain(Image.fromarray(image), (side, side))
-    width, height = radiograph.size
+    height, width = (max(1, round(n * side / max(image.shape))) for n in image.shape)
+    radiograph = Image.fromarray(image).resize((width, height))
     font_size = max(12, side // 28)
     gap = font_size // 3
     canvas_width = max(2 * width + gap, 2 * SMALLEST)  # a narrow image has a caption too
@@ -285,7 +285,7 @@ def load_fonts() -> list[ImageFont.FreeTypeFont]:
 
 
 def find_lacking(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The characters that a font can't draw, or draws as it draws what is no character: as a box."""
+    """The characters of a text that a font lacks: it draws the same box for each of them."""
     box = bytes(font.getmask("\U0010ffff"))
     return [letter for letter in set(text) if not letter.isprintable() or bytes(font.getmask(letter)) == box]
 
@@ -351,10 +351,11 @@ def print_predictions(args: argparse.Namespace) -> int:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
     maps = args.cam and Path(args.cam)
     if maps:
-        maps.mkdir(parents=True, exist_ok=True)
-        among_inputs = any(maps.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs)
-        if among_inputs or any(data.is_image(path) and not path.name.endswith(MAP_END) for path in maps.iterdir()):
+        is_among_inputs = any(maps.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs)
+        has_images = any(data.is_image(path) and not path.name.endswith(MAP_END) for path in maps.glob("*"))
+        if is_among_inputs or has_images:
             raise UserError(f"--cam {maps} has images or is in a folder of the inputs: maps would be mixed with images")
+        maps.mkdir(parents=True, exist_ok=True)
     one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
     rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)
     counts, flagged = Counter(), 0  # of each label, None for errors; with any flag

@@ -27,6 +27,7 @@ import models
 
 SMALL, VIT, SWIN = "mobilenetv3_small_050", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 NAMES = (SMALL, "resnet18", "efficientnet_lite0", "convnext_atto", VIT, SWIN)
+DISTILLED = "deit_tiny_distilled_patch16_224"
 CLASSES = ["NORMAL", "PNEUMONIA"]
 CPU = torch.device("cpu")
 
@@ -49,10 +50,8 @@ def to_checkpoint(name: str, model: nn.Module) -> dict:
 
 
 def write_weights(path: Path, state: dict) -> Path:
-    if path.suffix == ".safetensors":
-        save_file({k: v.contiguous() for k, v in state.items()}, path)
-    else:
-        torch.save(state, path)
+    state = {k: v.contiguous() for k, v in state.items()}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
     return path
 
 
@@ -75,65 +74,51 @@ def small():
     return models.build(SMALL, 2, 64).eval()
 
 
-class Malicious:
-    """What a pickle can do to whoever loads it carelessly: this one creates a folder."""
-
-    def __init__(self, mark: Path):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
 # --- six architectures ---
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def trained(request):
-    """(name, weights before, model after two training steps, parameters without a gradient)."""
+    """(name, weights before, model after two training steps)."""
     torch.manual_seed(0)
     model = models.build(request.param, 2, 64).train()
     before = {k: v.clone() for k, v in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(2):  # a residual branch that starts at zero passes no gradient on before the second
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1]))
-        loss.backward()
-        without = [k for k, v in model.named_parameters() if v.grad is None or not v.grad.isfinite().all()]
+        nn.functional.cross_entropy(model(torch.randn(4, 1, 64, 64)), torch.tensor([0, 1, 0, 1])).backward()
         optimizer.step()
-    return request.param, before, model.eval(), without
+    return request.param, before, model.eval()
 
 
 def test_training_reaches_every_part(trained):
-    _, before, model, without = trained
-    assert without == []
+    _, before, model = trained
+    assert [k for k, v in model.named_parameters() if v.grad is None or not v.grad.isfinite().all()] == []
     changed = [not torch.equal(v, before[k]) for k, v in model.named_parameters()]
     # A few may stay as they are, such as what a layer scale close to zero hides.
     assert sum(changed) > 0.8 * len(changed) and changed[0] and changed[-1]
 
 
 def test_a_saved_model_gives_the_same_logits_and_timm_loads_it(trained, tmp_path):
-    name, _, model, _ = trained
+    name, _, model = trained
     x = torch.randn(3, 1, 64, 64, generator=torch.Generator().manual_seed(2))
     models.save(to_checkpoint(name, model), tmp_path / "ckpt.pt")
     loaded = models.from_checkpoint(models.load(tmp_path), CPU)
     options = {"in_chans": 1, "num_classes": 2} | ({"img_size": 64} if name in (VIT, SWIN) else {})
     by_timm = timm.create_model(name, checkpoint_path=str(tmp_path / "ckpt.pt"), **options)
-    assert not loaded.training
     with torch.inference_mode():
         expected = model(x)
+        assert expected.shape == (3, 2) and expected.std() > 0
         torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(by_timm.eval()(x), expected, rtol=1e-5, atol=1e-6)
-    assert expected.shape == (3, 2) and expected.std() > 0
 
 
 def test_each_architecture_has_a_heat_map_with_places(trained):
-    _, _, model, _ = trained
+    _, _, model = trained
     x = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(3))
     # In a network that learnt nothing, everything may speak for the same class: look at both.
     maps = torch.stack([models.heat_map(model, x.clone(), target) for target in (0, 1)])
-    assert maps.shape == (2, 8, 64, 64) and maps.dtype == torch.float32
-    assert maps.min() >= 0 and maps.max() <= 1
+    assert maps.shape == (2, 8, 64, 64) and maps.dtype == torch.float32 and 0 <= maps.min() and maps.max() <= 1
     assert (maps.amax((0, 2, 3)) > 0.7).sum() > 4
     assert maps.flatten(2).std(2).amax(0).gt(0.01).sum() > 4  # a place, not a plain sheet
 
@@ -161,8 +146,7 @@ def test_the_map_of_a_trained_model_lies_on_the_planted_opacity():
         nn.functional.cross_entropy(model(x), labels).backward()
         optimizer.step()
     x, labels, disc = draw(40)
-    heat = models.heat_map(model.eval(), x[1::2], 1)
-    peaks = heat.flatten(1).argmax(1)
+    peaks = models.heat_map(model.eval(), x[1::2], 1).flatten(1).argmax(1)
     assert disc[1::2].flatten(1)[range(20), peaks].float().mean() > 0.6
 
 
@@ -215,18 +199,12 @@ def test_features_that_are_not_a_map_of_the_image_are_refused():
         assert "no feature map" in one_line_error(models.heat_map, Toy(layout), torch.rand(1, 1, 80, 80), 1)
 
 
-# A class token that joins behind the blocks; stages of a map and of tokens; stages that are not there; tokens in an
-# order of their own.
-@pytest.mark.parametrize(
-    ("name", "size", "shown"),
-    [("xcit_nano_12_p16_224", 64, 1), ("pit_ti_224", 64, 1), ("hrnet_w18_small", 64, 0), ("hiera_tiny_224", 224, 0)],
-)
-def test_families_of_odd_layout_get_a_map_or_a_line(name, size, shown):
-    model = models.build(name, 2, size).eval()
-    x = torch.randn(1, 1, size, size)
-    if shown:
-        assert models.heat_map(model, x, 1).shape == (1, size, size)
-    else:
+def test_families_of_odd_layout_get_a_map_or_a_line():
+    x = torch.randn(1, 1, 224, 224)
+    for name in ("xcit_nano_12_p16_224", "pit_ti_224"):  # a class token joins late; stages are maps and tokens
+        assert models.heat_map(models.build(name, 2, 224).eval(), x, 1).shape == (1, 224, 224)
+    for name in ("hrnet_w18_small", "hiera_tiny_224"):  # timm names stages that are not there; tokens in another order
+        model = models.build(name, 2, 224).eval()
         assert "no feature map" in one_line_error(models.heat_map, model, x, 1)
 
 
@@ -245,13 +223,11 @@ def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, 
     model.to(memory_format=found)
 
 
-@pytest.mark.parametrize(
-    ("name", "nearest"),
-    [("resnet19", "resnet18"), ("mobilenetv3_smal_050", SMALL), ("mobilenetv3", "mobilenetv3_"), ("@@@@", "none")],
-)
-def test_an_unknown_name_lists_the_nearest(name, nearest):
-    message = one_line_error(models.build, name, 2, 64)
-    assert name in message and nearest in message.partition("nearest")[2]
+def test_an_unknown_name_lists_the_nearest():
+    for name, nearest in (("resnet19", "resnet18"), ("mobilenetv3_smal_050", SMALL), ("mobilenetv3", SMALL[:12])):
+        found = one_line_error(models.build, name, 2, 64)
+        assert name in found and nearest in found.partition("nearest")[2]
+    assert "no model '@@@@'" in one_line_error(models.build, "@@@@", 2, 64)
 
 
 def test_input_size_is_the_asked_one_else_what_the_model_takes():
@@ -260,7 +236,8 @@ def test_input_size_is_the_asked_one_else_what_the_model_takes():
     assert models.preprocessing(VIT, 64)["input_size"] == 64
 
 
-def test_a_model_that_does_not_fit_is_refused_by_name():
+def test_a_model_that_does_not_fit_is_refused(small):
+    assert "timm's resnet18" in one_line_error(models.from_checkpoint, to_checkpoint("resnet18", small), CPU)
     model = models.build("convnext_atto", 2, 64)
     assert "does not take 8 x 8 pixels" in one_line_error(models.require_size, model, 2, 8)
     maps = nn.Conv2d(1, 2, 1)  # and no logits
@@ -280,40 +257,29 @@ def test_a_model_is_taken_from_a_folder_with_its_own_arguments(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_an_error():
-    for name in ("cuda:99", "no such device"):
-        message = one_line_error(models.pick_device, name)
-        assert f"--device {name}" in message and "auto" in message
+    assert "--device cuda:99" in one_line_error(models.pick_device, "cuda:99")
+    assert "--device what" in one_line_error(models.pick_device, "what")
 
 
 # --- weights from a file ---
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-@pytest.mark.parametrize(
-    ("name", "stem", "head", "n_classes"),
-    [
-        (SMALL, "conv_stem.weight", "classifier.weight", 2),
-        (SMALL, "conv_stem.weight", "classifier.weight", 5),
-        ("resnet18", "conv1.weight", "fc.weight", 2),
-        (VIT, "patch_embed.proj.weight", "head.weight", 2),
-        ("deit_tiny_distilled_patch16_224", "patch_embed.proj.weight", "head.weight", 5),
-    ],
-)
-def test_weights_of_colour_images_are_adapted(tmp_path, name, stem, head, n_classes, suffix):
+@pytest.mark.parametrize("name", [SMALL, "resnet18", VIT, DISTILLED])
+def test_weights_of_colour_images_are_adapted(tmp_path, name, suffix):
     torch.manual_seed(3)
-    state = timm.create_model(name, num_classes=n_classes).state_dict()
+    state = timm.create_model(name, num_classes=5).state_dict()
     path = write_weights(tmp_path / f"w{suffix}", state)
-    torch.manual_seed(4)
     model, origin, seen = load_weights(path, name=name)
     found = model.state_dict()
+    stem = f"{timm.get_pretrained_cfg(name).first_conv}.weight"
     assert torch.equal(found[stem], state[stem].sum(1, keepdim=True))
-    assert found[head].shape[0] == 2
-    assert not torch.equal(found[head], state[head][:2])  # nobody knows which class is which
+    for key in state.keys() - {stem, "pos_embed"}:
+        is_head = key.startswith(("head", "classifier", "fc"))
+        assert len(found[key]) == 2 if is_head else torch.equal(found[key], state[key]), key
     assert origin["source"] == str(path) and origin["sha256"] == data.sha256(path) and origin["failed"] == ""
-    assert f"{len(state)} tensors" in origin["note"] and "3 input channels summed to 1" in origin["note"]
-    assert "new head" in origin["note"] and "\n" not in origin["note"] and seen is None
-    others = [k for k in state if k not in (stem, "pos_embed") and not k.startswith(("head", "classifier", "fc"))]
-    assert [k for k in others if not torch.equal(found[k], state[k])] == []
+    assert f"{len(state)} tensors" in origin["note"] and "3 input channels summed to 1; new head" in origin["note"]
+    assert "\n" not in origin["note"] and seen is None
 
 
 @pytest.mark.parametrize(
@@ -341,7 +307,6 @@ def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap, not_
     [(CLASSES, [0, 1]), (CLASSES[::-1], [1, 0]), (["NORMAL", "COVID"], None), ([*CLASSES, "X"], None)],
 )
 def test_a_head_is_taken_from_a_run_and_by_class_name(tmp_path, small, classes, rows):
-    """The run's folder means its checkpoint, which says what was seen."""
     models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
     model, origin, seen = load_weights(tmp_path, classes)
     if rows:
@@ -354,13 +319,11 @@ def test_a_head_is_taken_from_a_run_and_by_class_name(tmp_path, small, classes, 
 
 
 def test_both_heads_of_a_distilled_model_are_taken_by_class_name(tmp_path):
-    torch.manual_seed(5)
-    name = "deit_tiny_distilled_patch16_224"
-    before = models.build(name, 2, 64)
-    models.save(to_checkpoint(name, before), tmp_path / "ckpt.pt")
-    after, _, _ = load_weights(tmp_path, CLASSES[::-1], name)
-    for head in ("head", "head_dist"):
-        assert torch.equal(after.get_submodule(head).weight, before.get_submodule(head).weight.flip(0)), head
+    before = models.build(DISTILLED, 2, 64)
+    models.save(to_checkpoint(DISTILLED, before), tmp_path / "ckpt.pt")
+    after, _, _ = load_weights(tmp_path, CLASSES[::-1], DISTILLED)
+    assert torch.equal(after.head.weight, before.head.weight.flip(0))
+    assert torch.equal(after.head_dist.weight, before.head_dist.weight.flip(0))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
@@ -394,7 +357,8 @@ def test_files_that_are_not_weights_of_this_model_are_an_error(tmp_path, small):
 @pytest.mark.parametrize(("read", "named"), [(load_weights, "mkdir"), (models.load, "damaged")])
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
     mark = tmp_path / "ran"
-    torch.save({"format": models.FORMAT, "format_version": 4, "state_dict": Malicious(mark)}, tmp_path / "w.pt")
+    malicious = type("Malicious", (), {"__reduce__": lambda self: (os.mkdir, (str(mark),))})()
+    torch.save({"format": models.FORMAT, "format_version": 4, "state_dict": malicious}, tmp_path / "w.pt")
     message = one_line_error(read, tmp_path / "w.pt")
     assert "w.pt" in message and named in message and not mark.exists()
 
@@ -402,24 +366,21 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
 # --- weights from the hub ---
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Sends files as the hub does; asked: what was asked for."""
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """(what it was asked for, a call that closes it) of a hub that sends the files of tmp_path; an empty cache."""
+    from huggingface_hub import constants
 
     asked = []
 
-    def end_headers(self):
-        self.send_header("ETag", '"0123456789abcdef"')
-        self.send_header("X-Repo-Commit", 4 * "0123456789")
-        super().end_headers()
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def end_headers(self):
+            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("X-Repo-Commit", 4 * "0123456789")
+            super().end_headers()
 
-    def log_message(self, *_):
-        self.asked.append(f"{self.command} {self.path}")
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that sends the files of tmp_path until it is closed, and an empty cache."""
-    from huggingface_hub import constants
+        def log_message(self, *_):
+            asked.append(f"{self.command} {self.path}")
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=tmp_path))
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -428,39 +389,41 @@ def hub(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    Handler.asked.clear()
-    yield server
-    server.server_close()
+
+    def close():
+        server.shutdown()
+        server.server_close()
+        asked.clear()
+
+    yield asked, close
+    close()
     assert constants.HF_HUB_OFFLINE is False  # as it was before
 
 
 def test_weights_from_a_hub_and_again_from_its_cache(hub, tmp_path):
-    path = tmp_path / "timm" / "mobilenetv3_small_050.lamb_in1k" / "resolve" / "main" / "model.safetensors"
-    path.parent.mkdir(parents=True)
+    asked, close = hub
+    folder = tmp_path / "timm" / "mobilenetv3_small_050.lamb_in1k" / "resolve" / "main"
+    folder.mkdir(parents=True)
     state = timm.create_model(SMALL).state_dict()
-    write_weights(path, state)
+    write_weights(folder / "model.safetensors", state)
     for is_served in (True, False):
         model, origin, _ = models.build_pretrained(SMALL, ["A", "B"], 64, None, insist=True)
-        assert any("model.safetensors" in line for line in Handler.asked) == is_served
-        assert origin["source"] == "hub" and origin["failed"] == ""
-        assert "timm/mobilenetv3_small_050.lamb_in1k" in origin["note"]
+        assert any("model.safetensors" in line for line in asked) == is_served
+        assert origin["source"] == "hub" and "timm/mobilenetv3_small_050.lamb_in1k" in origin["note"]
         found = model.state_dict()
         assert torch.equal(found["conv_stem.weight"], state["conv_stem.weight"].sum(1, keepdim=True))
         assert found["classifier.weight"].shape[0] == 2
         others = [k for k in state if k != "conv_stem.weight" and not k.startswith("classifier.")]
         assert [k for k in others if not torch.equal(found[k], state[k])] == []
-        hub.shutdown()
-        hub.server_close()
-        Handler.asked.clear()
+        close()
 
 
 def test_without_a_hub_training_goes_on_from_random_weights_unless_they_are_required(hub):
-    hub.shutdown()
-    hub.server_close()
+    _, close = hub
+    close()
     model, origin, _ = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
     assert origin["source"] == "random" and SMALL in origin["failed"] and "\n" not in origin["failed"]
-    with torch.inference_mode():
-        assert model.eval()(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
+    assert model.classifier.out_features == 2
     message = one_line_error(models.build_pretrained, SMALL, CLASSES, 64, None, True)
     assert SMALL in message and "--weights FILE or --no-pretrained" in message
 
@@ -486,69 +449,46 @@ def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, content, expected
 
 def test_whatever_byte_is_altered_nothing_else_is_loaded(tmp_path):
     """Only what carries no content, such as the times in an archive, may change unnoticed."""
-    content = {"format": "x", "format_version": models.FORMAT_VERSION, "a": torch.arange(5.0), "b": [1, "text", None]}
     path = tmp_path / "file.pt"
-    models.save(content, path)
-    original = path.read_bytes()
-    n_refused = 0
+    models.save({"format": "x", "format_version": 4, "a": torch.arange(5.0), "b": [1, "text", None]}, path)
+    original, n_refused = path.read_bytes(), 0
     for i in range(len(original)):
-        altered = bytearray(original)
-        altered[i] ^= 0x41
-        path.write_bytes(altered)
+        path.write_bytes(original[:i] + bytes([original[i] ^ 0x41]) + original[i + 1 :])
         try:
             found = models.load(path, "x")
         except data.UserError as e:
             assert "\n" not in str(e)
             n_refused += 1
         else:
-            assert torch.equal(found.pop("a"), content["a"])
-            assert found == {k: v for k, v in content.items() if k != "a"}
+            found["a"] = found["a"].tolist()
+            assert found == {"format": "x", "format_version": 4, "a": [0, 1, 2, 3, 4], "b": [1, "text", None]}
     assert n_refused > len(original) / 2
     for size in range(0, len(original), 50):
         path.write_bytes(original[:size])
         one_line_error(models.load, path, "x")
 
 
-def change(value):
-    """Another value of the same type."""
-    if isinstance(value, dict):
-        return {key: change(part) for key, part in value.items()} or {"new": 1}
-    if isinstance(value, list):
-        return value[::-1] + value[:1]
-    if isinstance(value, torch.Tensor):
-        return value + 1
-    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
-
-
 def test_whatever_field_is_altered_is_refused(tmp_path, small):
-    """By a program that keeps the seal."""
-    path = tmp_path / "ckpt.pt"
-    checkpoint = to_checkpoint(SMALL, small)
+    path, checkpoint = tmp_path / "ckpt.pt", to_checkpoint(SMALL, small)
     models.save(checkpoint, path)
     assert models.load(path)["data"]["patients"] == ["IM-1"]
     with zipfile.ZipFile(path) as archive:
-        name = next(name for name in archive.namelist() if name.endswith("/seal"))
-        seal = archive.read(name)
+        (seal,) = [archive.read(name) for name in archive.namelist() if name.endswith("/seal")]
     for key in checkpoint.keys() - {"format", "format_version"}:
         buffer = io.BytesIO()
-        torch.save(checkpoint | {key: change(checkpoint[key])}, buffer)
+        torch.save(checkpoint | {key: 1 if checkpoint[key] is None else None}, buffer)
         with zipfile.ZipFile(buffer, "a") as archive:
             archive.writestr(f"{archive.namelist()[0].split('/')[0]}/seal", seal)
         path.write_bytes(buffer.getvalue())
         assert "was altered or damaged" in one_line_error(models.load, path), key
 
 
-def test_weights_that_do_not_fit_the_model_of_a_checkpoint_are_an_error(small):
-    assert "timm's resnet18" in one_line_error(models.from_checkpoint, to_checkpoint("resnet18", small), CPU)
-
-
-@pytest.mark.parametrize("broken", ["os.replace", "os.fsync"])
-def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch, broken):
+def test_a_save_that_fails_leaves_the_old_file_alone(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no more disk")
 
     (tmp_path / "ckpt.pt").write_bytes(b"the old one")
-    monkeypatch.setattr(broken, fail)
+    monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="no more disk"):
         models.save({"format": "x"}, tmp_path / "ckpt.pt")
     assert (tmp_path / "ckpt.pt").read_bytes() == b"the old one" and os.listdir(tmp_path) == ["ckpt.pt"]
@@ -572,9 +512,8 @@ def test_the_newest_run_is_found_by_time_and_those_that_ended_come_first(tmp_pat
 
 def test_logits_are_those_of_the_normalised_image_whatever_the_batches(small):
     images = torch.randint(0, 256, (10, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    preprocessing = {"input_size": 64, "mean": 0.4, "std": 0.2}
     index = torch.tensor([7, 3, 9, 0])
-    found = models.infer(small, models.in_batches(images, index, 3), preprocessing)
+    found = models.infer(small, models.in_batches(images, index, 3), {"mean": 0.4, "std": 0.2})
     with torch.inference_mode():
         expected = small((images[index][:, None] / 255 - 0.4) / 0.2)
     assert found.dtype == torch.float64 and not found.requires_grad
@@ -592,7 +531,6 @@ def test_two_classes_are_calibrated_on_their_difference_and_decided_by_the_thres
     assert found.calibrated_logits[:, 0].tolist() == pytest.approx([-1.25, -0.25, 1.75])
     expected = [1 / (1 + math.exp(-z)) for z in (1.25, 0.25, -1.75)]
     assert found.probabilities[:, 1].tolist() == pytest.approx(expected)
-    assert found.probabilities.sum(1).tolist() == pytest.approx([1, 1, 1])
     assert found.predicted.tolist() == [1, 1, 0]  # positive from the threshold on
     assert decide([[2.0, 2.0]], 0.5, 0.25, 0.2500001).predicted.tolist() == [0]
 
@@ -603,8 +541,7 @@ def test_of_three_classes_the_largest_is_predicted():
     assert found.probabilities[0].tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
     assert found.calibrated_logits[0].tolist() == pytest.approx([math.log(1 / 7), math.log(2 / 6), math.log(5 / 3)])
     assert found.predicted.tolist() == [2, 0]
-    steeper = decide(logits, slope=2.0)
-    assert steeper.probabilities[0].tolist() == pytest.approx([1 / 30, 4 / 30, 25 / 30])
+    assert decide(logits, slope=2.0).probabilities[0].tolist() == pytest.approx([1 / 30, 4 / 30, 25 / 30])
 
 
 @pytest.mark.parametrize("n_classes", [2, 3])
@@ -654,8 +591,8 @@ def test_what_is_not_an_upright_radiograph_is_flagged(check, phantoms, kind):
 
 
 def test_the_check_fits_images_that_lie_on_a_gpu():
-    """Fake tensors show what would meet on two devices; no GPU is needed."""
-    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):  # the cut is a number: no fake has one
+    # Fake tensors show what would meet on two devices; the cut is a number, which none of them has.
+    with FakeTensorMode(), contextlib.suppress(DataDependentOutputException):
         images = torch.zeros(40, 64, 64, dtype=torch.uint8, device="cuda")
         models.fit_input_check(images.split(20), images.split(20))
 
@@ -669,8 +606,7 @@ def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
 
 
 def test_border_logit_is_that_of_scikit_learn():
-    g = torch.Generator().manual_seed(4)
-    images = torch.randint(0, 256, (60, 64, 64), generator=g, dtype=torch.uint8)
+    images = torch.randint(0, 256, (60, 64, 64), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     is_positive = np.arange(60) % 2 == 0
     images[is_positive, :4] //= 2
     features = data.border_features(images)
