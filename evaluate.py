@@ -62,31 +62,24 @@ class Answers:
     patient_index: ndarray  # int64 [n]
     stratum: ndarray | None  # int64 [n]: quintile of the border logit
 
-    def part(self, chosen: ndarray) -> "Answers":
-        """Those about some images; chosen: bool [n]."""
-        arrays = {name: array[chosen] for name, array in vars(self).items() if array is not None}
-        return replace(self, **arrays)
-
     def n_patients(self, metric: str) -> int:
         """How many patients are in a metric's denominator; those of the rarer class where it needs both."""
         whose = METRICS[metric].whose
         groups = [self.is_positive, ~self.is_positive] if whose is None else [whose(self)]
-        n_images = [np.bincount(self.patient_index[group]) for group in groups if group.any()]  # of each patient
-        return min(map(np.count_nonzero, n_images), default=0)
+        return min(len(np.unique(self.patient_index[group])) for group in groups if group.any() or whose)
 
 
 @dataclass
 class Scored:
     """What a checkpoint, or another program, predicted for n labelled images; arrays have a row for each."""
 
-    source: str  # run, checkpoint or CSV
-    sha256: str  # of the checkpoint or CSV
+    sources: list[str]  # run, checkpoint or CSV; of a cross-validation all of its runs
     model: str  # timm's name, or the CSV's
     classes: list[str]  # the positive one last
     split: str  # train, val, test, or predictions (of a CSV)
     records: list[data.Record]
     patient_index: ndarray  # int64 [n], see data.number_patients
-    logits: ndarray  # float64 [n, classes], as the model gives them
+    logits: ndarray  # float64 [n, classes]: log-odds of each class against the rest, before calibration
     calibrated_logits: ndarray  # float64 [n, classes], see models.Decision
     predicted: ndarray  # int64 [n]: positions in classes
     threshold: dict  # as in a checkpoint
@@ -95,27 +88,20 @@ class Scored:
     stressed: dict[str, "Scored"] = field(default_factory=dict)  # the same images under each change of data.stress
     checkpoint: dict | None = None  # None: another program's predictions
     n_parameters: int | None = None
-    n_folds: int = 1  # runs of a cross-validation that share these images
 
     @functools.cached_property
     def labels(self) -> ndarray:
         """int64 [n]: positions in classes."""
-        position = {name: i for i, name in enumerate(self.classes)}
-        return np.array([position[r.label] for r in self.records])
-
-    @property
-    def reported(self) -> list[int]:
-        """The classes that are scored against the rest: the last of two, each of more."""
-        return [1] if self.is_binary else list(range(len(self.classes)))
+        return np.array([self.classes.index(r.label) for r in self.records])
 
     @property
     def is_binary(self) -> bool:
         return len(self.classes) == 2
 
     @property
-    def raw_logit(self) -> ndarray:
-        """float64 [n]: log-odds of the last of two classes before calibration."""
-        return self.logits[:, 1] - self.logits[:, 0]
+    def reported(self) -> dict[int, str]:
+        """The classes that are scored against the rest, by position: the last of two, each of more."""
+        return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
 
     @property
     def columns(self) -> list[str]:
@@ -125,7 +111,7 @@ class Scored:
     @property
     def arguments(self) -> dict:
         """Of the training; predictions of another program have none, and share nothing with each other."""
-        return {"source": self.source} if self.checkpoint is None else self.checkpoint["arguments"]
+        return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
 
     def against_rest(self, c: int) -> Answers:
         """What was predicted about class c."""
@@ -136,26 +122,22 @@ class Scored:
         return Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
 
 
-def decide(logits: ndarray, operating_point: dict) -> dict[str, ndarray]:
-    """The fields of Scored that follow from logits and a checkpoint's slope, intercept and threshold."""
-    decision = models.decide(torch.from_numpy(logits), operating_point)
-    calibrated_logits = decision.calibrated_logits.numpy()
-    return {"logits": logits, "calibrated_logits": calibrated_logits, "predicted": decision.predicted.numpy()}
+def decide(logits: ndarray, operating_point: dict) -> dict:
+    """The fields of Scored that follow from a model's logits and a checkpoint's slope, intercept and threshold."""
+    as_given = torch.from_numpy(logits)
+    decision = models.decide(as_given, operating_point)
+    return {
+        "logits": models.calibrate(as_given, 1.0, 0.0).numpy(),
+        "calibrated_logits": decision.calibrated_logits.numpy(),
+        "predicted": decision.predicted.numpy(),
+        "threshold": operating_point["threshold"],
+    }
 
 
 def to_logit(probability: float | ndarray) -> float | ndarray:
     """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the rest keeps its order."""
     lowest, highest = np.nextafter([0.0, 1.0], [1.0, 0.0])
     return logit(np.clip(probability, lowest, highest))
-
-
-def with_threshold(operating_point: dict, probability: float | None) -> dict:
-    """The same, or with another threshold on the probability if one is asked for."""
-    if probability is None:
-        return operating_point
-    cut = float(to_logit(probability))
-    asked = {"value": probability, "logit": cut, "rule": f"{probability:g}", "from": "command line"}
-    return {**operating_point, "threshold": asked}
 
 
 @dataclass
@@ -181,10 +163,8 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         data.remark_patients(records)
     loaded = data.load_images(root, records, size)
     copies = data.copy_groups(loaded.hashes)
-    labels = defaultdict(set)
-    for r, copy in zip(records, copies.tolist()):
-        labels[copy].add(r.label)
-    n_contradictions = sum(len(found) > 1 for found in labels.values())
+    labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
+    n_contradictions = len(labels) - len(np.unique(copies))
     if n_contradictions:
         warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
     return Folder(
@@ -209,16 +189,16 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     root = data.find_root(args.data or seen["root"])
     folder = read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], str(root))
-    is_readable = np.ones(len(folder.records), bool)
-    is_readable[list(folder.left_out)] = False
-    in_split = np.ones(len(folder.records), bool)
+    chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != seen["fingerprint"]:
             raise UserError(f"the images in {root} are not those that {path} was trained on; name them with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
-        in_split = in_val if args.split == "val" else ~in_val
-    index = np.flatnonzero(in_split & is_readable)
+        chosen = in_val if args.split == "val" else ~in_val
+    left_out = [item for i, item in folder.left_out.items() if chosen[i]]
+    chosen[list(folder.left_out)] = False
+    index = np.flatnonzero(chosen)
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
     records = [folder.records[i] for i in index]
@@ -233,27 +213,24 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         batches = models.in_batches(images, positions)
         border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches])
     leaks = {}
-    for prefix in [""] if args.split == "val" else ["", "val_"]:  # on its validation images every model is chosen
+    for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # on its validation images every model is chosen
         trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
         is_seen, patients = data.seen_before(records, folder.loaded.hashes[index], trace)
         leaks |= {f"{prefix}images": int(is_seen.sum()), f"{prefix}patients": len(patients)}
-    operating_point = with_threshold(checkpoint, args.threshold)
     scored = Scored(
-        source=path,
-        sha256=data.sha256(models.in_run_folder(path)),
+        sources=[path],
         model=checkpoint["model"],
         classes=checkpoint["classes"],
         split=args.split,
         records=records,
         patient_index=folder.patient_index[index],
-        **decide(logits, operating_point),
-        threshold=operating_point["threshold"],
+        **decide(logits, checkpoint),
         about={
             "root": str(root),
             "demo": data.is_demo(root) or seen["demo"],
             "fingerprint": folder.fingerprint,
             "copies": len(index) - len(np.unique(folder.copies[index])),
-            "left_out": [item for i, item in folder.left_out.items() if in_split[i]],
+            "left_out": left_out,
             "leaks": leaks,
         },
         border=border,
@@ -262,7 +239,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     )
     if args.stress:
         for name, stressed_logits in infer_stressed(model, images, positions, records, checkpoint).items():
-            scored.stressed[name] = replace(scored, stressed={}, **decide(stressed_logits, operating_point))
+            scored.stressed[name] = replace(scored, stressed={}, **decide(stressed_logits, checkpoint))
     return scored
 
 
@@ -290,11 +267,14 @@ CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
 NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are no subgroups
 
 
-def score_csv(path: str, args: argparse.Namespace) -> Scored:
+def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     """What another program predicted: a table with the columns path, label and probability (of the positive class).
 
     It may have patient, subtype, and calibrated_logit: the log-odds, used instead of the probability, which no longer
     ranks where it is exactly 0 or 1. Any other column is a subgroup of the report.
+
+    Args:
+        positive: the positive label that was asked for. asked: with the threshold that was asked for, or empty.
 
     Raises:
         UserError: not such a table, or not two labels.
@@ -306,10 +286,8 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
     if {"flags", "error"} <= columns:
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     groups = [name for name in columns if name not in NO_GROUPS]
-    records, probabilities, exact = [], [], []
-    rows.reverse()
-    while rows:
-        row = rows.pop()  # so that not all of a million are kept
+    records, log_odds = [], []
+    for row in rows:
         name = row["path"]
         patient, subtype, series = data.identify(os.path.basename(name))
         if data.normal_form(row.get("patient", "")):  # 0 is none
@@ -328,39 +306,28 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         probability = data.as_number(row["probability"])
         if probability is None or not 0 <= probability <= 1:
             raise UserError(f"{path}: the probability of {name} is not a number in [0, 1]: {row['probability']!r}")
-        probabilities.append(probability)
-        if "calibrated_logit" in columns:
-            exact.append(data.as_number(row["calibrated_logit"]))
+        exact = data.as_number(row.get("calibrated_logit", ""))
+        log_odds.append(to_logit(probability) if exact is None else exact)
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{path}: a path is listed twice")
-    log_odds = to_logit(np.array(probabilities)) if None in exact or not exact else exact
-    labels, asked = {r.label for r in records}, args.positive
+    labels = {r.label for r in records}
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two alone will do
-            labels, asked = both, asked or max(both)
+            labels, positive = both, positive or max(both)
     if len(labels) != 2 or "" in labels:
         raise UserError(f"{path}: expected two labels, found {', '.join(sorted(labels)) or 'none'}")
     data.remark_patients(records)
     stored = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
-    operating_point = with_threshold({"slope": 1.0, "intercept": 0.0, "threshold": stored}, args.threshold)
+    operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": stored, **asked}
     return Scored(
-        source=path,
-        sha256=data.sha256(Path(path)),
+        sources=[path],
         model=Path(path).stem,
-        classes=data.sort_classes(labels, asked),
+        classes=data.sort_classes(labels, positive),
         split="predictions",
         records=records,
         patient_index=data.number_patients(records, np.arange(len(records))),
         **decide(np.column_stack([np.zeros(len(records)), log_odds]), operating_point),
-        threshold=operating_point["threshold"],
-        about={
-            "root": path,
-            "demo": False,
-            "fingerprint": None,
-            "copies": 0,
-            "left_out": [],
-            "leaks": {},
-        },
+        about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": {}},
     )
 
 
@@ -369,13 +336,12 @@ def pool(runs: list[Scored]) -> Scored:
     first = runs[0]
     if len(runs) == 1:
         return first
-    records = [r for s in runs for r in s.records]
-    if len({r.path for r in records}) < len(records):
-        raise UserError(f"{first.source} and others validated on the same images: they are not folds of one split")
-    arrays = {}
+    together = {name: [x for s in runs for x in getattr(s, name)] for name in ("sources", "records")}
+    if len({r.path for r in together["records"]}) < len(together["records"]):
+        raise UserError(f"{', '.join(together['sources'])} validated on the same images: they are not folds of one split")
     for name in ("patient_index", "logits", "calibrated_logits", "predicted", "border"):
         if getattr(first, name) is not None:
-            arrays[name] = np.concatenate([getattr(s, name) for s in runs])
+            together[name] = np.concatenate([getattr(s, name) for s in runs])
     threshold = first.threshold
     if any(s.threshold != threshold for s in runs):
         threshold = {"value": None, "logit": None, "rule": "each run its own", "from": "validation"}
@@ -392,17 +358,9 @@ def pool(runs: list[Scored]) -> Scored:
     for name in first.stressed:
         if all(name in s.stressed for s in runs):  # a fold may lack a class, and with it the exchanged border
             stressed[name] = pool([s.stressed[name] for s in runs])
+    unfinished_first = sorted((s.checkpoint for s in runs), key=lambda checkpoint: checkpoint["finished"])
     return replace(
-        first,
-        source=", ".join(s.source for s in runs),
-        sha256=", ".join(s.sha256 for s in runs),
-        records=records,
-        **arrays,
-        threshold=threshold,
-        about=about,
-        stressed=stressed,
-        checkpoint=min((s.checkpoint for s in runs), key=lambda checkpoint: checkpoint["finished"]),
-        n_folds=len(runs),
+        first, **together, threshold=threshold, about=about, stressed=stressed, checkpoint=unfinished_first[0]
     )
 
 
