@@ -16,6 +16,7 @@ import glob
 import importlib.util
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -212,7 +213,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if checkpoint["border"] is not None:
         batches = models.in_batches(images, positions)
         border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches])
-    leaks = {}
+    leaks = Counter()
     for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # on its validation images every model is chosen
         trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
         is_seen, patients = data.seen_before(records, folder.loaded.hashes[index], trace)
@@ -329,7 +330,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         records=records,
         patient_index=data.number_patients(records, np.arange(len(records))),
         **decide(np.column_stack([np.zeros(len(records)), log_odds]), operating_point),
-        about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": {}},
+        about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": Counter()},
     )
 
 
@@ -349,22 +350,21 @@ def pool(runs: list[Scored]) -> Scored:
     threshold = first.threshold
     if any(s.threshold != threshold for s in runs):
         threshold = {"value": None, "logit": None, "rule": "each run its own", "from": "validation"}
-    leaks = Counter()
-    for s in runs:
-        leaks.update(s.about["leaks"])
-    about = {
-        **first.about,
-        "copies": sum(s.about["copies"] for s in runs),
-        "left_out": [item for s in runs for item in s.about["left_out"]],
-        "leaks": dict(leaks),
-    }
+    about = dict(first.about)
+    for name in ("copies", "left_out", "leaks"):
+        about[name] = functools.reduce(operator.add, [s.about[name] for s in runs])
     stressed = {}
     for name in first.stressed:
         if all(name in s.stressed for s in runs):  # a fold may lack a class, and with it the exchanged border
             stressed[name] = pool([s.stressed[name] for s in runs])
-    unfinished_first = sorted((s.checkpoint for s in runs), key=lambda checkpoint: checkpoint["finished"])
+    unfinished = [s.checkpoint for s in runs if not s.checkpoint["finished"]]
     return replace(
-        first, **together, threshold=threshold, about=about, stressed=stressed, checkpoint=unfinished_first[0]
+        first,
+        **together,
+        threshold=threshold,
+        about=about,
+        stressed=stressed,
+        checkpoint=[*unfinished, first.checkpoint][0],
     )
 
 
@@ -597,7 +597,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
     for how, prefix in (("trained", ""), ("chosen", "val_")):
-        images, patients = leaks.get(f"{prefix}images"), leaks.get(f"{prefix}patients")
+        images, patients = leaks[f"{prefix}images"], leaks[f"{prefix}patients"]
         if images or patients:
             remarks.append(f"LEAK: {how} on {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
@@ -727,11 +727,10 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float | None]:
 
 
 def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
-    """Counts, and the main metrics that are defined, of the images in chosen, bool [n]."""
+    """Counts, and the main metrics, of the images in chosen, bool [n]."""
     part = Answers(*(array if array is None else array[chosen] for array in vars(a).values()))
-    metrics = estimates(part, bootstrap, OF_GROUPS)
-    defined = {name: metric for name, metric in metrics.items() if metric["value"] is not None}
-    return {"images": len(part.score), "patients": len(np.unique(part.patient_index)), **defined}
+    n_patients = len(np.unique(part.patient_index))
+    return {"images": len(part.score), "patients": n_patients, **estimates(part, bootstrap, OF_GROUPS)}
 
 
 def thirds(values: list[str]) -> list[str]:
@@ -739,15 +738,17 @@ def thirds(values: list[str]) -> list[str]:
 
     Other values, and three different numbers or fewer, stay as they are. Empty text is a missing value.
     """
-    numbers = {value: data.as_number(value) for value in set(values) - {""}}
-    if None in numbers.values() or len(set(numbers.values())) <= 3:
+    numbers = np.array([data.as_number(value) for value in values], float)  # None is NaN
+    is_known = np.isfinite(numbers)
+    if is_known.sum() < sum(value != "" for value in values) or len(np.unique(numbers[is_known])) <= 3:
         return values
-    cuts = np.quantile([numbers[value] for value in values if value], (1 / 3, 2 / 3))
-    members = defaultdict(list)
-    for number in numbers.values():
-        members[np.searchsorted(cuts, number)].append(number)
-    ranges = {third: f"{min(found):g} to {max(found):g}" for third, found in members.items()}
-    return [ranges[np.searchsorted(cuts, numbers[value])] if value else "" for value in values]
+    third = np.searchsorted(np.quantile(numbers[is_known], (1 / 3, 2 / 3)), numbers)
+    shown = np.full(len(values), "", object)
+    for i in range(3):
+        inside = is_known & (third == i)
+        if inside.any():
+            shown[inside] = f"{numbers[inside].min():g} to {numbers[inside].max():g}"
+    return shown.tolist()
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
@@ -775,30 +776,28 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images says without any lung, and the model's figures where that is wrong."""
     a = s.against_rest(1)
     border = replace(a, score=s.border, predicted=s.border > 0)
-    groups, shares = {}, []
+    groups = {}
     for c, name in enumerate(s.classes):
         misled = (s.labels == c) & (border.predicted != a.is_positive)
         if misled.any():
             groups[name] = group_estimates(a, misled, bootstrap)
-            shares.append((s.predicted[misled] == c).mean())
-    border_auroc = estimates(border, bootstrap, ["auroc"])["auroc"]
-    return {"border_auroc": border_auroc, "groups": groups, "worst": min(shares, default=None)}
+    return {"border_auroc": estimates(border, bootstrap, ["auroc"])["auroc"], "groups": groups}
 
 
 def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     """Metrics of the images and of their stressed copies, and mean and worst of the copies, at the threshold in force;
     and the lowest balanced accuracy of them all, with the name of its row.
     """
-    rows = {}
-    for name, images in {"clean": s, **s.stressed}.items():
-        measured = measure(images.against_rest(1), UNDER_STRESS)
-        rows[name] = {metric: float(values[0]) for metric, values in measured.items()}
-    lowest = min(rows, key=lambda name: rows[name]["balanced_accuracy"])
-    worst = {"value": or_none(rows[lowest]["balanced_accuracy"]), "row": lowest}
-    figures = np.array([[rows[name][metric] for metric in UNDER_STRESS] for name in s.stressed])
-    rows["mean"] = dict(zip(UNDER_STRESS, figures.mean(0)))
-    rows["worst"] = dict(zip(UNDER_STRESS, figures.min(0)))
-    shown = {name: {metric: or_none(value) for metric, value in row.items()} for name, row in rows.items()}
+    rows = {"clean": s, **s.stressed}
+    measured = [measure(images.against_rest(1), UNDER_STRESS).values() for images in rows.values()]
+    figures = np.concatenate([np.column_stack(list(row)) for row in measured])
+    balanced_accuracy = figures[:, UNDER_STRESS.index("balanced_accuracy")]
+    lowest = balanced_accuracy.argmin()
+    worst = {"value": or_none(balanced_accuracy[lowest]), "row": list(rows)[lowest]}
+    stressed = figures[1:]
+    shown = {}
+    for name, row in zip([*rows, "mean", "worst"], [*figures, stressed.mean(0), stressed.min(0)]):
+        shown[name] = dict(zip(UNDER_STRESS, map(or_none, row)))
     return shown, worst
 
 
@@ -891,15 +890,14 @@ def holm(p: list[float | None]) -> list[float]:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, have their differences to it."""
     first = groups[0][0]
-    arguments = [runs[0].arguments.items() for runs in groups if runs[0].checkpoint]
-    times = Counter((name, str(value)) for items in arguments for name, value in items)
+    arguments = [runs[0].arguments for runs in groups]
     entries, tests, reference = [], [], None
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
         drawn, entry = summarise(runs, bootstrap, number)
         varied = {}
         for name, value in runs[0].arguments.items():
-            if name not in ("seed", "fold") and 0 < times[name, str(value)] < len(arguments):
+            if any(others.get(name, value) != value for others in arguments):
                 varied[name] = value
         entry |= {"number": number, "varied": varied, "difference": {}}
         if number == 1:
@@ -909,9 +907,9 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
             entry["difference"]["auroc"] = tests[-1]
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1] for s in runs]
-            mean = np.mean(np.array([row["value"] for row in worst], float))  # None is NaN
-            names = dict.fromkeys(row["row"] for row in worst)
-            entry["worst_balanced_accuracy"] = {"value": or_none(mean), "row": ", ".join(names)}
+            values = np.array([row["value"] for row in worst], float)  # None is NaN
+            names = ", ".join(row["row"] for row in worst)
+            entry["worst_balanced_accuracy"] = {"value": or_none(values.mean()), "row": names}
         entries.append(entry)
     for test, p in zip(tests, holm([test["p"] for test in tests])):
         test["p_holm"] = or_none(p)
@@ -994,8 +992,9 @@ def report_document(r: dict, lists: dict[str, list[str]]) -> str:
     ]
     matrix = r["confusion"]
     if "positive" in r:
-        cut = show(t["value"])
-        facts.append(f"threshold {cut} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
+        facts.append(
+            f"threshold {show(t['value'])} on the probability of {r['positive']}: {t['rule']}, from {t['from']}"
+        )
         matrix = [[matrix["tn"], matrix["fp"]], [matrix["fn"], matrix["tp"]]]
     if "prevalence" in stored and 0 < d["prevalence"] < 1:
         facts.append(
@@ -1105,11 +1104,11 @@ def comparison_document(c: dict) -> str:
 
 PANELS = {  # title: names of the axes, and what else to know
     "ROC": ("1 - specificity", "sensitivity", "the dot is the threshold in force"),
+    "calibration": ("mean probability", "observed frequency", "in ten bins; on the diagonal is ideal"),
+    "decision curve": ("threshold", "net benefit", "of treating whom the model calls positive, all, or none (0)"),
+    "probabilities": ("probability", "images", "of the last class, by the true one; the line is the threshold"),
     "confusion matrix": ("predicted class", "true class", "numbers of images"),
     "training": ("epoch", "losses and validation AUROC", "the line is the selected epoch"),
-    "calibration": ("mean probability", "observed frequency", "in ten bins; on the diagonal is ideal"),
-    "decision curve": ("threshold", "net benefit", "of treating whom the model calls positive, all, or none"),
-    "probabilities": ("probability", "images", "of the positive class; the line is the threshold in force"),
 }
 
 
@@ -1131,9 +1130,11 @@ def save_figure(path: Path, figure) -> None:
 
 
 def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
-    """A ROC curve, where both classes are there."""
+    """A ROC curve, where both classes are there, and a dot for the threshold in force."""
     if 0 < a.is_positive.mean() < 1:
         RocCurveDisplay.from_predictions(a.is_positive, a.score, ax=ax, name=label, curve_kwargs={"color": colour})
+        sides = measure(a, ("sensitivity", "specificity"))
+        ax.plot(1 - sides["specificity"], sides["sensitivity"], "o", color=colour)
 
 
 def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
@@ -1141,43 +1142,38 @@ def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
 
     Treating none has a benefit of 0. At a threshold of t a false positive costs t / (1 - t) of a true one's worth.
     """
-    worth = np.where(a.is_positive, 1, -expit(logit(thresholds))[:, None])
+    cost = np.exp(logit(thresholds))[:, None]
+    worth = np.where(a.is_positive, 1, -cost)
     treated = a.score >= logit(thresholds)[:, None]
     return (worth * treated).mean(1), worth.mean(1)
 
 
-def plot_report(s: Scored, r: dict, history: list[dict]):
-    """Six panels of one model; of more than two classes three."""
-    figure, panels = new_figure(heading(r), 2, 3, 15, 9)
-    roc, matrix, training, reliability, decision, distribution = panels
+def plot_report(s: Scored, title: str, history: list[dict]):
+    """Six panels of one model."""
+    figure, panels = new_figure(title, 2, 3, 15, 9)
+    roc, reliability, decision, distribution, matrix, training = panels
     names = [shorten(name, 16) for name in s.classes]
+    thresholds = np.arange(1, 100) / 100
     for c in s.reported:
-        draw_roc(roc, s.against_rest(c), names[c], f"C{c}")
-    display = {"labels": range(len(names)), "display_labels": names, "cmap": "Blues", "colorbar": False}
+        a = s.against_rest(c)
+        draw_roc(roc, a, names[c], f"C{c}")
+        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
+        for label, benefit in zip((names[c], f"all as {names[c]}"), net_benefit(a, thresholds)):
+            decision.plot(thresholds, benefit, label=label)
+    decision.set_ylim(-0.1, 1)
+    decision.legend()
+    p = expit(s.calibrated_logits[:, -1])
+    distribution.hist([p[s.labels == c] for c in range(len(names))], 20, range=(0, 1), label=names)
+    distribution.axvline(s.threshold["value"] or 0, color="k", ls="--")
+    distribution.legend()
+    display = {"labels": range(len(names)), "display_labels": names, "colorbar": False}
     ConfusionMatrixDisplay.from_predictions(s.labels, s.predicted, ax=matrix, **display)
-    if history:
-        for name in ("train_loss", "val_loss", "val_auroc"):
-            training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
+    for name in ("train_loss", "val_loss", "val_auroc") if history else ():
+        training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
         training.axvline(s.checkpoint["epoch"], color="k", ls="--")
         training.legend()
-    if s.is_binary:
-        a, cut = s.against_rest(1), s.threshold["value"]
-        p, thresholds = expit(a.score), np.arange(1, 100) / 100
-        sides = r["metrics"]["sensitivity"]["value"], r["metrics"]["specificity"]["value"]
-        if None not in sides:
-            roc.plot(1 - sides[1], sides[0], "ko")
-        CalibrationDisplay.from_predictions(a.is_positive, p, n_bins=10, ax=reliability)
-        for label, benefit in zip(("as the model says", "all"), net_benefit(a, thresholds)):
-            decision.plot(thresholds, benefit, label=label)
-        decision.axhline(0, color="k", ls=":", label="none")
-        decision.set_ylim(-0.1, 1)
-        decision.legend()
-        distribution.hist([p[~a.is_positive], p[a.is_positive]], 20, range=(0, 1), label=names)
-        if cut is not None:
-            distribution.axvline(cut, color="k", ls="--", label=f"threshold {cut:.3f}")
-        distribution.legend()
-    for ax, (title, (x, y, _)) in zip(panels, PANELS.items()):
-        ax.set(title=title, xlabel=x, ylabel=y, visible=ax.has_data())
+    for ax, (panel, (x, y, _)) in zip(panels, PANELS.items()):
+        ax.set(title=panel, xlabel=x, ylabel=y, visible=ax.has_data())
     return figure
 
 
@@ -1207,7 +1203,8 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure, (ax,) = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            draw_roc(ax, s.against_rest(1), f"{number}: {shorten(', '.join(s.sources), 40)}", f"C{number - 1}")
+            label = f"{number}: {shorten(', '.join(s.sources), 40)}"
+            draw_roc(ax, s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
     return figure
 
 
@@ -1220,7 +1217,7 @@ def make_parser() -> data.Parser:
     help = "run, ckpt.pt or CSV; of several the first is the reference (newest run)"
     add("inputs", nargs="*", metavar="FILE", help=help)
     add("--split", choices=("test", "val", "train"), default="test", help="which images")
-    help = "another folder with the same classes (files need --output), or the new place of the run's own"
+    help = "another folder with the same classes (needs --output), or the new place of the run's own"
     add("--data", type=text, metavar="DIR", help=help)
     add("--positive", metavar="CLASS", help="the positive label of a CSV (1, PNEUMONIA, else a guess)")
     help = "explore another threshold than the stored one; no file is written without --output"
@@ -1261,9 +1258,6 @@ def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) ->
     problems = {
         "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
         "--stress is for two classes; leave it out here": more_classes and args.stress,
-        "--plots of a comparison is for two classes; leave it out here": more_classes
-        and len(checkpoints) > 1
-        and args.plots,
         "--stress and --data are for checkpoints: a CSV has no images": not any(checkpoints)
         and (args.stress or args.data),
         "--positive is for CSV files: a checkpoint knows its positive class": all(checkpoints) and args.positive,
@@ -1274,41 +1268,28 @@ def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) ->
             raise UserError(problem)
 
 
-def read_json(path: Path) -> dict:
-    """What a script of this suite wrote; empty where it is missing or unreadable."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
 def find_output(scored: list[Scored], args: argparse.Namespace) -> Path | None:
     """The folder for the files: --output, or beside the one input if these are its own images at its own threshold."""
     first = scored[0]
     if args.output:
         return Path(args.output)
-    if sum(len(s.sources) for s in scored) > 1 or args.threshold is not None:
-        return None  # several inputs have no folder of their own, and exploring replaces no report
-    path = models.in_run_folder(first.sources[0])
-    if first.checkpoint and first.about["root"] != first.checkpoint["data"]["root"]:
-        earlier = read_json(path.with_name(f"{args.split}.json")).get("data", {})
-        known = first.checkpoint["data"]["fingerprint"], earlier.get("fingerprint")
-        if first.about["fingerprint"] not in known:  # they have not just been moved
-            return None
-    return path.parent
+    is_own = first.checkpoint is None or first.about["root"] == first.checkpoint["data"]["root"]
+    if len(scored) > 1 or len(first.sources) > 1 or args.threshold is not None or not is_own:
+        return None
+    return models.in_run_folder(first.sources[0]).parent
 
 
 def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
     """The files of one model: {name: content}."""
-    if s.checkpoint is None:
-        stem = f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
-    else:
-        stem = s.split
+    stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
     figures = {}
     if args.plots:
-        is_run = s.checkpoint is not None and len(s.sources) == 1
-        metrics = read_json(models.in_run_folder(s.sources[0]).with_name("metrics.json")) if is_run else {}
-        figures[f"{stem}.png"] = plot_report(s, r, metrics.get("epochs", []))
+        is_run = s.checkpoint and len(s.sources) == 1
+        history = []
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a checkpoint may have left its run's folder
+            metrics = models.in_run_folder(s.sources[0]).with_name("metrics.json").read_text()
+            history = json.loads(metrics)["epochs"] if is_run else []
+        figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
             try:
                 figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
@@ -1366,8 +1347,9 @@ def evaluate(args: argparse.Namespace) -> None:
         files = {"compare.json": result, "report.md": document}
         if args.plots:
             files["compare.png"] = plot_comparison(groups, result)
-    for line in dict.fromkeys(line for r in reports for line in r["warnings"]):
-        warn(f"{line}: {', '.join(r['checkpoint'] for r in reports if line in r['warnings'])}")
+    for r in reports:
+        for line in r["warnings"]:
+            warn(f"{line}: {r['checkpoint']}")
     last_lines = []
     for name, content in files.items() if folder else ():
         folder.mkdir(parents=True, exist_ok=True)
