@@ -1164,7 +1164,8 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     decision.legend()
     p = expit(s.calibrated_logits[:, -1])
     distribution.hist([p[s.labels == c] for c in range(len(names))], 20, range=(0, 1), label=names)
-    distribution.axvline(s.threshold["value"] or 0, color="k", ls="--")
+    if s.threshold["value"] is not None:
+        distribution.axvline(s.threshold["value"], color="k", ls="--")
     distribution.legend()
     display = {"labels": range(len(names)), "display_labels": names, "colorbar": False}
     ConfusionMatrixDisplay.from_predictions(s.labels, s.predicted, ax=matrix, **display)

@@ -101,9 +101,6 @@ def test_ranking_equals_scikit_learn(tmp_path, levels):
 
 
 def test_metrics_by_hand(tmp_path):
-    metrics = values(score(tmp_path, to_rows([1, 0, 1, 0], [0.9, 0.5, 0.5, 0.1]))["metrics"])
-    assert metrics["auroc"] == pytest.approx(3.5 / 4)  # four pairs, one of them tied
-    assert metrics["auprc"] == pytest.approx(0.5 * 1 + 0.5 * 2 / 3)
     # 40 true and 5 false positives, 10 false and 45 true negatives
     labels = [1] * 40 + [0] * 5 + [1] * 10 + [0] * 45
     report = score(tmp_path, to_rows(labels, [0.9] * 45 + [0.1] * 55))
@@ -168,16 +165,6 @@ def test_the_adjusted_auroc_counts_pairs_within_a_quintile_of_the_border():
     found = evaluate.estimates(answers(y, z, border), evaluate.Bootstrap(200))["adjusted_auroc"]
     assert found["value"] == pytest.approx(right / pairs)
     assert found["ci95"][0] < right / pairs < found["ci95"][1]
-
-
-def test_the_adjusted_auroc_shows_what_a_model_adds_to_the_border():
-    rng = np.random.default_rng(3)
-    y = np.arange(4000) % 2 == 1
-    border, independent = rng.normal(2.33 * y), rng.normal(2.33 * y)
-    copy = evaluate.measure(answers(y, border, border), ["auroc", "adjusted_auroc"])
-    own = evaluate.measure(answers(y, independent, border), ["auroc", "adjusted_auroc"])
-    assert copy["auroc"] == pytest.approx(0.95, abs=0.01) and copy["adjusted_auroc"] < 0.72
-    assert own["auroc"] == pytest.approx(0.95, abs=0.01) and own["adjusted_auroc"] == pytest.approx(0.95, abs=0.015)
 
 
 def test_a_metric_is_added_in_one_place_with_its_range(tmp_path, monkeypatch):
@@ -296,7 +283,6 @@ def test_slope_and_intercept_show_what_was_done_to_the_logits(factor, shift, slo
 @pytest.mark.parametrize(
     ("y", "z"),
     [
-        ([0, 0, 1, 1], [-2, -1, 1, 2]),
         ([0, 0, 1, 1], [-2, 1, 1, 2]),  # they only touch: the best slope is infinite here too
         ([0, 1, 0, 1], [0.5, 0.5, 0.5, 0.5]),  # one and the same score for all: any slope is as good
         ([1, 1, 1, 1], [-2, -1, 1, 2]),
@@ -428,9 +414,7 @@ def test_a_column_in_which_most_images_differ_is_no_subgroup(tmp_path):
     [
         (("0", "1"), (), "1"),
         (("NORMAL", "PNEUMONIA"), (), "PNEUMONIA"),
-        (("PNEUMONIA", "well"), (), "PNEUMONIA"),
         (("abnormal", "normal"), ("--positive", "abnormal"), "abnormal"),
-        (("0", "1"), ("--positive", "0"), "0"),
     ],
 )
 def test_the_probability_is_that_of_the_positive_label(tmp_path, labels, asked, positive):
@@ -509,12 +493,6 @@ def test_what_is_undefined_is_null_and_a_dash(tmp_path, kind):
     assert "nan" not in done.stdout.lower() and "none" not in done.stdout.lower()
 
 
-def test_without_draws_there_are_no_intervals(tmp_path):
-    found = score(tmp_path, NAMED_ROWS, "--bootstrap", 0)
-    assert found["bootstrap"]["draws"] == 0
-    assert {v["ci95"] for v in found["metrics"].values()} == {None} and found["metrics"]["auroc"]["value"]
-
-
 # --- comparison ---
 
 
@@ -551,14 +529,6 @@ def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
     assert rows[0] in (rivals / "out" / "report.md").read_text()
 
 
-def test_a_comparison_and_a_report_say_the_same_of_a_model(tmp_path):
-    rows = [{**r, "probability": 0.9 if r["label"] == "PNEUMONIA" else 0.2} for r in NAMED_ROWS]
-    write_csv(tmp_path / "q.csv", rows)
-    alone = score(tmp_path, NAMED_ROWS), evaluate_files(tmp_path, "q.csv", "--bootstrap", 200)[0]
-    found, _ = evaluate_files(tmp_path, "p.csv", "q.csv", "--bootstrap", 200)
-    assert {e["model"]: e["metrics"] for e in found["compared"]} == {r["model"]: r["metrics"] for r in alone}
-
-
 def test_holm_by_hand():
     assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert evaluate.holm([0.6, 0.9]) == [1, 1]
@@ -574,36 +544,18 @@ def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
     assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
 
 
-def test_equal_models_are_seldom_told_apart(tmp_path):
-    """Three equal models against a reference: any of them differs in at most one data set of twenty, by chance."""
-    rng = np.random.default_rng(6)
-    significant = 0
-    for _ in range(40):
-        y = np.arange(120) % 2
-        common = rng.normal(0, 1, 120)
-        for i in range(4):
-            write_csv(tmp_path / f"{i}.csv", to_rows(y, expit(2 * y - 1 + common + rng.normal(0, 1, 120))))
-        found, _ = evaluate_files(tmp_path, *(f"{i}.csv" for i in range(4)), "--bootstrap", 200)
-        p = [e["difference"]["auroc"]["p_holm"] for e in found["compared"] if e["difference"]]
-        significant += min(p) < 0.05
-    assert significant <= 5  # of 40 at 5 %: six or more have a chance of 1 %
-
-
-@pytest.mark.parametrize("kind", ["other labels", "other classes", "other images", "fewer images"])
+@pytest.mark.parametrize("kind", ["other labels", "other images", "fewer images"])
 def test_what_can_not_be_compared_is_an_error(rivals, kind):
     rows = read_csv((rivals / "good.csv").read_text())
     if kind == "other labels":
         rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
-    elif kind == "other classes":
-        rows = [{**r, "label": ("cat", "dog")[int(r["label"])]} for r in rows]
     elif kind == "other images":
         rows[0]["path"] = "another.png"
     else:
         rows = rows[:-1]
     write_csv(rivals / "odd.csv", rows)
     _, err = evaluate_files(rivals, "good.csv", "odd.csv", code=2)
-    last = err.splitlines()[-1]
-    assert "odd.csv and good.csv" in last
+    assert "odd.csv and good.csv do not score the same images" in err.splitlines()[-1]
 
 
 # --- runs ---
@@ -791,7 +743,7 @@ def test_copies_count_as_one_patient_and_contradicting_labels_are_said(run, demo
     folder = tmp_path / "d" / "test"
     first, second = sorted((folder / "NORMAL").glob("IM-*0001.jpeg"))[:2]
     Image.open(first).save(second, quality=90)  # two patients with copies of one image
-    shutil.copy(sorted((folder / "PNEUMONIA").iterdir())[0], folder / "NORMAL" / "copy.jpeg")
+    shutil.copy(min((folder / "PNEUMONIA").iterdir()), folder / "NORMAL" / "copy.jpeg")
     found, err = evaluate_files(tmp_path, run, "--data", "d", "--output", "out", "--bootstrap", 0)
     assert found["data"]["patients"] == 11 and found["data"]["copies"] == 2
     assert err.count("1 image under several labels") == 1
@@ -799,7 +751,7 @@ def test_copies_count_as_one_patient_and_contradicting_labels_are_said(run, demo
 
 def test_other_images_replace_no_report(run, demo, tmp_path):
     def names(*words):
-        found, err = evaluate_files(tmp_path, moved, "--bootstrap", 0, *words)
+        _, err = evaluate_files(tmp_path, moved, "--bootstrap", 0, *words)
         return {Path(line.removeprefix("written: ")).name for line in err.splitlines() if line.startswith("written")}
 
     moved = altered(run, tmp_path / "moved")
@@ -902,23 +854,6 @@ def test_predictions_of_a_run_score_as_the_run_does(evaluated, tmp_path):
     assert found["subgroups"].keys() == evaluated.json["subgroups"].keys()
 
 
-def test_a_run_folder_means_its_checkpoint(run, tmp_path):
-    """The report lands in the folder itself, not beside it; control characters in names do not reach the screen."""
-    folder = altered(run, tmp_path / "runs" / "a\x1b[2J")
-    done = run_script("evaluate.py", folder, "--bootstrap", 0, cwd=tmp_path)
-    assert done.returncode == 0 and "\x1b" not in done.stdout + done.stderr
-    assert (folder / "test.json").exists() and len(list((tmp_path / "runs").iterdir())) == 1
-
-
-def test_a_second_call_sees_a_folder_that_has_changed(run, demo, tmp_path):
-    shutil.copytree(demo, tmp_path / "demo")
-    words = (run, "--data", "demo", "--output", "out", "--bootstrap", 0)
-    before, _ = evaluate_files(tmp_path, *words)
-    min((tmp_path / "demo" / "test" / "PNEUMONIA").iterdir()).unlink()
-    after, _ = evaluate_files(tmp_path, *words)
-    assert after["data"]["images"] == before["data"]["images"] - 1
-
-
 # --- three classes ---
 
 
@@ -988,11 +923,8 @@ def test_three_classes_in_a_comparison(three, tmp_path):
 BAD_CSV = {
     "no columns": ("a,b\n1,2\n", "path, label, probability"),
     "no rows": ("path,label,probability\n", "one row per image"),
-    "short row": ("path,label,probability\na,0,0.1\nb,1\n", "the probability of b is not a number"),
     "not a number": ("path,label,probability\na,0,nan\nb,1,0.5\n", "the probability of a is not a number"),
     "above 1": ("path,label,probability\na,0,1.5\nb,1,0.5\n", "[0, 1]"),
-    "long row": ("path,label,probability\na,0,0,1\nb,1,0,5\n", "more cells than the header"),
-    "column twice": ("path,label,probability,probability\na,0,0.1,0.2\nb,1,0.5,0.2\n", "twice"),
     "path twice": ("path,label,probability\na,0,0.1\na,1,0.5\n", "a path is listed twice"),
     "three labels": ("path,label,probability\na,x,0.1\nb,y,0.5\nc,z,0.5\n", "two labels"),
     "no truth": ("path,label,probability\na,1,0.1\nb,,0.5\n", "two labels"),
@@ -1109,7 +1041,7 @@ def test_pictures_are_drawn_from_whatever_there_is(run, three, tmp_path):
 def figures(monkeypatch) -> dict:
     """The figures that are saved, by file name."""
     saved = {}
-    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: saved.update({path.name: figure}))
+    monkeypatch.setitem(evaluate.WRITERS, ".png", lambda path, figure: saved.update({path.name: figure}))
     return saved
 
 
