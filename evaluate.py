@@ -16,6 +16,7 @@ import glob
 import importlib.util
 import json
 import math
+import operator
 import os
 import platform
 import re
@@ -62,31 +63,24 @@ class Answers:
     patient_index: ndarray  # int64 [n]
     stratum: ndarray | None  # int64 [n]: quintile of the border logit
 
-    def part(self, chosen: ndarray) -> "Answers":
-        """Those about some images; chosen: bool [n]."""
-        arrays = {name: array[chosen] for name, array in vars(self).items() if array is not None}
-        return replace(self, **arrays)
-
     def n_patients(self, metric: str) -> int:
         """How many patients are in a metric's denominator; those of the rarer class where it needs both."""
         whose = METRICS[metric].whose
         groups = [self.is_positive, ~self.is_positive] if whose is None else [whose(self)]
-        n_images = [np.bincount(self.patient_index[group]) for group in groups if group.any()]  # of each patient
-        return min(map(np.count_nonzero, n_images), default=0)
+        return min(len(np.unique(self.patient_index[group])) for group in groups)
 
 
 @dataclass
 class Scored:
     """What a checkpoint, or another program, predicted for n labelled images; arrays have a row for each."""
 
-    source: str  # run, checkpoint or CSV
-    sha256: str  # of the checkpoint or CSV
+    sources: list[str]  # run, checkpoint or CSV; of a cross-validation all of its runs
     model: str  # timm's name, or the CSV's
     classes: list[str]  # the positive one last
     split: str  # train, val, test, or predictions (of a CSV)
     records: list[data.Record]
     patient_index: ndarray  # int64 [n], see data.number_patients
-    logits: ndarray  # float64 [n, classes], as the model gives them
+    logits: ndarray  # float64 [n, classes]: log-odds of each class against the rest, before calibration
     calibrated_logits: ndarray  # float64 [n, classes], see models.Decision
     predicted: ndarray  # int64 [n]: positions in classes
     threshold: dict  # as in a checkpoint
@@ -95,27 +89,20 @@ class Scored:
     stressed: dict[str, "Scored"] = field(default_factory=dict)  # the same images under each change of data.stress
     checkpoint: dict | None = None  # None: another program's predictions
     n_parameters: int | None = None
-    n_folds: int = 1  # runs of a cross-validation that share these images
 
     @functools.cached_property
     def labels(self) -> ndarray:
         """int64 [n]: positions in classes."""
-        position = {name: i for i, name in enumerate(self.classes)}
-        return np.array([position[r.label] for r in self.records])
-
-    @property
-    def reported(self) -> list[int]:
-        """The classes that are scored against the rest: the last of two, each of more."""
-        return [1] if self.is_binary else list(range(len(self.classes)))
+        return np.array([self.classes.index(r.label) for r in self.records])
 
     @property
     def is_binary(self) -> bool:
         return len(self.classes) == 2
 
     @property
-    def raw_logit(self) -> ndarray:
-        """float64 [n]: log-odds of the last of two classes before calibration."""
-        return self.logits[:, 1] - self.logits[:, 0]
+    def reported(self) -> dict[int, str]:
+        """The classes that are scored against the rest, by position: the last of two, each of more."""
+        return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
 
     @property
     def columns(self) -> list[str]:
@@ -125,7 +112,7 @@ class Scored:
     @property
     def arguments(self) -> dict:
         """Of the training; predictions of another program have none, and share nothing with each other."""
-        return {"source": self.source} if self.checkpoint is None else self.checkpoint["arguments"]
+        return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
 
     def against_rest(self, c: int) -> Answers:
         """What was predicted about class c."""
@@ -136,26 +123,22 @@ class Scored:
         return Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
 
 
-def decide(logits: ndarray, operating_point: dict) -> dict[str, ndarray]:
-    """The fields of Scored that follow from logits and a checkpoint's slope, intercept and threshold."""
-    decision = models.decide(torch.from_numpy(logits), operating_point)
-    calibrated_logits = decision.calibrated_logits.numpy()
-    return {"logits": logits, "calibrated_logits": calibrated_logits, "predicted": decision.predicted.numpy()}
+def decide(logits: ndarray, operating_point: dict) -> dict:
+    """The fields of Scored that follow from a model's logits and a checkpoint's slope, intercept and threshold."""
+    as_given = torch.from_numpy(logits)
+    decision = models.decide(as_given, operating_point)
+    return {
+        "logits": models.calibrate(as_given, 1.0, 0.0).numpy(),
+        "calibrated_logits": decision.calibrated_logits.numpy(),
+        "predicted": decision.predicted.numpy(),
+        "threshold": operating_point["threshold"],
+    }
 
 
 def to_logit(probability: float | ndarray) -> float | ndarray:
     """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the rest keeps its order."""
     lowest, highest = np.nextafter([0.0, 1.0], [1.0, 0.0])
     return logit(np.clip(probability, lowest, highest))
-
-
-def with_threshold(operating_point: dict, probability: float | None) -> dict:
-    """The same, or with another threshold on the probability if one is asked for."""
-    if probability is None:
-        return operating_point
-    cut = float(to_logit(probability))
-    asked = {"value": probability, "logit": cut, "rule": f"{probability:g}", "from": "command line"}
-    return {**operating_point, "threshold": asked}
 
 
 @dataclass
@@ -181,10 +164,8 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         data.remark_patients(records)
     loaded = data.load_images(root, records, size)
     copies = data.copy_groups(loaded.hashes)
-    labels = defaultdict(set)
-    for r, copy in zip(records, copies.tolist()):
-        labels[copy].add(r.label)
-    n_contradictions = sum(len(found) > 1 for found in labels.values())
+    labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
+    n_contradictions = len(labels) - len(np.unique(copies))
     if n_contradictions:
         warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
     return Folder(
@@ -209,16 +190,16 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     root = data.find_root(args.data or seen["root"])
     folder = read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], str(root))
-    is_readable = np.ones(len(folder.records), bool)
-    is_readable[list(folder.left_out)] = False
-    in_split = np.ones(len(folder.records), bool)
+    chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != seen["fingerprint"]:
             raise UserError(f"the images in {root} are not those that {path} was trained on; name them with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
-        in_split = in_val if args.split == "val" else ~in_val
-    index = np.flatnonzero(in_split & is_readable)
+        chosen = in_val if args.split == "val" else ~in_val
+    left_out = [item for i, item in folder.left_out.items() if chosen[i]]
+    chosen[list(folder.left_out)] = False
+    index = np.flatnonzero(chosen)
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
     records = [folder.records[i] for i in index]
@@ -232,28 +213,25 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if checkpoint["border"] is not None:
         batches = models.in_batches(images, positions)
         border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches])
-    leaks = {}
-    for prefix in [""] if args.split == "val" else ["", "val_"]:  # on its validation images every model is chosen
+    leaks = Counter()
+    for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # on its validation images every model is chosen
         trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
         is_seen, patients = data.seen_before(records, folder.loaded.hashes[index], trace)
         leaks |= {f"{prefix}images": int(is_seen.sum()), f"{prefix}patients": len(patients)}
-    operating_point = with_threshold(checkpoint, args.threshold)
     scored = Scored(
-        source=path,
-        sha256=data.sha256(models.in_run_folder(path)),
+        sources=[path],
         model=checkpoint["model"],
         classes=checkpoint["classes"],
         split=args.split,
         records=records,
         patient_index=folder.patient_index[index],
-        **decide(logits, operating_point),
-        threshold=operating_point["threshold"],
+        **decide(logits, checkpoint),
         about={
             "root": str(root),
             "demo": data.is_demo(root) or seen["demo"],
             "fingerprint": folder.fingerprint,
             "copies": len(index) - len(np.unique(folder.copies[index])),
-            "left_out": [item for i, item in folder.left_out.items() if in_split[i]],
+            "left_out": left_out,
             "leaks": leaks,
         },
         border=border,
@@ -262,7 +240,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     )
     if args.stress:
         for name, stressed_logits in infer_stressed(model, images, positions, records, checkpoint).items():
-            scored.stressed[name] = replace(scored, stressed={}, **decide(stressed_logits, operating_point))
+            scored.stressed[name] = replace(scored, stressed={}, **decide(stressed_logits, checkpoint))
     return scored
 
 
@@ -290,11 +268,14 @@ CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
 NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are no subgroups
 
 
-def score_csv(path: str, args: argparse.Namespace) -> Scored:
+def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     """What another program predicted: a table with the columns path, label and probability (of the positive class).
 
     It may have patient, subtype, and calibrated_logit: the log-odds, used instead of the probability, which no longer
     ranks where it is exactly 0 or 1. Any other column is a subgroup of the report.
+
+    Args:
+        positive: the positive label that was asked for. asked: with the threshold that was asked for, or empty.
 
     Raises:
         UserError: not such a table, or not two labels.
@@ -307,9 +288,7 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     groups = [name for name in columns if name not in NO_GROUPS]
     records, probabilities, exact = [], [], []
-    rows.reverse()
-    while rows:
-        row = rows.pop()  # so that not all of a million are kept
+    for row in rows:
         name = row["path"]
         patient, subtype, series = data.identify(os.path.basename(name))
         if data.normal_form(row.get("patient", "")):  # 0 is none
@@ -329,38 +308,29 @@ def score_csv(path: str, args: argparse.Namespace) -> Scored:
         if probability is None or not 0 <= probability <= 1:
             raise UserError(f"{path}: the probability of {name} is not a number in [0, 1]: {row['probability']!r}")
         probabilities.append(probability)
-        if "calibrated_logit" in columns:
-            exact.append(data.as_number(row["calibrated_logit"]))
+        exact.append(data.as_number(row.get("calibrated_logit", "")))
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{path}: a path is listed twice")
-    log_odds = to_logit(np.array(probabilities)) if None in exact or not exact else exact
-    labels, asked = {r.label for r in records}, args.positive
+    exact = np.array(exact, float)  # None is NaN
+    log_odds = np.where(np.isnan(exact), to_logit(np.array(probabilities)), exact)
+    labels = {r.label for r in records}
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two alone will do
-            labels, asked = both, asked or max(both)
+            labels, positive = both, positive or max(both)
     if len(labels) != 2 or "" in labels:
         raise UserError(f"{path}: expected two labels, found {', '.join(sorted(labels)) or 'none'}")
     data.remark_patients(records)
     stored = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
-    operating_point = with_threshold({"slope": 1.0, "intercept": 0.0, "threshold": stored}, args.threshold)
+    operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": stored, **asked}
     return Scored(
-        source=path,
-        sha256=data.sha256(Path(path)),
+        sources=[path],
         model=Path(path).stem,
-        classes=data.sort_classes(labels, asked),
+        classes=data.sort_classes(labels, positive),
         split="predictions",
         records=records,
         patient_index=data.number_patients(records, np.arange(len(records))),
         **decide(np.column_stack([np.zeros(len(records)), log_odds]), operating_point),
-        threshold=operating_point["threshold"],
-        about={
-            "root": path,
-            "demo": False,
-            "fingerprint": None,
-            "copies": 0,
-            "left_out": [],
-            "leaks": {},
-        },
+        about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": Counter()},
     )
 
 
@@ -369,40 +339,32 @@ def pool(runs: list[Scored]) -> Scored:
     first = runs[0]
     if len(runs) == 1:
         return first
-    records = [r for s in runs for r in s.records]
-    if len({r.path for r in records}) < len(records):
-        raise UserError(f"{first.source} and others validated on the same images: they are not folds of one split")
-    arrays = {}
+    together = {name: [x for s in runs for x in getattr(s, name)] for name in ("sources", "records")}
+    if len({r.path for r in together["records"]}) < len(together["records"]):
+        raise UserError(
+            f"{', '.join(together['sources'])} validated on the same images: they are not folds of one split"
+        )
     for name in ("patient_index", "logits", "calibrated_logits", "predicted", "border"):
         if getattr(first, name) is not None:
-            arrays[name] = np.concatenate([getattr(s, name) for s in runs])
+            together[name] = np.concatenate([getattr(s, name) for s in runs])
     threshold = first.threshold
     if any(s.threshold != threshold for s in runs):
         threshold = {"value": None, "logit": None, "rule": "each run its own", "from": "validation"}
-    leaks = Counter()
-    for s in runs:
-        leaks.update(s.about["leaks"])
-    about = {
-        **first.about,
-        "copies": sum(s.about["copies"] for s in runs),
-        "left_out": [item for s in runs for item in s.about["left_out"]],
-        "leaks": dict(leaks),
-    }
+    about = dict(first.about)
+    for name in ("copies", "left_out", "leaks"):
+        about[name] = functools.reduce(operator.add, [s.about[name] for s in runs])
     stressed = {}
     for name in first.stressed:
         if all(name in s.stressed for s in runs):  # a fold may lack a class, and with it the exchanged border
             stressed[name] = pool([s.stressed[name] for s in runs])
+    unfinished = [s.checkpoint for s in runs if not s.checkpoint["finished"]]
     return replace(
         first,
-        source=", ".join(s.source for s in runs),
-        sha256=", ".join(s.sha256 for s in runs),
-        records=records,
-        **arrays,
+        **together,
         threshold=threshold,
         about=about,
         stressed=stressed,
-        checkpoint=min((s.checkpoint for s in runs), key=lambda checkpoint: checkpoint["finished"]),
-        n_folds=len(runs),
+        checkpoint=[*unfinished, first.checkpoint][0],
     )
 
 
@@ -627,38 +589,6 @@ def or_none(value: float) -> float | None:
 # --- report ---
 
 
-def describe(runs: list[Scored]) -> dict:
-    """What a report says of a model before its figures; runs: of one model on the same images."""
-    s = runs[0]
-    training = None
-    if s.checkpoint is not None:
-        large = ("state_dict", "input_check", "border", "data")
-        training = {name: value for name, value in s.checkpoint.items() if name not in large}
-        seen = s.checkpoint["data"]
-        training["data"] = {name: seen[name] for name in ("root", "fingerprint", "n_images")}
-    sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
-    return {
-        "checkpoint": ", ".join(run.source for run in runs),
-        "sha256": ", ".join(run.sha256 for run in runs),
-        "model": s.model,
-        "parameters": s.n_parameters,
-        "run": training,
-        "seeds": [run.arguments.get("seed") for run in runs],
-        "folds": s.n_folds,
-        "split": s.split,
-        "classes": s.classes,
-        "data": {
-            **s.about,
-            "images": len(s.records),
-            "patients": len(np.unique(s.patient_index)),
-            "unknown_patients": sum(not r.known_patient for r in s.records),
-            "sizes": dict(zip(s.classes, sizes)),
-            "prevalence": sizes[1] / len(s.records) if s.is_binary else None,
-        },
-        "threshold": s.threshold,
-    }
-
-
 def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
     """What nobody must overlook, and what makes figures mean something else than they seem to, a line each."""
     remarks, leaks = [], s.about["leaks"]
@@ -667,7 +597,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
     for how, prefix in (("trained", ""), ("chosen", "val_")):
-        images, patients = leaks.get(f"{prefix}images"), leaks.get(f"{prefix}patients")
+        images, patients = leaks[f"{prefix}images"], leaks[f"{prefix}patients"]
         if images or patients:
             remarks.append(f"LEAK: {how} on {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
@@ -685,77 +615,87 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
 def model_values(s: Scored, bootstrap: Bootstrap) -> dict[str, ndarray]:
     """Every metric, float64 [1 + draws]; of more than two classes some, as means over each against the rest."""
     each = [bootstrap.values(s.against_rest(c), METRICS) for c in s.reported]
+    means = {name: np.mean([values[name] for values in each], axis=0) for name in METRICS}
     if s.is_binary:
-        return each[0]
-    means = {}
-    for name in ("auroc", "accuracy", "sensitivity"):
-        means[name] = np.mean([values[name] for values in each], axis=0)
+        return means
     # A wrong answer counts twice: for the true class, and for the predicted one.
     accuracy = 1 - len(each) * (1 - means["accuracy"]) / 2
     return {"auroc": means["auroc"], "accuracy": accuracy, "balanced_accuracy": means["sensitivity"]}
 
 
 def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tuple[dict, dict]:
-    """The metrics of a model, means over its runs: as arrays of draws; and in a report, with interval and sd.
+    """The metrics of a model, means over its runs, as arrays of draws; and the head of its report.
 
-    number: of the model, in a comparison.
+    runs: on the same images. number: of the model, in a comparison.
     """
-    of_runs = [model_values(s, bootstrap) for s in runs]
+    s, of_runs = runs[0], [model_values(run, bootstrap) for run in runs]
     drawn, metrics = {}, {}
     for name in of_runs[0]:
         values = np.stack([run[name] for run in of_runs])
         drawn[name] = mean_over_runs(values, np.random.default_rng([bootstrap.seed, number]))
-        n_patients = min(runs[0].against_rest(c).n_patients(name) for c in runs[0].reported)
+        n_patients = min(s.against_rest(c).n_patients(name) for c in s.reported)
         metrics[name] = with_interval(drawn[name], n_patients, METRICS[name].low)
         if len(runs) > 1:
             metrics[name]["sd"] = or_none(values[:, 0].std(ddof=1))
-    remarks = [line for s in runs for line in find_remarks(s, metrics["auroc"]["ci95"])]
-    return drawn, {**describe(runs), "warnings": list(dict.fromkeys(remarks)), "metrics": metrics}
+    training = None
+    if s.checkpoint:
+        large = ("state_dict", "input_check", "border", "data")
+        training = {name: value for name, value in s.checkpoint.items() if name not in large}
+        training["data"] = {name: s.checkpoint["data"][name] for name in ("root", "fingerprint", "n_images")}
+    sources = [source for run in runs for source in run.sources]
+    remarks = [line for run in runs for line in find_remarks(run, metrics["auroc"]["ci95"])]
+    sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
+    return drawn, {
+        "checkpoint": ", ".join(sources),
+        "sha256": ", ".join(data.sha256(models.in_run_folder(source)) for source in sources),
+        "model": s.model,
+        "parameters": s.n_parameters,
+        "run": training,
+        "seeds": [run.arguments.get("seed") for run in runs],
+        "folds": len(s.sources),
+        "split": s.split,
+        "classes": s.classes,
+        "data": {
+            **s.about,
+            "images": len(s.records),
+            "patients": len(np.unique(s.patient_index)),
+            "unknown_patients": sum(not r.known_patient for r in s.records),
+            "sizes": dict(zip(s.classes, sizes)),
+            "prevalence": sizes[1] / len(s.records) if s.is_binary else None,
+        },
+        "threshold": s.threshold,
+        "warnings": list(dict.fromkeys(remarks)),
+        "metrics": metrics,
+    }
 
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything that the files say about one model; each dict of dicts in it can be shown as a table."""
     _, result = summarise([s], bootstrap)
     result["failures"] = find_mistakes(s, 10)
+    matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist()
     if not s.is_binary:
-        each = [estimates(s.against_rest(c), bootstrap, ("auroc", "sensitivity")) for c in s.reported]
-        matrix = confusion_matrix(s.labels, s.predicted, labels=s.reported).tolist()
-        return {**result, "each_class": dict(zip(s.classes, each)), "confusion": matrix}
+        names = ("auroc", "sensitivity")
+        each = {name: estimates(s.against_rest(c), bootstrap, names) for c, name in s.reported.items()}
+        return {**result, "each_class": each, "confusion": matrix}
     a = s.against_rest(1)
     at_half = replace(a, predicted=a.score >= 0)
-    (tn, fp), (fn, tp) = confusion_matrix(a.is_positive, a.predicted, labels=[False, True]).tolist()
+    (tn, fp), (fn, tp) = matrix
     result |= {
         "positive": s.classes[1],
         "at_half": estimates(at_half, bootstrap, [name for name in METRICS if name not in RANKING]),
         "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
         "calibration": calibration(a.is_positive, a.score),
-        "decision_curve": decision_curve(a),
         "subgroups": subgroups(s, bootstrap),
     }
-    result["calibration"]["curve"] = calibration_curve(a.is_positive, expit(a.score))
-    if s.checkpoint is not None:
-        result["calibration"]["before"] = calibration(a.is_positive, s.raw_logit)
+    if s.checkpoint:
+        result["calibration"]["before"] = calibration(a.is_positive, s.logits[:, 1])
         result["calibration"]["prevalence"] = 0.5  # at which the probability applies
     if s.border is not None:
         result["shortcut"] = shortcut(s, bootstrap)
     if s.stressed:
         result["stress"], result["worst_balanced_accuracy"] = stress_table(s)
     return result
-
-
-def calibration_curve(is_positive: ndarray, p: ndarray) -> list[dict]:
-    """Mean probability, observed frequency and number of images in each of 10 equal bins that has images."""
-    bins = np.minimum((p * 10).astype(int), 9)
-    points = []
-    for b in np.unique(bins):
-        inside = bins == b
-        point = {
-            "predicted": p[inside].mean(),
-            "observed": is_positive[inside].mean(),
-            "images": int(inside.sum()),
-        }
-        points.append(point)
-    return points
 
 
 def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float | None]:
@@ -765,13 +705,13 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float | None]:
     at 1 (0 is ideal); Van Calster et al. 2019. Both are None where the classes are separated or one is missing.
     """
     p = expit(z)
-    curve = calibration_curve(is_positive, p)
-    gaps = [abs(point["predicted"] - point["observed"]) * point["images"] for point in curve]
+    bins = np.minimum((p * 10).astype(int), 9)
+    gaps = np.abs(np.bincount(bins, p - is_positive))  # of each bin, times its number of images
     slope, intercept = None, None
     a, b = z[is_positive], z[~is_positive]
     # Where the logits of the classes do not overlap, no logistic regression has a finite slope.
     if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
-        scale = max(z.std(), 1e-12)
+        scale = z.std()
         standardised = (z[:, None] - z.mean()) / scale
         fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, is_positive)
         slope = fitted.coef_[0, 0] / scale
@@ -780,31 +720,17 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float | None]:
     return {
         "brier": np.mean((p - is_positive) ** 2),
         "nll": -log_expit(np.where(is_positive, z, -z)).mean(),
-        "ece": sum(gaps) / len(z),
+        "ece": gaps.sum() / len(z),
         "slope": slope,
         "intercept": intercept,
     }
 
 
-def decision_curve(a: Answers) -> list[dict]:
-    """Net benefit per image of treating whom the model calls positive, and of treating all (Vickers and Elkin 2006).
-
-    Treating none has a benefit of 0. At a threshold of t a false positive costs t / (1 - t) of a true one's worth.
-    """
-    rows = []
-    for t in np.arange(1, 100) / 100:
-        worth = np.where(a.is_positive, 1, -t / (1 - t))  # of treating each image
-        treated = np.where(a.score >= logit(t), worth, 0)
-        rows.append({"threshold": t, "model": treated.mean(), "all": worth.mean()})
-    return rows
-
-
 def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
-    """Counts, and the main metrics that are defined, of the images in chosen, bool [n]."""
-    part = a.part(chosen)
-    metrics = estimates(part, bootstrap, OF_GROUPS)
-    defined = {name: metric for name, metric in metrics.items() if metric["value"] is not None}
-    return {"images": int(chosen.sum()), "patients": len(np.unique(part.patient_index)), **defined}
+    """Counts, and the main metrics, of the images in chosen, bool [n]."""
+    part = Answers(*(array if array is None else array[chosen] for array in vars(a).values()))
+    n_patients = len(np.unique(part.patient_index))
+    return {"images": len(part.score), "patients": n_patients, **estimates(part, bootstrap, OF_GROUPS)}
 
 
 def thirds(values: list[str]) -> list[str]:
@@ -812,15 +738,17 @@ def thirds(values: list[str]) -> list[str]:
 
     Other values, and three different numbers or fewer, stay as they are. Empty text is a missing value.
     """
-    numbers = {value: data.as_number(value) for value in set(values) - {""}}
-    if None in numbers.values() or len(set(numbers.values())) <= 3:
+    numbers = np.array([data.as_number(value) for value in values], float)  # None is NaN
+    is_known = np.isfinite(numbers)
+    if is_known.sum() < sum(value != "" for value in values) or len(np.unique(numbers[is_known])) <= 3:
         return values
-    cuts = np.quantile([numbers[value] for value in values if value], (1 / 3, 2 / 3))
-    members = defaultdict(list)
-    for number in numbers.values():
-        members[np.searchsorted(cuts, number)].append(number)
-    ranges = {third: f"{min(found):g} to {max(found):g}" for third, found in members.items()}
-    return [ranges[np.searchsorted(cuts, numbers[value])] if value else "" for value in values]
+    third = np.searchsorted(np.quantile(numbers[is_known], (1 / 3, 2 / 3)), numbers)
+    shown = np.full(len(values), "", object)
+    for i in range(3):
+        inside = is_known & (third == i)
+        if inside.any():
+            shown[inside] = f"{numbers[inside].min():g} to {numbers[inside].max():g}"
+    return shown.tolist()
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
@@ -840,7 +768,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
             warn(f"column {column} is not a subgroup: most images differ in it")
             continue
         for name in names:
-            groups[f"{column}: {name}"] = group_estimates(a, np.array(values, object) == name, bootstrap)
+            groups[f"{column}: {name}"] = group_estimates(a, np.array(values) == name, bootstrap)
     return groups
 
 
@@ -848,14 +776,12 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
     """What the border of the images says without any lung, and the model's figures where that is wrong."""
     a = s.against_rest(1)
     border = replace(a, score=s.border, predicted=s.border > 0)
-    groups, shares = {}, []
+    groups = {}
     for c, name in enumerate(s.classes):
         misled = (s.labels == c) & (border.predicted != a.is_positive)
         if misled.any():
             groups[name] = group_estimates(a, misled, bootstrap)
-            shares.append((s.predicted[misled] == c).mean())
-    auroc_of_border = estimates(border, bootstrap, ["auroc"])["auroc"]
-    return {"border_auroc": auroc_of_border, "groups": groups, "worst": min(shares, default=None)}
+    return {"border_auroc": estimates(border, bootstrap, ["auroc"])["auroc"], "groups": groups}
 
 
 def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
@@ -863,51 +789,50 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     and the lowest balanced accuracy of them all, with the name of its row.
     """
     rows = {"clean": s, **s.stressed}
-    measured = [measure(images.against_rest(1), UNDER_STRESS) for images in rows.values()]
-    figures = np.array([[metrics[name][0] for name in UNDER_STRESS] for metrics in measured])
+    measured = [measure(images.against_rest(1), UNDER_STRESS).values() for images in rows.values()]
+    figures = np.concatenate([np.column_stack(list(row)) for row in measured])
     balanced_accuracy = figures[:, UNDER_STRESS.index("balanced_accuracy")]
-    lowest = int(balanced_accuracy.argmin())
+    lowest = balanced_accuracy.argmin()
+    worst = {"value": or_none(balanced_accuracy[lowest]), "row": list(rows)[lowest]}
     stressed = figures[1:]
     shown = {}
     for name, row in zip([*rows, "mean", "worst"], [*figures, stressed.mean(0), stressed.min(0)]):
         shown[name] = dict(zip(UNDER_STRESS, map(or_none, row)))
-    return shown, {"value": or_none(balanced_accuracy[lowest]), "row": list(rows)[lowest]}
+    return shown, worst
 
 
-def find_mistakes(s: Scored, most: int) -> list[dict]:
-    """The most confident ones, at most so many: where the true class got the lowest log-odds."""
+def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
+    """The most confident ones, at most so many, by path: where the true class got the lowest log-odds."""
     of_truth = s.calibrated_logits[np.arange(len(s.records)), s.labels]
-    wrong = np.flatnonzero(s.predicted != s.labels)
-    rows = []
-    for i in wrong[np.argsort(of_truth[wrong], kind="stable")][:most]:
-        predicted = s.predicted[i]
-        row = {
-            "path": s.records[i].path,
+    by_confidence = np.argsort(of_truth, kind="stable")
+    mistakes = {}
+    for i in by_confidence[s.predicted[by_confidence] != s.labels[by_confidence]][:most]:
+        c = s.predicted[i]
+        mistakes[s.records[i].path] = {
             "label": s.records[i].label,
-            "prediction": s.classes[predicted],
-            "probability": expit(s.calibrated_logits[i, 1 if s.is_binary else predicted]),
+            "prediction": s.classes[c],
+            "probability": expit(s.calibrated_logits[i, 1 if s.is_binary else c]),
         }
-        rows.append(row)
-    return rows
+    return mistakes
 
 
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; the figures follow from it, except those of stress, border and shortcut."""
-    columns = {name: [getattr(r, name) for r in s.records] for name in ("path", "patient", "subtype", "label")}
-    if s.is_binary:
-        columns["logit"] = s.raw_logit.tolist()
-        columns["calibrated_logit"] = s.calibrated_logits[:, 1].tolist()
-        columns["probability"] = expit(s.calibrated_logits[:, 1]).tolist()
-    else:
-        for c, name in enumerate(s.classes):
-            columns[f"logit_{name}"] = s.logits[:, c].tolist()
-            columns[f"probability_{name}"] = expit(s.calibrated_logits[:, c]).tolist()
-    columns["prediction"] = [s.classes[c] for c in s.predicted]
-    if s.about["demo"]:
-        columns["demo"] = ["phantom"] * len(s.records)
-    for name in s.columns:
-        columns.setdefault(name, [r.groups.get(name, "") for r in s.records])
-    return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    rows, columns = [], s.columns
+    for i, r in enumerate(s.records):
+        row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
+        for c, name in s.reported.items():
+            suffix = "" if s.is_binary else f"_{name}"
+            row[f"logit{suffix}"] = float(s.logits[i, c])
+            row[f"calibrated_logit{suffix}"] = float(s.calibrated_logits[i, c])
+            row[f"probability{suffix}"] = float(expit(s.calibrated_logits[i, c]))
+        row["prediction"] = s.classes[s.predicted[i]]
+        if s.about["demo"]:
+            row["demo"] = "phantom"
+        for name in columns:
+            row.setdefault(name, r.groups.get(name, ""))
+        rows.append(row)
+    return rows
 
 
 # --- comparison ---
@@ -928,20 +853,17 @@ def align(s: Scored, first: Scored) -> Scored:
     Raises:
         UserError: the two did not score the same task.
     """
-    both = f"{s.source} and {first.source}"
+    both = f"{', '.join(s.sources)} and {', '.join(first.sources)}"
     if s.classes != first.classes:
-        names = " and ".join(", ".join(one.classes) for one in (s, first))
-        raise UserError(f"{both} have different classes ({names}): they can't be compared")
-    place = {r.path: i for i, r in enumerate(first.records)}
-    odd = place.keys() ^ {r.path for r in s.records}
-    if odd:
-        raise UserError(f"{both} do not score the same images ({count(len(odd), 'path')} differ, such as {min(odd)})")
+        raise UserError(f"{both} have different classes ({s.classes} and {first.classes}): they can't be compared")
+    labels, others = ({(r.path, r.label) for r in one.records} for one in (s, first))
+    if labels != others:
+        path, _ = min(labels ^ others)
+        raise UserError(f"{both} do not score the same images with the same labels; one that differs is {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
         raise UserError(f"{both} saw other images under the same names: name one folder with --data")
-    index = [place[r.path] for r in s.records]
-    if (s.labels != first.labels[index]).any():
-        raise UserError(f"{both} do not agree on the labels")
-    return replace(s, patient_index=first.patient_index[index])
+    patients = dict(zip((r.path for r in first.records), first.patient_index))
+    return replace(s, patient_index=np.array([patients[r.path] for r in s.records]))
 
 
 def difference(mine: ndarray, reference: ndarray) -> dict:
@@ -968,19 +890,16 @@ def holm(p: list[float | None]) -> list[float]:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, have their differences to it."""
     first = groups[0][0]
-    trainings = [runs[0].arguments for runs in groups if runs[0].checkpoint]
-    varied = []
-    for name in trainings[0] if trainings else ():
-        found = {str(arguments[name]) for arguments in trainings}
-        if len(found) > 1 and name not in ("seed", "fold"):
-            varied.append(name)
+    arguments = [runs[0].arguments for runs in groups]
     entries, tests, reference = [], [], None
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
         drawn, entry = summarise(runs, bootstrap, number)
-        entry["number"] = number
-        entry["varied"] = {name: runs[0].arguments[name] for name in varied if name in runs[0].arguments}
-        entry["difference"] = {}
+        varied = {}
+        for name, value in runs[0].arguments.items():
+            if any(others.get(name, value) != value for others in arguments):
+                varied[name] = value
+        entry |= {"number": number, "varied": varied, "difference": {}}
         if number == 1:
             reference = drawn["auroc"]
         else:
@@ -988,30 +907,29 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
             entry["difference"]["auroc"] = tests[-1]
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1] for s in runs]
-            lowest = np.array([row["value"] for row in worst], float)  # None is NaN
-            names = dict.fromkeys(row["row"] for row in worst)
-            entry["worst_balanced_accuracy"] = {"value": or_none(lowest.mean()), "row": ", ".join(names)}
+            values = np.array([row["value"] for row in worst], float)  # None is NaN
+            names = ", ".join(row["row"] for row in worst)
+            entry["worst_balanced_accuracy"] = {"value": or_none(values.mean()), "row": names}
         entries.append(entry)
     for test, p in zip(tests, holm([test["p"] for test in tests])):
         test["p_holm"] = or_none(p)
     entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
-    about = {key: entries[0]["data"][key] for key in ("images", "patients")}
-    about["demo"] = any(entry["data"]["demo"] for entry in entries)
+    about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
     return {"model": count(len(groups), "model"), "split": first.split, "data": about, "compared": entries}
 
 
 # --- Markdown ---
 
 TITLES = {name: metric.title for name, metric in METRICS.items()}
-TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE"}
 
 
-def render(heading: str, facts: list[str], tables: dict[str, dict], lists: dict[str, list[str]]) -> str:
+def render(r: dict, facts: list[str], tables: dict[str, dict], lists: dict[str, list[str]]) -> str:
     """A Markdown document that a terminal reader can read as it is.
 
-    tables: {heading: {row: {column: cell}}}, see show; empty ones are left out. lists: {heading: lines}.
+    r: a report or comparison. tables: {heading: {row: {column: cell}}}, see show; empty ones are left out. lists:
+    {heading: lines}.
     """
-    lines = [f"# {heading}", ""]
+    lines = [f"# {heading(r)}", ""]
     lines += [f"- {fact}" for fact in facts]
     for name, rows in tables.items():
         if rows:
@@ -1023,14 +941,14 @@ def render(heading: str, facts: list[str], tables: dict[str, dict], lists: dict[
 
 def table(rows: dict[str, dict]) -> list[str]:
     """The lines of a Markdown table, its cells padded; columns that are undefined in each row are left out."""
-    columns = {"": ["", *(TITLES.get(name, name) for name in rows)]}
+    columns = {"": list(rows)}
     for name in dict.fromkeys(name for row in rows.values() for name in row):
-        cells = [show(row.get(name, "")) for row in rows.values()]
-        if set(cells) - {"-", ""}:
-            columns[name] = [TITLES.get(name, name), *cells]
+        cells = [show(row.get(name)) for row in rows.values()]
+        if set(cells) != {"-"}:
+            columns[name] = cells
     padded = []
-    for cells in columns.values():
-        cells = [shorten(data.printable(cell), 60).replace("|", "\\|") for cell in cells]
+    for name, cells in columns.items():
+        cells = [TITLES.get(cell, data.printable(cell)).replace("|", "\\|") for cell in (name, *cells)]
         width = max(map(len, cells))
         cells.insert(1, "-" * width)
         padded.append([cell.ljust(width) for cell in cells])
@@ -1040,13 +958,13 @@ def table(rows: dict[str, dict]) -> list[str]:
 def show(cell: str | float | dict | None) -> str:
     """Text and counts as they are, figures rounded, estimates with their interval, a dash for what is undefined."""
     match cell:
-        case None | {"value": None}:
-            return "-"
-        case {"value": value, "ci95": [low, high]}:
+        case {"value": float(value), "ci95": [low, high]}:
             spread = f" (sd {cell['sd']:.3f})" if "sd" in cell else ""
             return f"{value:.3f} [{low:.3f}, {high:.3f}]{spread}"
         case {"value": float(value)} | float(value):
             return f"{value:.3f}"
+        case None | dict():
+            return "-"
     return str(cell)
 
 
@@ -1063,64 +981,46 @@ def heading(r: dict) -> str:
     return f"{r['model']}, {r['split']} split, {images}{demo}"
 
 
-def facts(r: dict) -> list[str]:
-    """What was scored, on what, and how; and the figures that are in no table."""
-    d, t = r["data"], r["threshold"]
+def report_document(r: dict, lists: dict[str, list[str]]) -> str:
+    """The report of one model, from its JSON: what was scored, on what, and how; its figures; further lists."""
+    d, t, stored = r["data"], r["threshold"], r.get("calibration", {})
     sizes = ", ".join(f"{n} {name}" for name, n in d["sizes"].items())
-    lines = [
+    facts = [
         *r["warnings"],
         f"{r['checkpoint']} on {d['root']}: {sizes}; {len(d['left_out'])} left out",
         f"95 % intervals: {count(r['bootstrap']['draws'], 'bootstrap draw')} of patients",
     ]
-    if "positive" in r:
-        value = "" if t["value"] is None else f" {t['value']:.4f}"
-        lines.append(f"threshold{value} on the probability of {r['positive']}: {t['rule']}, from {t['from']}")
-    if "prevalence" in r.get("calibration", {}):
-        shift = f"{logit(d['prevalence']):+.3f}" if 0 < d["prevalence"] < 1 else "-"
-        lines.append(
-            "the probability is for equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to its logit "
-            f"(here {shift}, which is also the calibration intercept to expect)"
-        )
-    if "shortcut" in r:
-        lines.append(f"AUROC of the image border alone, without any lung: {show(r['shortcut']['border_auroc'])}")
-    if "stress" in r:
-        worst = r["worst_balanced_accuracy"]
-        lines.append(f"worst balanced accuracy over clean and stressed images: {show(worst)} ({worst['row']})")
-    return lines
-
-
-def report_tables(r: dict) -> dict[str, dict]:
-    """The tables of one model, under their headings."""
-    kind = "at the threshold" if "positive" in r else "mean over the classes"
-    metrics = {name: {kind: estimate} for name, estimate in r["metrics"].items()}
-    if r["threshold"]["value"] != 0.5:
-        for name, estimate in r.get("at_half", {}).items():
-            metrics[name]["at 0.5"] = estimate
-    calibrated = r.get("calibration", {})
-    versions = {"as reported": calibrated, "before calibration": calibrated.get("before")}
-    figures = ("brier", "nll", "ece", "slope", "intercept")
     matrix = r["confusion"]
     if "positive" in r:
+        facts.append(
+            f"threshold {show(t['value'])} on the probability of {r['positive']}: {t['rule']}, from {t['from']}"
+        )
         matrix = [[matrix["tn"], matrix["fp"]], [matrix["fn"], matrix["tp"]]]
+    if "prevalence" in stored and 0 < d["prevalence"] < 1:
+        facts.append(
+            "the probability is for equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to its logit "
+            f"(here {logit(d['prevalence']):+.3f}, which is also the calibration intercept to expect)"
+        )
+    if "shortcut" in r:
+        facts.append(f"AUROC of the image border alone, without any lung: {show(r['shortcut']['border_auroc'])}")
+    if "stress" in r:
+        worst = r["worst_balanced_accuracy"]
+        facts.append(f"worst balanced accuracy over clean and stressed images: {show(worst)} ({worst['row']})")
+    kind = "at the threshold" if "positive" in r else "mean over the classes"
+    half = r.get("at_half", {})
     called = [f"called {name}" for name in r["classes"]]
-    mistakes = {}
-    for mistake in r["failures"]:
-        row = {"true": mistake["label"], "called": mistake["prediction"]}
-        mistakes[mistake["path"]] = {**row, f"P({r.get('positive', 'called')})": f"{mistake['probability']:.4f}"}
-    calibration_rows = {}
-    for row, found in versions.items():
-        if found:
-            calibration_rows[row] = {name: found[name] for name in figures}
-    return {
-        "metrics": metrics,
+    before = {"before calibration": stored["before"]} if "before" in stored else {}
+    tables = {
+        "metrics": {name: {kind: estimate, "at 0.5": half.get(name)} for name, estimate in r["metrics"].items()},
         "each class against the rest": r.get("each_class"),
-        "calibration": calibration_rows,
+        "calibration": {"as reported": stored, **before} if stored else {},
         "subgroups": r.get("subgroups"),
         "images whose border suggests the wrong class": r.get("shortcut", {}).get("groups"),
         "stress": r.get("stress"),
         "confusion matrix": {f"true {name}": dict(zip(called, row)) for name, row in zip(r["classes"], matrix)},
-        "most confident mistakes": mistakes,
+        f"most confident mistakes, by the probability of {r.get('positive', 'the predicted class')}": r["failures"],
     }
+    return render(r, facts, tables, lists)
 
 
 GLOSSARY = [
@@ -1177,137 +1077,135 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
 def comparison_document(c: dict) -> str:
     """The report of several models, from its JSON."""
     remarks, rows = defaultdict(list), {}
-    several = len(c["compared"]) > 2
     for e in c["compared"]:
-        number, metrics, gap = str(e["number"]), e["metrics"], e["difference"].get("auroc", {})
+        number, gap = str(e["number"]), e["difference"].get("auroc", {})
         for line in e["warnings"]:
             remarks[line].append(number)
-        varied = [f"{name}={value}" for name, value in e["varied"].items()]
-        row = {"model": " ".join([e["model"], *varied])}
-        row |= {name: metrics.get(name) for name in ("auroc", "adjusted_auroc", "accuracy")}
-        row["sens."] = metrics.get("sensitivity", {}).get("value")
-        row["spec."] = metrics.get("specificity", {}).get("value")
-        row["worst balanced accuracy"] = e.get("worst_balanced_accuracy")
-        row["AUROC - reference"] = gap or "reference"
-        p = gap.get("p_holm")
-        row["p (Holm)" if several else "p"] = "< 0.001" if p is not None and p < 0.001 else p
-        rows[number] = row
-    lines = [f"{line} (model {', '.join(numbers)})" for line, numbers in remarks.items()]
-    lines += [f"model {e['number']}: {e['checkpoint']}" for e in c["compared"]]
-    lines.append("sorted by AUROC: the best of several models looks better than it is")
-    if several:
-        lines.append("p (Holm): of the difference of AUROC, adjusted for the number of models")
-    if any("sd" in e["metrics"]["auroc"] for e in c["compared"]):
-        lines.append("of several runs the mean; sd: standard deviation over them; intervals cover patients and runs")
-    return render(heading(c), lines, {"models": rows}, {})
+        names = ("auroc", "adjusted_auroc", "accuracy", "sensitivity", "specificity")
+        rows[number] = {
+            "model": " ".join([e["model"], *(f"{name}={value}" for name, value in e["varied"].items())]),
+            **{name: e["metrics"].get(name) for name in names},
+            "worst balanced accuracy": e.get("worst_balanced_accuracy"),
+            "worst on": e.get("worst_balanced_accuracy", {}).get("row"),
+            "difference of AUROC": gap or "reference",
+            "p (Holm)": gap.get("p_holm"),
+        }
+    facts = [f"{line} (model {', '.join(numbers)})" for line, numbers in remarks.items()]
+    facts += [f"model {e['number']}: {e['checkpoint']}" for e in c["compared"]]
+    facts += [
+        "sorted by AUROC: the best of several models looks better than it is",
+        "p (Holm): of the difference of AUROC, adjusted for the number of models",
+        "of several runs the mean; sd: standard deviation over them; intervals cover patients and runs",
+    ]
+    return render(c, facts, {"models": rows}, {})
 
 
 # --- pictures ---
 
 PANELS = {  # title: names of the axes, and what else to know
     "ROC": ("1 - specificity", "sensitivity", "the dot is the threshold in force"),
+    "calibration": ("mean probability", "observed frequency", "in ten bins; on the diagonal is ideal"),
+    "decision curve": ("threshold", "net benefit", "of treating whom the model calls positive, all, or none (0)"),
+    "probabilities": ("probability", "images", "of the last class, by the true one; the line is the threshold"),
     "confusion matrix": ("predicted class", "true class", "numbers of images"),
     "training": ("epoch", "losses and validation AUROC", "the line is the selected epoch"),
-    "calibration": ("mean probability", "observed frequency", "in ten bins; on the diagonal is ideal"),
-    "decision curve": ("threshold", "net benefit", "of treating whom the model calls positive, all, or none"),
-    "probabilities": (
-        "probability of the positive class",
-        "images",
-        "of each class; the line is the threshold in force",
-    ),
 }
 
 
-def new_figure(rows: int, columns: int, width: float, height: float):
+def new_figure(title: str, rows: int, columns: int, width: float, height: float):
     """A figure and its panels, without pyplot, which would look for a display."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # file names may have dollar signs
     figure = Figure(figsize=(width, height), layout="constrained")
+    figure.suptitle(title)
     return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def save_figure(path: Path, figure) -> None:
-    """In the format that the name ends with."""
+    """As PNG."""
     with warnings.catch_warnings(action="ignore"), data.replacing(path) as f:  # names may need glyphs that fonts lack
-        figure.savefig(f, format=path.suffix[1:], dpi=200)
+        figure.savefig(f, format="png", dpi=200)
 
 
 def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
-    """A ROC curve, where both classes are there."""
+    """A ROC curve, where both classes are there, and a dot for the threshold in force."""
     if 0 < a.is_positive.mean() < 1:
         RocCurveDisplay.from_predictions(a.is_positive, a.score, ax=ax, name=label, curve_kwargs={"color": colour})
-    ax.axline((0, 0), slope=1, color="k", ls=":")
+        sides = measure(a, ("sensitivity", "specificity"))
+        ax.plot(1 - sides["specificity"], sides["sensitivity"], "o", color=colour)
 
 
-def plot_report(s: Scored, r: dict, history: list[dict]):
-    """Six panels of one model; of more than two classes three."""
-    figure, panels = new_figure(2, 3, 15, 9)
-    figure.suptitle(heading(r))
-    roc, matrix, training, reliability, decision, distribution = panels
+def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
+    """Per image, of treating whom the model calls positive, and of treating all (Vickers and Elkin 2006).
+
+    Treating none has a benefit of 0. At a threshold of t a false positive costs t / (1 - t) of a true one's worth.
+    """
+    cost = np.exp(logit(thresholds))[:, None]
+    worth = np.where(a.is_positive, 1, -cost)
+    treated = a.score >= logit(thresholds)[:, None]
+    return (worth * treated).mean(1), worth.mean(1)
+
+
+def plot_report(s: Scored, title: str, history: list[dict]):
+    """Six panels of one model."""
+    figure, panels = new_figure(title, 2, 3, 15, 9)
+    roc, reliability, decision, distribution, matrix, training = panels
     names = [shorten(name, 16) for name in s.classes]
+    thresholds = np.arange(1, 100) / 100
     for c in s.reported:
-        draw_roc(roc, s.against_rest(c), names[c], f"C{c}")
-    display = {"labels": range(len(names)), "display_labels": names, "cmap": "Blues", "colorbar": False}
+        a = s.against_rest(c)
+        draw_roc(roc, a, names[c], f"C{c}")
+        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
+        for label, benefit in zip((names[c], f"all as {names[c]}"), net_benefit(a, thresholds)):
+            decision.plot(thresholds, benefit, label=label)
+    decision.set_ylim(-0.1, 1)
+    decision.legend()
+    p = expit(s.calibrated_logits[:, -1])
+    distribution.hist([p[s.labels == c] for c in range(len(names))], 20, range=(0, 1), label=names)
+    if s.threshold["value"] is not None:
+        distribution.axvline(s.threshold["value"], color="k", ls="--")
+    distribution.legend()
+    display = {"labels": range(len(names)), "display_labels": names, "colorbar": False}
     ConfusionMatrixDisplay.from_predictions(s.labels, s.predicted, ax=matrix, **display)
     for name in ("train_loss", "val_loss", "val_auroc") if history else ():
-        training.plot([log["epoch"] for log in history], [log[name] for log in history], "o-", label=name)
+        training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
         training.axvline(s.checkpoint["epoch"], color="k", ls="--")
         training.legend()
-    if s.is_binary:
-        a, threshold = s.against_rest(1), s.threshold["value"]
-        p = expit(a.score)
-        sides = measure(a, ("sensitivity", "specificity"))
-        roc.plot(1 - sides["specificity"], sides["sensitivity"], "ko")
-        CalibrationDisplay.from_predictions(a.is_positive, p, n_bins=10, ax=reliability)
-        thresholds, model, everyone = zip(*(row.values() for row in r["decision_curve"]))
-        decision.plot(thresholds, model, label="as the model says")
-        decision.plot(thresholds, everyone, label="all")
-        decision.axhline(0, color="k", ls=":", label="none")
-        decision.set_ylim(-0.1, 1)
-        decision.legend()
-        distribution.hist([p[~a.is_positive], p[a.is_positive]], 20, range=(0, 1), label=names)
-        if threshold is not None:
-            distribution.axvline(threshold, color="k", ls="--", label=f"threshold {threshold:.3f}")
-        distribution.legend()
-    for ax, (title, (x, y, _)) in zip(panels, PANELS.items()):
-        ax.set(title=title, xlabel=x, ylabel=y, visible=ax.has_data())
+    for ax, (panel, (x, y, _)) in zip(panels, PANELS.items()):
+        ax.set(title=panel, xlabel=x, ylabel=y, visible=ax.has_data())
     return figure
 
 
 def plot_mistakes(s: Scored, device: torch.device):
-    """The most confident mistakes, at most twelve; what speaks for the predicted class is tinted."""
+    """The most confident mistakes, at most twelve, each beside its heat map: what speaks for the predicted class."""
     mistakes = find_mistakes(s, 12)
-    columns = min(len(mistakes), 4)
-    rows = math.ceil(len(mistakes) / columns)
-    figure, panels = new_figure(rows, columns, 3 * columns, 3.8 * rows)
-    figure.suptitle("most confident mistakes; tinted: what speaks for the predicted class")
+    rows = math.ceil(len(mistakes) / 4)
+    title = "most confident mistakes; tinted: what speaks for the predicted class"
+    figure, panels = new_figure(title, rows, 4, 16, 3 * rows)
     model = models.from_checkpoint(s.checkpoint, device)
     for ax in panels:
         ax.set_axis_off()
-    for ax, mistake in zip(panels, mistakes):
-        image, _ = data.read_image(Path(s.about["root"], mistake["path"]), s.checkpoint["input_size"])
+    for ax, (path, mistake) in zip(panels, mistakes.items()):
+        image, _ = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
         x = data.to_input(torch.from_numpy(image)[None].to(device), s.checkpoint)
-        target = s.classes.index(mistake["prediction"])
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, target)[0].cpu().numpy()
-        ax.imshow(predict.overlay(image, heat))
-        name = shorten(os.path.basename(mistake["path"]), 30)
-        true, called = shorten(mistake["label"], 30), shorten(mistake["prediction"], 30)
-        of = shorten(s.classes[-1], 30) if s.is_binary else called
-        ax.set_title(f"{name}\ntrue: {true}\ncalled: {called}\nP({of}) {mistake['probability']:.3f}", fontsize="small")
+            heat = models.heat_map(model, x, s.classes.index(mistake["prediction"]))[0].cpu().numpy()
+        of = s.classes[-1] if s.is_binary else mistake["prediction"]
+        called = f"{mistake['label']} called {mistake['prediction']}, P({of}) {mistake['probability']:.3f}"
+        ax.imshow(predict.draw_heat_map(image, heat, [os.path.basename(path), called]))
     return figure
 
 
 def plot_comparison(groups: list[list[Scored]], c: dict):
-    """ROC curves of the models, of each run one."""
-    figure, panels = new_figure(1, 1, 8, 8)
-    figure.suptitle(heading(c))
+    """ROC curves, one of each run, in the colour of its model."""
+    figure, (ax,) = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            draw_roc(panels[0], s.against_rest(1), f"{number}: {shorten(s.source, 40)}", f"C{number - 1}")
+            label = f"{number}: {shorten(', '.join(s.sources), 40)}"
+            draw_roc(ax, s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
     return figure
 
 
@@ -1320,14 +1218,14 @@ def make_parser() -> data.Parser:
     help = "run, ckpt.pt or CSV; of several the first is the reference (newest run)"
     add("inputs", nargs="*", metavar="FILE", help=help)
     add("--split", choices=("test", "val", "train"), default="test", help="which images")
-    help = "another folder with the same classes, whose reports are named after it; or the new place of a run's own"
+    help = "another folder with the same classes (needs --output), or the new place of the run's own"
     add("--data", type=text, metavar="DIR", help=help)
     add("--positive", metavar="CLASS", help="the positive label of a CSV (1, PNEUMONIA, else a guess)")
     help = "explore another threshold than the stored one; no file is written without --output"
     add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
     help = "also score copies with another exposure, geometry, sharpness, noise, or border"
     add("--stress", action="store_true", help=help)
-    add("--plots", action="store_true", help="write pictures, PNG and PDF (needs matplotlib)")
+    add("--plots", action="store_true", help="write pictures, too (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="draws for the intervals")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the bootstrap")
     help = "folder for the files (beside the checkpoint; none for a comparison)"
@@ -1355,21 +1253,15 @@ def find_inputs(patterns: list[str]) -> list[str]:
     return list(dict.fromkeys(inputs)) or [str(models.newest_checkpoint())]
 
 
-def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> None:
-    """Raise UserError where an option does not fit the inputs."""
-    several = len(args.inputs) > 1
-    more_classes = any(len(checkpoint["classes"]) > 2 for checkpoint in checkpoints.values())
-    exploring = args.threshold is not None
+def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) -> None:
+    """Raise UserError where an option does not fit the inputs; None: a CSV."""
+    more_classes = any(checkpoint and len(checkpoint["classes"]) > 2 for checkpoint in checkpoints)
     problems = {
-        "--plots of several inputs, or with --threshold, needs --output DIR": args.plots
-        and not args.output
-        and (several or exploring),
-        "--threshold is for two classes; leave it out here": more_classes and exploring,
+        "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
         "--stress is for two classes; leave it out here": more_classes and args.stress,
-        "--plots of a comparison is for two classes; leave it out here": more_classes and several and args.plots,
-        "--stress and --data are for checkpoints: a CSV has no images": not checkpoints and (args.stress or args.data),
-        "--positive is for CSV files: a checkpoint knows its positive class": len(checkpoints) == len(args.inputs)
-        and args.positive is not None,
+        "--stress and --data are for checkpoints: a CSV has no images": not any(checkpoints)
+        and (args.stress or args.data),
+        "--positive is for CSV files: a checkpoint knows its positive class": all(checkpoints) and args.positive,
         "--plots needs matplotlib: pip install matplotlib": args.plots and not importlib.util.find_spec("matplotlib"),
     }
     for problem, is_there in problems.items():
@@ -1377,59 +1269,61 @@ def check_arguments(args: argparse.Namespace, checkpoints: dict[str, dict]) -> N
             raise UserError(problem)
 
 
-def read_json(path: Path) -> dict:
-    """What a script of this suite wrote; empty where it is missing or unreadable."""
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
-def file_stem(s: Scored, args: argparse.Namespace) -> str:
-    """What the files of one model are named after: the split, and the folder of --data if it isn't the run's own."""
-    if s.checkpoint is None:
-        return f"{Path(s.source).stem}.scored"  # the test.csv of a run must not replace its test.json
-    own, folder = s.checkpoint["data"], Path(s.about["root"]).resolve()
-    earlier = read_json(models.in_run_folder(args.inputs[0]).with_name(f"{s.split}.json"))
-    known = own["fingerprint"], earlier.get("data", {}).get("fingerprint")
-    if folder == Path(own["root"]).resolve() or s.about["fingerprint"] in known:
-        return s.split
-    return "-".join([s.split, *folder.parts[-2:]])
+def find_output(scored: list[Scored], args: argparse.Namespace) -> Path | None:
+    """The folder for the files: --output, or beside the one input if these are its own images at its own threshold."""
+    first = scored[0]
+    if args.output:
+        return Path(args.output)
+    is_own = first.checkpoint is None or first.about["root"] == first.checkpoint["data"]["root"]
+    if len(scored) > 1 or len(first.sources) > 1 or args.threshold is not None or not is_own:
+        return None
+    return models.in_run_folder(first.sources[0]).parent
 
 
 def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
     """The files of one model: {name: content}."""
-    stem, figures = file_stem(s, args), {}
+    stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
+    figures = {}
     if args.plots:
-        is_run = s.checkpoint is not None and s.n_folds == 1
-        metrics = read_json(models.in_run_folder(s.source).with_name("metrics.json")) if is_run else {}
-        figures[stem] = plot_report(s, r, metrics.get("epochs", []))
+        is_run = s.checkpoint and len(s.sources) == 1
+        history = []
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a checkpoint may have left its run's folder
+            metrics = models.in_run_folder(s.sources[0]).with_name("metrics.json").read_text()
+            history = json.loads(metrics)["epochs"] if is_run else []
+        figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
             try:
-                figures[f"{stem}-mistakes"] = plot_mistakes(s, models.pick_device(args.device))
+                figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
             except UserError as e:  # a file that can no longer be read
                 warn(f"no picture of the mistakes: {e}")
-    lists = card_lists(r, [f"{name}.png" for name in figures])
-    card = "report.md" if args.output or stem == "test" else f"{stem}.md"
-    files = {f"{stem}.json": r, card: render(heading(r), facts(r), report_tables(r), lists)}
-    if s.checkpoint is not None:
+    card = report_document(r, card_lists(r, list(figures)))
+    files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
+    if s.checkpoint:
         files[f"{stem}.csv"] = to_rows(s)
-    return files | {f"{name}.{kind}": figures[name] for name in figures for kind in ("png", "pdf")}
+    return files | figures
 
 
-WRITERS = {".json": data.write_json, ".md": data.write_text, ".csv": data.write_csv}  # the rest are pictures
+WRITERS = {".json": data.write_json, ".md": data.write_text, ".csv": data.write_csv, ".png": save_figure}
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
-    args.inputs = find_inputs(args.inputs)
     read_folder.cache_clear()  # a folder may have changed since another call in this process
-    checkpoints = {path: models.load(path) for path in args.inputs if not path.lower().endswith(".csv")}
-    check_arguments(args, checkpoints)
+    asked = {}
+    if args.threshold is not None:
+        threshold = {"value": args.threshold, "logit": float(to_logit(args.threshold)), "rule": f"{args.threshold:g}"}
+        asked["threshold"] = {**threshold, "from": "command line"}
+    checkpoints = {}
+    for path in find_inputs(args.inputs):
+        is_csv = path.lower().endswith(".csv")
+        checkpoints[path] = None if is_csv else {**models.load(path), **asked}
+    check_arguments(args, list(checkpoints.values()))
     scored = []
-    for path in args.inputs:
-        checkpoint = checkpoints.get(path)
-        scored.append(score_checkpoint(path, checkpoint, args) if checkpoint else score_csv(path, args))
+    for path, checkpoint in checkpoints.items():
+        if checkpoint:
+            scored.append(score_checkpoint(path, checkpoint, args))
+        else:
+            scored.append(score_csv(path, args.positive, asked))
     if args.split == "val":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
@@ -1441,30 +1335,30 @@ def evaluate(args: argparse.Namespace) -> None:
             "environment": describe_environment(models.pick_device(args.device)),
         },
     }
+    folder, files = find_output(scored, args), {}
     if len(scored) == 1:
         result = {**report(scored[0], bootstrap), **made}
-        document = render(heading(result), facts(result), report_tables(result), {})
-        files, reports = model_files(scored[0], result, args), [result]
+        document, reports = report_document(result, {}), [result]
+        if folder:
+            files = model_files(scored[0], result, args)
     else:
         groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
         result = {**compare(groups, bootstrap), **made}
-        document = comparison_document(result)
-        files, reports = {"compare.json": result, "report.md": document}, result["compared"]
+        document, reports = comparison_document(result), result["compared"]
+        files = {"compare.json": result, "report.md": document}
         if args.plots:
-            figure = plot_comparison(groups, result)
-            files |= {"compare.png": figure, "compare.pdf": figure}
-    for line in dict.fromkeys(line for r in reports for line in r["warnings"]):
-        warn(f"{line}: {', '.join(r['checkpoint'] for r in reports if line in r['warnings'])}")
-    if not args.output and (len(args.inputs) > 1 or args.threshold is not None):
-        files = {}  # several inputs have no folder of their own, and exploring replaces no report
-    folder = Path(args.output or models.in_run_folder(args.inputs[0]).parent)
-    for name, content in files.items():
+            files["compare.png"] = plot_comparison(groups, result)
+    for r in reports:
+        for line in r["warnings"]:
+            warn(f"{line}: {r['checkpoint']}")
+    last_lines = []
+    for name, content in files.items() if folder else ():
         folder.mkdir(parents=True, exist_ok=True)
-        WRITERS.get(Path(name).suffix, save_figure)(folder / name, content)
+        WRITERS[Path(name).suffix](folder / name, content)
+        last_lines.append(f"written: {data.printable(str(folder / name))}")
     print(json.dumps(result, indent=1) if args.json else document)
-    written = [f"written: {data.printable(str(folder / name))}" for name in files]
-    last_lines = "\n".join(written or ["nothing written; use --output DIR"])
-    print(last_lines, file=sys.stderr if args.json else sys.stdout)
+    last_lines = last_lines or ["nothing written; use --output DIR"]
+    print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
 
 
 def main() -> None:
