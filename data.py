@@ -49,7 +49,6 @@ from tqdm import tqdm
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
 CORES = joblib.cpu_count()  # that this process may use, by its affinity and its container's quota
 
 # --- command line and files ---
@@ -461,19 +460,19 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
         if "split" in columns and not has_labels:
             say(f"{table} has a column split but no column label: the folders decide the split")
         for line in lines:
-            path = posixpath.normpath(posixpath.join(folder, line["file_name"]))
+            path = posixpath.normpath(posixpath.join(folder, line.pop("file_name")))
             if path.startswith(("/", "../")):
                 raise UserError(f"{table}: {path} is outside of {root}; file_name is relative to the table's folder")
             if path in rows:
                 raise UserError(f"{table}: {path} is listed twice")
             asked = line.get("split") if has_labels else None
-            split = SPLIT_NAMES.get((asked or path.split("/")[0]).lower())
-            if has_labels and split is None:
+            line["split"] = SPLIT_NAMES.get((asked or path.split("/")[0]).lower())
+            if has_labels and line["split"] is None:
                 raise UserError(
                     f"{table}: the split of {path} is {asked or 'missing'}; write train, val or test, the same for all "
                     "images of a patient, for example test where zlib.crc32(patient.encode()) % 5 == 0, else train"
                 )
-            rows[path] = {column: cell for column, cell in line.items() if column not in identifiers} | {"split": split}
+            rows[path] = {column: cell for column, cell in line.items() if column not in identifiers}
     return rows
 
 
@@ -489,14 +488,57 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             case alone, or is missing in train.
     """
     splits = SPLITS if split is None else (split,)
-    found = _find_images(root, splits, read_metadata(root, say), say)
-    n_val = sum(its_split == "val" for _, its_split, _, _ in found)
-    is_small = 0 < n_val < SMALL_VAL
-    if is_small:
+    table = read_metadata(root, say)
+    has_labels = any("label" in row for row in table.values())
+    folders = split_folders(root)
+    if split and split not in folders and not has_labels:
+        raise UserError(
+            f"{root} has no folder {split}/; expected images in {root}/{split}/CLASS/, "
+            "or a metadata.csv with the columns file_name, label and split"
+        )
+    files, passed_over, errors = [], Counter(), []
+    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
+        files += sorted(walk(folder, passed_over, errors.append))
+    if errors:
+        raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
+    if passed_over and not has_labels:
+        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+
+    labels = {row["label"].lower() for row in table.values() if row.get("label")}
+    found, listed, odd = [], set(), defaultdict(list)
+    for file in files:
+        path = file.relative_to(root).as_posix()
+        name = path if path in table else posixpath.splitext(path)[0]
+        row = table.get(name, {})
+        listed.add(name)
+        if table and not row:
+            odd["metadata.csv has no row for these images"].append(path)
+        first, *below = path.split("/")
+        if not has_labels:
+            row = {**row, "split": SPLIT_NAMES[first.lower()], "label": below[0] if len(below) > 1 else ""}
+        if row.get("split") not in splits:
+            continue
+        if not row["label"]:
+            odd["left out, without a label or in no class folder"].append(path)
+        elif not has_labels and MASK.search("/".join(below[1:]).lower()):
+            odd["left out as masks or annotations, by their names"].append(path)
+        else:
+            found.append((path, row))
+            in_path = labels.intersection(path.lower().split("/"))
+            if in_path and row["label"].lower() not in in_path:
+                odd["metadata.csv contradicts the folder about the label, and overrules it"].append(path)
+    missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
+    say("metadata.csv has rows whose file is missing", missing)
+    for message, paths in odd.items():
+        say(message, paths)
+
+    n_val = sum(row["split"] == "val" for _, row in found)
+    meaning = {name: name for name in SPLITS}
+    if 0 < n_val < 100:  # the best-known copy has 16, which can't choose anything
         say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is drawn by patient")
-    records = []
-    for path, its_split, label, row in sorted(found, key=lambda item: (SPLITS.index(item[1]), item[2])):
-        records.append(_make_record(root, path, label, "train" if is_small and its_split == "val" else its_split, row))
+        meaning["val"] = "train"
+    found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
+    records = [_make_record(root, path, meaning[row["split"]], row) for path, row in found]
     known = {}  # the classes of train, or of the only split
     for name in splits:
         part = [r for r in records if r.split == name]
@@ -505,71 +547,17 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     return records
 
 
-def _find_images(root, splits, table, say):
-    """(path, split, label, row of the table) of each image, sorted by path; see scan."""
-    has_labels = any("label" in row for row in table.values())
-    labels = {row["label"].lower() for row in table.values() if row.get("label")}
-    folders = split_folders(root)
-    if len(splits) == 1 and splits[0] not in folders and not has_labels:
-        raise UserError(
-            f"{root} has no folder {splits[0]}/; expected images in {root}/{splits[0]}/CLASS/, "
-            "or a metadata.csv with the columns file_name, label and split"
-        )
-    files, passed_over, errors = [], Counter(), []
-    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
-        files += sorted(walk(folder, passed_over, errors.append))
-    for error in errors:
-        raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
-    if passed_over and not has_labels:
-        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
-
-    found, listed = [], set()
-    unlisted, unlabelled, masks, contradicting = [], [], [], []
-    for file in files:
-        path = file.relative_to(root).as_posix()
-        name = path if path in table else posixpath.splitext(path)[0]
-        row = table.get(name, {})
-        listed.add(name)
-        if table and not row:
-            unlisted.append(path)
-        first, *below = path.split("/")
-        if has_labels:
-            split, label = row.get("split"), row.get("label")
-        else:
-            split, label = SPLIT_NAMES[first.lower()], below[0] if len(below) > 1 else None
-        if split not in splits:
-            continue
-        if not label:
-            unlabelled.append(path)
-            continue
-        if not has_labels and MASK.search("/".join(below[1:]).lower()):
-            masks.append(path)
-            continue
-        in_path = labels.intersection(path.lower().split("/"))
-        if in_path and label.lower() not in in_path:
-            contradicting.append(path)
-        found.append((path, split, label, row))
-    say("metadata.csv has no row for these images", unlisted)
-    missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
-    say("metadata.csv has rows whose file is missing", missing)
-    say("metadata.csv contradicts the folder about the label, and overrules it", contradicting)
-    say("left out, without a label or in no class folder", unlabelled)
-    say("left out as masks or annotations, by their names", masks)
-    return found
-
-
-def _make_record(root, path, label, split, row):
-    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, may be empty."""
+def _make_record(root, path, split, row):
+    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, with a label."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     in_name, subtype, series = identify(os.path.basename(path))
-    in_header = view = ""
+    header = {}
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID", "ViewPosition"])
-            in_header = str(header.get("PatientID") or "").strip()
-            view = str(header.get("ViewPosition") or "").strip().upper()
+    in_header, view = (str(header.get(keyword) or "").strip() for keyword in ("PatientID", "ViewPosition"))
     in_table = row.get("patient", "")
     in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
     if in_header:  # nothing of a header is written anywhere
@@ -577,13 +565,13 @@ def _make_record(root, path, label, split, row):
     info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # decoding names a broken link
     return Record(
         path=path,
-        label=label,
+        label=row["label"],
         split=split,
         patient=in_table or in_header or in_name or path,
         subtype=row.get("subtype") or subtype,
         series=series,
         stamp=f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}",
-        view=view,
+        view=view.upper(),
         groups={column: cell for column, cell in row.items() if column not in TABLE_COLUMNS},
     )
 
@@ -822,21 +810,30 @@ def _read(source, size):
         source = Image.fromarray(source)
     elif getattr(source, "format", None) == "JPEG" and source.tile:  # not loaded, so not changed since it was opened
         source = source.fp
-    if isinstance(source, Image.Image):
-        image, info = source, ImageInfo(*source.size, source.mode)
+    is_file = not isinstance(source, Image.Image)
+    if is_file:
+        source.seek(0)
+    if is_file and DICOM_START.match(source.read(132)):
+        image, info = _open_dicom(source)
     else:
-        image, info = _open(source)
-        if size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
-            image.draft(None, (2 * size, 2 * size))
-    image.load()
+        image = Image.open(source, formats=list(FORMATS)) if is_file else source
+        info = ImageInfo(*image.size, image.mode)
     is_deep = image.mode[0] in "IF"
+    if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
+        image.draft(None, (2 * size, 2 * size))
+    if not is_deep and ";16" in str(getattr(image, "tile", "")):
+        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
+    image.load()
     if is_deep:
         black, white = stated_range(image)  # now, since a turned copy lacks the file's tags
+        info.depth = int(abs(white - black)).bit_length()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if is_deep:
-        image = _scale(image, black, white)
-        info.depth = int(abs(white - black)).bit_length()
+        rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
+        boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+        levels = [_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]
+        image = Image.fromarray(np.concatenate(levels))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -851,17 +848,6 @@ def _read(source, size):
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
-
-
-def _open(file):
-    """A Pillow image, not yet decoded but for DICOM, and its ImageInfo."""
-    file.seek(0)
-    if DICOM_START.match(file.read(132)):
-        return _open_dicom(file)
-    image = Image.open(file, formats=list(FORMATS))
-    if image.mode[0] not in "IF" and ";16" in str(image.tile):
-        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
-    return image, ImageInfo(*image.size, image.mode)
 
 
 def stated_range(image: Image.Image) -> tuple[float, float]:
@@ -904,13 +890,6 @@ def find_range(samples: ndarray) -> tuple[float, float]:
     return black, white if is_float else max(white, black + 255)
 
 
-def _scale(image, black, white):
-    """8-bit image from samples of any kind; black may lie above white."""
-    rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
-    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    return Image.fromarray(np.concatenate([_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]))
-
-
 def _to_levels(samples, black, white):
     """uint8 from samples of any kind."""
     scaled = (samples - black) * (255 / (white - black))
@@ -936,9 +915,7 @@ def _open_dicom(file):
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
         raise ImageError("a DICOM file without an image")
-    if "TransferSyntaxUID" not in dataset.file_meta:  # a file without its preamble
-        is_implicit, _ = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not is_implicit else "")
+    dataset.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1")  # a file without its preamble
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
@@ -949,38 +926,36 @@ def _open_dicom(file):
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
         raise ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
-    unsigned = f"u{size}"
 
-    # Every value that a sample can have goes through tables and window, and the picture looks its levels up.
-    stored = np.arange(256**size).astype(unsigned).view(values.dtype).astype(int)
-    lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-    highest = lowest + 2**bits - 1
+    # Every value that a sample can have goes through tables and window, and the picture looks its levels up: a negative
+    # one from the end, where its bits count as a number without sign.
+    stored = np.arange(256**size).astype(values.dtype).astype(int)
+    padding = dataset.get("PixelPaddingValue")
     is_padding = np.zeros(len(stored), bool)
-    if dataset.get("PixelPaddingValue") is not None:
-        ends = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
-        first, last = sorted(np.array(ends).astype(values.dtype))  # signed ones may be written as unsigned
-        is_padding = (stored >= first) & (stored <= last)
+    if padding is not None:
+        ends = np.array([padding, dataset.get("PixelPaddingRangeLimit", padding)])
+        ends = ends.astype(values.dtype)  # signed ones may be written as unsigned
+        is_padding = (stored >= ends.min()) & (stored <= ends.max())
     dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
     dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
-    if not np.ravel(dataset.get("WindowWidth") or 0)[0]:  # a placeholder
-        dataset.pop("WindowWidth", None)
     black = white = None
-    for sequence in ("ModalityLUTSequence", "VOILUTSequence"):
-        if dataset.get(sequence):
-            descriptor = dataset[sequence][0].LUTDescriptor
-            black, white = 0, 2 ** descriptor[2] - 1
-            descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
+    for lookup in filter(None, map(dataset.get, ("ModalityLUTSequence", "VOILUTSequence"))):
+        descriptor = lookup[0].LUTDescriptor
+        black, white = 0, 2 ** descriptor[2] - 1
+        descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
     shown = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
-        shown = np.rint(shown).astype(int)
-    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        shown = apply_voi_lut(np.rint(shown).astype(int), dataset)
+    elif dataset.get("WindowCenter") is not None and np.any(dataset.get("WindowWidth")):  # a width of 0: a placeholder
         black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
-    shown = apply_voi_lut(shown, dataset)
+        shown = apply_windowing(shown, dataset)
     if white is None:
+        lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        highest = lowest + 2**bits - 1
         if bits == 16:
             grid = values[:: 1 + values.shape[0] // 1024, :: 1 + values.shape[1] // 1024]
-            is_picture = ~is_padding[grid.view(unsigned)]
-            lowest, highest = find_range(grid[is_picture] if is_picture.any() else grid)
+            picture = grid[~is_padding[grid]]
+            lowest, highest = find_range(picture if picture.size else grid)
             info.depth = int(highest - lowest).bit_length()
         possible = shown[(stored >= lowest) & (stored <= highest)]
         black, white = possible.min(), possible.max()
@@ -988,7 +963,7 @@ def _open_dicom(file):
     if info.mode == "MONOCHROME1":
         levels = 255 - levels
     levels[is_padding] = 0
-    bands = np.array_split(values.view(unsigned), 1 + values.size // 2**20)
+    bands = np.array_split(values, 1 + values.size // 2**20)
     return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
 
 
@@ -1094,13 +1069,10 @@ def load_images(root: Path, records: list[Record], size: int) -> Images:
     name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
-    for place in places:
-        images = _open_cache(place / name, root, records, size)
-        if images is not None:
-            return images
-    for place in places:
+    for is_missing, place in itertools.product((False, True), places):
         try:
-            _build_cache(place / name, root, records, size)
+            if is_missing:
+                _build_cache(place / name, root, records, size)
         except OSError as e:
             warn(f"no image cache in {place} ({e.strerror or e})")
         images = _open_cache(place / name, root, records, size)
@@ -1188,15 +1160,10 @@ def gamma(x: Tensor, exponent) -> Tensor:
     return x.pow_(column(exponent))
 
 
-def lower_resolution(x: Tensor, factor) -> Tensor:
-    """Shrunk to a factor of the sides and enlarged again, bilinearly; a factor of 1 changes nothing."""
-    side = x.shape[-1]
-    sides = (torch.as_tensor(factor) * side).round().int().expand(len(x)).cpu()
-    for smaller in set(sides.tolist()) - {side}:
-        chosen = sides == smaller
-        shrunk = F.interpolate(x[chosen], size=(smaller, smaller), mode="bilinear", antialias=True)
-        x[chosen] = F.interpolate(shrunk, size=(side, side), mode="bilinear")
-    return x
+def lower_resolution(x: Tensor, factor: float) -> Tensor:
+    """All shrunk to a factor of the sides and enlarged again, bilinearly."""
+    shrunk = F.interpolate(x, size=round(factor * x.shape[-1]), mode="bilinear", antialias=True)
+    return F.interpolate(shrunk, size=x.shape[-1], mode="bilinear")
 
 
 def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
