@@ -11,7 +11,6 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import http.client
@@ -29,7 +28,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -159,9 +157,7 @@ def one_line(message: str) -> str:
 
 def with_names(message: str, names: list[str] | None) -> str:
     """A message, and of what it is about how many there are and the first few."""
-    if names is None:
-        return message
-    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else message
 
 
 def warn(message: str, names: list[str] | None = None) -> None:
@@ -191,11 +187,8 @@ def replacing(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            size = temporary.stat().st_size if temporary.exists() else 0
-            raise OSError(e.errno, f"the disk is full after {size / 1e6:.1f} MB of this file", str(path)) from None
-        raise
+    except OSError as e:  # a full disk names no file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -614,18 +607,21 @@ def find_training(root: Path) -> list[Record]:
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     """Known patients on both sides of a split: {"train and test": [patient, ...]}."""
-    known = {s: {r.patient for r in records if r.split == s and r.known_patient} for s in SPLITS}
-    both = {f"{a} and {b}": sorted(known[a] & known[b]) for a, b in itertools.combinations(SPLITS, 2)}
-    return {sides: patients for sides, patients in both.items() if patients}
+    shared = {}
+    for a, b in itertools.combinations(SPLITS, 2):
+        in_a, in_b = ({r.patient for r in records if r.split == split and r.known_patient} for split in (a, b))
+        if in_a & in_b:
+            shared[f"{a} and {b}"] = sorted(in_a & in_b)
+    return shared
 
 
 def remark_patients(records: list[Record], say=warn) -> None:
     """Call say with each thing that is odd about the patients of the records, and with the patients or images."""
-    images = defaultdict(list)  # of each patient
-    spellings = defaultdict(set)
+    images, spellings = defaultdict(list), defaultdict(list)
     for r in records:
         images[r.patient].append(r)
-        spellings[normal_form(r.patient)].add(r.patient)
+    for patient in sorted(images):
+        spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
     say(f"images of unknown patients, each counts as its own, among {len(records)}", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
@@ -634,9 +630,8 @@ def remark_patients(records: list[Record], say=warn) -> None:
     say("patients with images of several classes", several)
     alike = []
     for names in spellings.values():
-        splits = {r.split for name in names for r in images[name]}
-        if len(names) > 1 and len(splits) > 1:
-            alike.append(" = ".join(sorted(names)))
+        if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1:
+            alike.append(" = ".join(names))
     say("patients on both sides of a split in another spelling; write them alike", alike)
 
 
@@ -715,11 +710,6 @@ def seed_from(*numbers) -> int:
     """A seed from several numbers or names, so that neighbours share nothing."""
     text = repr(numbers).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
-
-
-def generator_from(*numbers) -> torch.Generator:
-    """PyTorch's random numbers, on the CPU, as a function of several numbers or names."""
-    return torch.Generator().manual_seed(seed_from(*numbers))
 
 
 # --- read ---
@@ -1237,14 +1227,17 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
     another operation changes what an operation draws for an image.
     """
-    former = {"resample": "random_resized_crop"}  # so that a seed draws the crops that it always has
-    names = [former.get(operation.__name__, operation.__name__) for operation, _ in operations]
-    return [torch.rand(n, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
+    numbers = []
+    for operation, _ in operations:
+        name = "random_resized_crop" if operation is resample else operation.__name__  # so that seeds keep their crops
+        generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
+        numbers.append(torch.rand(n, NUMBERS, generator=generator))
+    return numbers
 
 
 def shuffle(n: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(n), a function of (seed, epoch)."""
-    return torch.randperm(n, generator=generator_from(seed, epoch, "order"))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
 
 
 def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
@@ -1279,11 +1272,7 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     others = {label: np.flatnonzero(labels != label) for label in np.unique(labels)}
     if len(others) < 2:
         return None
-    partners = []
-    for r in records:
-        choice = others[r.label]
-        partners.append(choice[seed_from(r.path) % len(choice)])
-    return torch.tensor(partners)
+    return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
 
 
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
@@ -1507,71 +1496,63 @@ LATERAL = ("LL", "RL", "LATERAL")
 MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
 
 
-@dataclass(slots=True)
-class Inspected:
-    """What check() keeps of an image."""
-
-    record: Record
-    info: ImageInfo | None  # None where it can't be used
-    notes: dict  # see _examine
-    measures: list[float]  # see MEASURES
-    border: ndarray | None  # uint8 [348], see border_features
-
-
 def check(root: Path) -> dict:
     """The health of a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
     Returns:
-        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS see _summarise;
-        audit: see _audit; problems, which make results invalid, and warnings: for each message the list of what it is
-        about, or None.
+        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and [5th
+        percentile, median, 95th] of the measures; audit: see _audit; problems, which make results invalid, and
+        warnings: for each message the list of what it is about, or None.
 
     Raises:
         UserError: the folder has no images, or what training refuses too.
     """
-    problems, remarks = {}, {}
-    add_problem, remark = problems.setdefault, remarks.setdefault  # called with (message, names), as warn is
+    problems, warnings = {}, {}
+    add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(remarks)}")
+        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(warnings)}")
+    for sides, patients in shared_patients(records).items():
+        add_problem(f"patients in both {sides}", patients)
+    remark_patients(records, remark)
+    for split in dict.fromkeys(r.split for r in records):
+        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
+        add_problem(f"{split} has no image of", sorted(missing))
+    lateral = [r.path for r in records if r.view in LATERAL]
+    remark(f"lateral views among {len(records)} images", lateral if len(lateral) < len(records) else [])
+
     inspected = list(parallel(functools.partial(_inspect, root), records, "checking"))
-    folders = defaultdict(list)
-    for image in inspected:
-        usable = folders[f"{image.record.split}/{image.record.label}"]  # there even where it stays empty
-        if not image.notes["reason"]:
-            usable.append(image)
-    images = list(itertools.chain(*folders.values()))
+    images = [image for image in inspected if not image["reason"]]
+    failed = {i["record"].path: i["reason"] for i in inspected if i["reason"]}
+    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
+    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
     groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
-    for image, number in zip(images, copy_groups(_hashes([i.notes for i in images])).tolist()):
-        groups[number].append(image.record)
+    for image, number in zip(images, copy_groups(_hashes(images)).tolist()):
+        groups[number].append(image["record"])
     for group in groups.values():
         for attribute, found in copies.items():
             if len({getattr(r, attribute) for r in group}) > 1:
                 found.append(" = ".join(r.path for r in group))
                 break
-    audited = [image for image in images if image.record.split != "test"]
-    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
-
-    for sides, patients in shared_patients(records).items():
-        add_problem(f"patients in both {sides}", patients)
     add_problem("copies across splits", copies["split"])
     add_problem("copies under several labels", copies["label"])
     remark("copies under several patients, who count as one", copies["patient"])
-    for split in dict.fromkeys(r.split for r in records):
-        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
-        add_problem(f"{split} has no image of", sorted(missing))
-    for folder, usable in folders.items():
-        depths = sorted({i.info.depth for i in usable})
-        if not depths:
+
+    folders = {f"{r.split}/{r.label}": [] for r in records}
+    fingerprinted = defaultdict(list)
+    for image in inspected:
+        record = image["record"]
+        fingerprinted["test" if record.split == "test" else "train"].append(image)
+        if not image["reason"]:
+            folders[f"{record.split}/{record.label}"].append(image)
+    for folder, own in folders.items():
+        depths = sorted({image["depth"] for image in own})
+        if not own:
             add_problem(f"{folder} has no readable image")
         if len(depths) > 1:
             remark(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
-    remark_patients(records, remark)
-    failed = {i.record.path: i.notes["reason"] for i in inspected if i.notes["reason"]}
-    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
-    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
-    lateral = [r.path for r in records if r.view in LATERAL]
-    remark(f"lateral views among {len(records)} images", lateral if len(lateral) < len(records) else [])
+    audited = [image for image in images if image["record"].split != "test"]
+    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
     for row in audit:
         low, high = row["ci95"]
         if low > 0.6:
@@ -1579,40 +1560,39 @@ def check(root: Path) -> dict:
                 f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
                 "a model can learn the device instead of the disease"
             )
-    fingerprints = {}
-    for name in ("train", "test"):
-        part = [i for i in inspected if (i.record.split == "test") == (name == "test")]
-        if part:
-            fingerprints[name] = fingerprint([i.record for i in part], [i.notes["digest"] for i in part])
     return {
         "root": str(root),
         "demo": is_demo(root),
-        "fingerprints": fingerprints,
-        "folders": {folder: _summarise(usable) for folder, usable in folders.items() if usable},
+        "fingerprints": {
+            name: fingerprint([i["record"] for i in part], [i["digest"] for i in part])
+            for name, part in fingerprinted.items()
+        },
+        "folders": {folder: _summarise(own) for folder, own in folders.items() if own},
         "audit": audit,
         "problems": {message: names for message, names in problems.items() if names != []},
-        "warnings": {message: names for message, names in remarks.items() if names != []},
+        "warnings": {message: names for message, names in warnings.items() if names != []},
     }
 
 
 def _inspect(root, record):
-    """One image, and what there is to measure of it."""
-    image, info, notes = _examine(root, None, record)
-    if notes["reason"]:
-        return Inspected(record, info, notes, [], None)
-    height, width = image.shape
-    bytes_per_pixel = os.path.getsize(root / record.path) / image.size
-    measures = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
-    border = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
-    return Inspected(record, info, notes, measures, border)
+    """What the cache would note of an image, and what there is to measure of it: a dict."""
+    image, info, note = _examine(root, None, record)
+    note["record"] = record
+    if not note["reason"]:
+        height, width = image.shape
+        bytes_per_pixel = os.path.getsize(root / record.path) / image.size
+        note["measures"] = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
+        note["mode"] = info.mode
+        note["border"] = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
+    return note
 
 
 def _summarise(images):
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
-    records = [i.record for i in images]
-    percentiles = np.percentile([i.measures for i in images], (5, 50, 95), axis=0).T
+    records = [i["record"] for i in images]
+    percentiles = np.percentile([i["measures"] for i in images], (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
+    modes = sorted(f"mode {i['mode']}, {i['depth']} bits" for i in images)
     return {
         "images": len(images),
         "patients": len({r.patient for r in records}),
@@ -1635,62 +1615,47 @@ def _audit(images):
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    labels = np.array([i.record.label for i in images])
-    patients = np.array([i.record.patient for i in images])
-    modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
-    file = np.array([[*i.measures[:4], i.info.depth] for i in images])
-    file[[not LOSSY.fullmatch(i.record.path) for i in images], 3] = 0  # how many bytes depends on the picture
+    labels = np.array([i["record"].label for i in images])
+    patients = np.array([i["record"].patient for i in images])
+    modes = np.unique([i["mode"] for i in images], return_inverse=True)[1]
+    file = np.array([[*i["measures"][:4], i["depth"], mode] for i, mode in zip(images, modes)])
+    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # how many bytes depends on the picture
     sources = {
-        "the border alone, without any lung,": np.array([i.border for i in images]),
-        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([file, modes]),
+        "the border alone, without any lung,": np.array([i["border"] for i in images]),
+        "the file alone (size, bytes per pixel, mode, depth)": file,
     }
+    boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)
     n_patients = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
     enough = [label for label in n_patients if n_patients[label] >= 10]
     rows = []
-    for a, b in itertools.combinations(enough, 2):
+    for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
         pair = np.isin(labels, (a, b))
         is_b = labels[pair] == b
-        for source, features in sources.items():
-            probabilities = cross_val_predict(
-                HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
-                features[pair],
-                is_b,
-                groups=patients[pair],
-                cv=StratifiedGroupKFold(5),
-                method="predict_proba",
-            )
-            auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
-            half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
-            ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
-            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+        options = {"groups": patients[pair], "cv": StratifiedGroupKFold(5), "method": "predict_proba"}
+        probabilities = cross_val_predict(boosting, sources[source][pair], is_b, **options)
+        auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
+        half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
+        ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
+        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
 
 
 def print_check(report: dict) -> None:
-    """The report in 100 columns: a column for each folder, then what was found."""
-    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}")
+    """A column for each folder, then what was found."""
+    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n")
     folders = report["folders"]
-    width = max([19, *map(len, folders)])
-    columns = max(1, 80 // (width + 1))
-    for start in range(0, len(folders), columns):
-        names = list(folders)[start : start + columns]
-        print("\n" + " " * 19, *(f"{name:>{width}}" for name in names))
-        for row in dict.fromkeys(itertools.chain(*(folders[name] for name in names))):
-            cells = []
-            for name in names:
-                value = folders[name].get(row, 0)
-                if isinstance(value, list):  # percentiles
-                    value = " ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in value)
-                cells.append(f"{value:>{width}}")
-            print(f"{row:19}", *cells)
+    print(f"{'':19}", *(f"{name:>20}" for name in folders))
+    for row in dict.fromkeys(itertools.chain(*folders.values())):
+        values = [np.ravel(folder.get(row, 0)) for folder in folders.values()]
+        cells = [" ".join(f"{x:.4g}" for x in value) for value in values]
+        print(f"{row:19}", *(f"{cell:>20}" for cell in cells))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
     print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
         for message, names in report[f"{kind}s"].items():
-            text = printable(f"{kind.upper()}: {with_names(message, names)}")
-            print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+            print(printable(f"{kind.upper()}: {with_names(message, names)}"))
     verdict = "; results on this folder would be invalid" if report["problems"] else ""
     print(f"{count(len(report['problems']), 'problem')}, {count(len(report['warnings']), 'warning')}{verdict}")
 
@@ -1730,7 +1695,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     return target
 
 
-def make_parser() -> Parser:
+def main() -> None:
     parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="the health of a folder; exit code 1 where results would be invalid")
@@ -1742,27 +1707,21 @@ def make_parser() -> Parser:
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
     sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do what the command says; returns the exit code."""
-    if args.command == "check":
-        report = check(find_root(args.dir))
-        print(json.dumps(report, indent=1)) if args.json else print_check(report)
-        return 1 if report["problems"] else 0
-    if args.command == "download":
-        print(f"dataset ready in {download(Path(args.dir))}")
-    else:
-        draw_demo(Path(args.dir), args.images, args.seed)
-        print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
-    return 0
-
-
-def main() -> None:
-    parser = make_parser()
     args = parser.parse_args()
-    run_script(parser, lambda: run(args))
+
+    def work():
+        if args.command == "check":
+            report = check(find_root(args.dir))
+            print(json.dumps(report, indent=1)) if args.json else print_check(report)
+            return 1 if report["problems"] else 0
+        if args.command == "download":
+            print(f"dataset ready in {download(Path(args.dir))}")
+        else:
+            draw_demo(Path(args.dir), args.images, args.seed)
+            print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
+        return 0
+
+    run_script(parser, work)
 
 
 if __name__ == "__main__":
