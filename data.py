@@ -25,7 +25,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -167,9 +166,8 @@ def warn(message: str, names: list[str] | None = None) -> None:
 
 
 def command_line(*words) -> str:
-    """A command to show, quoted as the user's shell wants it."""
-    words = [str(word) for word in words]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    """A command to show, quoted as a shell wants it."""
+    return shlex.join(map(str, words))
 
 
 def count(n: int, noun: str) -> str:
@@ -316,7 +314,6 @@ class Record:
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
     stamp: str  # size, times and inode: another one means another file
-    view: str = ""  # ViewPosition of a DICOM header
     groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
 
     @property
@@ -526,12 +523,14 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         say(message, paths)
 
     n_val = sum(row["split"] == "val" for _, row in found)
-    meaning = {name: name for name in SPLITS}
-    if 0 < n_val < 100:  # the best-known copy has 16, which can't choose anything
+    is_small = 0 < n_val < 100  # the best-known copy has 16, which can't choose anything
+    if is_small:
         say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is drawn by patient")
-        meaning["val"] = "train"
     found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
-    records = [_make_record(root, path, meaning[row["split"]], row) for path, row in found]
+    records = []
+    for path, row in found:
+        its_split = "train" if is_small and row["split"] == "val" else row["split"]
+        records.append(_make_record(root, path, its_split, row))
     known = {}  # the classes of train, or of the only split
     for name in splits:
         part = [r for r in records if r.split == name]
@@ -544,13 +543,13 @@ def _make_record(root, path, split, row):
     """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, with a label."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     in_name, subtype, series = identify(os.path.basename(path))
-    header = {}
+    in_header = ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
             from pydicom import dcmread
 
-            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID", "ViewPosition"])
-    in_header, view = (str(header.get(keyword) or "").strip() for keyword in ("PatientID", "ViewPosition"))
+            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
+            in_header = str(header.get("PatientID") or "").strip()
     in_table = row.get("patient", "")
     in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
     if in_header:  # nothing of a header is written anywhere
@@ -564,7 +563,6 @@ def _make_record(root, path, split, row):
         subtype=row.get("subtype") or subtype,
         series=series,
         stamp=f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}",
-        view=view.upper(),
         groups={column: cell for column, cell in row.items() if column not in TABLE_COLUMNS},
     )
 
@@ -733,7 +731,6 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file is called
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-FULL_SCALES = {2**bits - 1 for bits in range(8, 16)}
 EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the types of samples
 
 
@@ -851,7 +848,9 @@ def stated_range(image: Image.Image) -> tuple[float, float]:
             white = 65535.0
         elif tags.get(258) == (12,):  # BitsPerSample
             white = 4095.0
-        elif largest in FULL_SCALES:  # another number is not a depth but the brightest pixel's
+        elif largest in [
+            2**bits - 1 for bits in range(8, 16)
+        ]:  # another number is not a depth but the brightest pixel's
             white = float(largest)
     if tags.get(262) == 0:  # white is zero, which Pillow sees to for 8 bits only
         return white, black
@@ -982,15 +981,16 @@ class Images:
 
 
 def _examine(root, size, record):
-    """Image and info of a record, see decode, and what the cache notes: digest, hash, depth, reason of failure."""
-    path = root / record.path
-    image, info, reason = decode(path, size)
-    if info and info.is_mask:
-        reason = IS_MASK
+    """Image of a record, see decode, and a dict of what the cache notes of it."""
+    image, info, reason = decode(root / record.path, size)
+    if info is None:
+        note = {"digest": ""}
+    else:
+        note = {"digest": sha256(root / record.path)[:16], "depth": info.depth, "mode": info.mode, "view": info.view}
+        reason = IS_MASK if info.is_mask else ""
     # Where there is no image, no two hashes are those of copies.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
-    digest = sha256(path)[:16] if info else ""
-    return image, info, {"digest": digest, "hash": bits.hex(), "depth": info and info.depth, "reason": reason}
+    return image, {**note, "hash": bits.hex(), "reason": reason}
 
 
 def _hashes(notes):
@@ -1006,7 +1006,7 @@ def _build_cache(path, root, records, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     notes, checksum = [], hashlib.sha256()
     with replacing(path) as f:
-        for image, _, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
+        for image, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
             notes.append(note)
             checksum.update(image)
             f.write(image)
@@ -1022,9 +1022,9 @@ def _build_cache(path, root, records, size):
 
 def _open_cache(path, root, records, size):
     """What _build_cache wrote; None where it is missing, damaged or outdated. Images of several depths are said."""
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK) or not path.stat().st_size:
         return None
-    stored = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)  # c: torch wants to write
+    stored = np.memmap(path, mode="c")  # torch wants to write
     if hashlib.sha256(stored[:-32]).digest() != stored[-32:].tobytes():
         warn(f"the image cache {path} is damaged: decoding again")
         return None
@@ -1037,8 +1037,8 @@ def _open_cache(path, root, records, size):
             return None
     depths = Counter(note["depth"] for note in notes if not note["reason"])
     if len(depths) > 1:
-        mixed = " and ".join(f"of {depth} bits ({depths[depth]})" for depth in sorted(depths))
-        warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
+        mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
+        warn(f"images of several depths, each scaled from its own black to white; see python data.py check: {mixed}")
     images = torch.from_numpy(images.reshape(-1, size, size))
     return Images(images, _hashes(notes), [note["digest"] for note in notes], failed)
 
@@ -1079,10 +1079,7 @@ def fingerprint(records: list[Record], digests: list[str]) -> str:
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
     """Name and count the files that can't be used; the same as a list of {path, reason}."""
     left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
-    for item in left_out[:10]:
-        warn(f"left out: {item['path']}: {item['reason']}")
-    if len(left_out) > 10:
-        warn(f"left out: {count(len(left_out) - 10, 'more file')} that can't be used")
+    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out])
     return left_out
 
 
@@ -1515,17 +1512,13 @@ def check(root: Path) -> dict:
     for sides, patients in shared_patients(records).items():
         add_problem(f"patients in both {sides}", patients)
     remark_patients(records, remark)
-    for split in dict.fromkeys(r.split for r in records):
-        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
-        add_problem(f"{split} has no image of", sorted(missing))
-    lateral = [r.path for r in records if r.view in LATERAL]
-    remark(f"lateral views among {len(records)} images", lateral if len(lateral) < len(records) else [])
-
     inspected = list(parallel(functools.partial(_inspect, root), records, "checking"))
     images = [image for image in inspected if not image["reason"]]
     failed = {i["record"].path: i["reason"] for i in inspected if i["reason"]}
     remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
     remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
+    lateral = [i["record"].path for i in images if i["view"] in LATERAL]
+    remark(f"lateral views among {len(images)} images", lateral if len(lateral) < len(images) else [])
     groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
     for image, number in zip(images, copy_groups(_hashes(images)).tolist()):
         groups[number].append(image["record"])
@@ -1538,19 +1531,14 @@ def check(root: Path) -> dict:
     add_problem("copies under several labels", copies["label"])
     remark("copies under several patients, who count as one", copies["patient"])
 
-    folders = {f"{r.split}/{r.label}": [] for r in records}
-    fingerprinted = defaultdict(list)
+    folders, fingerprinted = defaultdict(list), defaultdict(list)
+    for image in images:
+        folders[f"{image['record'].split}/{image['record'].label}"].append(image)
     for image in inspected:
-        record = image["record"]
-        fingerprinted["test" if record.split == "test" else "train"].append(image)
-        if not image["reason"]:
-            folders[f"{record.split}/{record.label}"].append(image)
-    for folder, own in folders.items():
-        depths = sorted({image["depth"] for image in own})
-        if not own:
-            add_problem(f"{folder} has no readable image")
-        if len(depths) > 1:
-            remark(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
+        fingerprinted["test" if image["record"].split == "test" else "train"].append(image)
+    labels = {r.label for r in records}
+    for split in dict.fromkeys(r.split for r in records):
+        add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
     audited = [image for image in images if image["record"].split != "test"]
     audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
     for row in audit:
@@ -1567,7 +1555,7 @@ def check(root: Path) -> dict:
             name: fingerprint([i["record"] for i in part], [i["digest"] for i in part])
             for name, part in fingerprinted.items()
         },
-        "folders": {folder: _summarise(own) for folder, own in folders.items() if own},
+        "folders": {folder: _summarise(own) for folder, own in folders.items()},
         "audit": audit,
         "problems": {message: names for message, names in problems.items() if names != []},
         "warnings": {message: names for message, names in warnings.items() if names != []},
@@ -1576,13 +1564,12 @@ def check(root: Path) -> dict:
 
 def _inspect(root, record):
     """What the cache would note of an image, and what there is to measure of it: a dict."""
-    image, info, note = _examine(root, None, record)
+    image, note = _examine(root, None, record)
     note["record"] = record
     if not note["reason"]:
         height, width = image.shape
         bytes_per_pixel = os.path.getsize(root / record.path) / image.size
         note["measures"] = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
-        note["mode"] = info.mode
         note["border"] = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
     return note
 
