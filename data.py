@@ -543,17 +543,16 @@ def _make_record(root, path, split, row):
     """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, with a label."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     in_name, subtype, series = identify(os.path.basename(path))
-    in_header = ""
+    in_table, in_header = row.get("patient", ""), ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
             in_header = str(header.get("PatientID") or "").strip()
-    in_table = row.get("patient", "")
     in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
     if in_header:  # nothing of a header is written anywhere
-        in_header = hashlib.sha256(in_header.encode()).hexdigest()[:16]
+        in_header = hash_lines([in_header])[:16]
     info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # decoding names a broken link
     return Record(
         path=path,
@@ -643,11 +642,13 @@ def sort_classes(labels, asked: str | None) -> list[str]:
         raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
     if asked is not None and asked not in classes:
         raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
-    by_name = [name for name in classes if name.upper() == "PNEUMONIA"]
-    guess = [name for name in classes if not NEGATIVE.search(name.lower())] or classes
-    positive = asked or (by_name or guess)[-1]
+
+    def rank(name):
+        return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name
+
+    positive = max(classes, key=rank)
     others = [name for name in classes if name != positive]
-    if len(classes) == 2 and not asked and not by_name:
+    if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
         warn(f"the positive class is a guess: {positive}, not {others[0]}; name it with --positive CLASS")
     return [*others, positive]
 
@@ -657,11 +658,10 @@ def number_patients(records: list[Record], copies: ndarray) -> ndarray:
 
     copies: from copy_groups.
     """
-    first = {}
-    links = []
+    first, links = {}, []
     for i, record in enumerate(records):
-        links.append((i, first.setdefault(record.patient, i)))
-        links.append((i, first.setdefault(int(copies[i]), i)))
+        for group in (record.patient, int(copies[i])):
+            links.append((i, first.setdefault(group, i)))
     return _connected(len(records), np.array(links))
 
 
@@ -1013,8 +1013,8 @@ def _build_cache(path, root, records, size):
         text = json.dumps(notes).encode()
         checksum.update(text)
         f.write(text + checksum.digest())
-    split_and_size, _, _ = path.name.rsplit("-", 2)
-    for old in path.parent.glob(f"*{split_and_size}-*"):
+    split, _ = path.name.split(f"-v{READER_VERSION}-")
+    for old in path.parent.glob(f"*{split}-v*"):
         with contextlib.suppress(OSError):  # another process was faster, or uses it
             if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
                 old.unlink()
