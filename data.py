@@ -11,7 +11,6 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import http.client
@@ -26,10 +25,8 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -49,7 +46,6 @@ from tqdm import tqdm
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-SMALL_VAL = 100  # a val folder with fewer images (the best-known copy has 16) can't choose anything
 CORES = joblib.cpu_count()  # that this process may use, by its affinity and its container's quota
 
 # --- command line and files ---
@@ -160,9 +156,7 @@ def one_line(message: str) -> str:
 
 def with_names(message: str, names: list[str] | None) -> str:
     """A message, and of what it is about how many there are and the first few."""
-    if names is None:
-        return message
-    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else message
 
 
 def warn(message: str, names: list[str] | None = None) -> None:
@@ -172,9 +166,8 @@ def warn(message: str, names: list[str] | None = None) -> None:
 
 
 def command_line(*words) -> str:
-    """A command to show, quoted as the user's shell wants it."""
-    words = [str(word) for word in words]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    """A command to show, quoted as a shell wants it."""
+    return shlex.join(map(str, words))
 
 
 def count(n: int, noun: str) -> str:
@@ -192,11 +185,8 @@ def replacing(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
-        if e.errno == errno.ENOSPC:
-            size = temporary.stat().st_size if temporary.exists() else 0
-            raise OSError(e.errno, f"the disk is full after {size / 1e6:.1f} MB of this file", str(path)) from None
-        raise
+    except OSError as e:  # a full disk names no file
+        raise OSError(e.errno, e.strerror, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -324,7 +314,6 @@ class Record:
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
     stamp: str  # size, times and inode: another one means another file
-    view: str = ""  # ViewPosition of a DICOM header
     groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
 
     @property
@@ -461,19 +450,19 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
         if "split" in columns and not has_labels:
             say(f"{table} has a column split but no column label: the folders decide the split")
         for line in lines:
-            path = posixpath.normpath(posixpath.join(folder, line["file_name"]))
+            path = posixpath.normpath(posixpath.join(folder, line.pop("file_name")))
             if path.startswith(("/", "../")):
                 raise UserError(f"{table}: {path} is outside of {root}; file_name is relative to the table's folder")
             if path in rows:
                 raise UserError(f"{table}: {path} is listed twice")
             asked = line.get("split") if has_labels else None
-            split = SPLIT_NAMES.get((asked or path.split("/")[0]).lower())
-            if has_labels and split is None:
+            line["split"] = SPLIT_NAMES.get((asked or path.split("/")[0]).lower())
+            if has_labels and line["split"] is None:
                 raise UserError(
                     f"{table}: the split of {path} is {asked or 'missing'}; write train, val or test, the same for all "
                     "images of a patient, for example test where zlib.crc32(patient.encode()) % 5 == 0, else train"
                 )
-            rows[path] = {column: cell for column, cell in line.items() if column not in identifiers} | {"split": split}
+            rows[path] = {column: cell for column, cell in line.items() if column not in identifiers}
     return rows
 
 
@@ -489,14 +478,59 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             case alone, or is missing in train.
     """
     splits = SPLITS if split is None else (split,)
-    found = _find_images(root, splits, read_metadata(root, say), say)
-    n_val = sum(its_split == "val" for _, its_split, _, _ in found)
-    is_small = 0 < n_val < SMALL_VAL
+    table = read_metadata(root, say)
+    has_labels = any("label" in row for row in table.values())
+    folders = split_folders(root)
+    if split and split not in folders and not has_labels:
+        raise UserError(
+            f"{root} has no folder {split}/; expected images in {root}/{split}/CLASS/, "
+            "or a metadata.csv with the columns file_name, label and split"
+        )
+    files, passed_over, errors = [], Counter(), []
+    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
+        files += sorted(walk(folder, passed_over, errors.append))
+    if errors:
+        raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
+    if passed_over and not has_labels:
+        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+
+    labels = {row["label"].lower() for row in table.values() if row.get("label")}
+    found, listed, odd = [], set(), defaultdict(list)
+    for file in files:
+        path = file.relative_to(root).as_posix()
+        name = path if path in table else posixpath.splitext(path)[0]
+        row = table.get(name, {})
+        listed.add(name)
+        if table and not row:
+            odd["metadata.csv has no row for these images"].append(path)
+        first, *below = path.split("/")
+        if not has_labels:
+            row = {**row, "split": SPLIT_NAMES[first.lower()], "label": below[0] if len(below) > 1 else ""}
+        if row.get("split") not in splits:
+            continue
+        if not row["label"]:
+            odd["left out, without a label or in no class folder"].append(path)
+        elif not has_labels and MASK.search("/".join(below[1:]).lower()):
+            odd["left out as masks or annotations, by their names"].append(path)
+        else:
+            found.append((path, row))
+            in_path = labels.intersection(path.lower().split("/"))
+            if in_path and row["label"].lower() not in in_path:
+                odd["metadata.csv contradicts the folder about the label, and overrules it"].append(path)
+    missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
+    say("metadata.csv has rows whose file is missing", missing)
+    for message, paths in odd.items():
+        say(message, paths)
+
+    n_val = sum(row["split"] == "val" for _, row in found)
+    is_small = 0 < n_val < 100  # the best-known copy has 16, which can't choose anything
     if is_small:
         say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is drawn by patient")
+    found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
     records = []
-    for path, its_split, label, row in sorted(found, key=lambda item: (SPLITS.index(item[1]), item[2])):
-        records.append(_make_record(root, path, label, "train" if is_small and its_split == "val" else its_split, row))
+    for path, row in found:
+        its_split = "train" if is_small and row["split"] == "val" else row["split"]
+        records.append(_make_record(root, path, its_split, row))
     known = {}  # the classes of train, or of the only split
     for name in splits:
         part = [r for r in records if r.split == name]
@@ -505,85 +539,29 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     return records
 
 
-def _find_images(root, splits, table, say):
-    """(path, split, label, row of the table) of each image, sorted by path; see scan."""
-    has_labels = any("label" in row for row in table.values())
-    labels = {row["label"].lower() for row in table.values() if row.get("label")}
-    folders = split_folders(root)
-    if len(splits) == 1 and splits[0] not in folders and not has_labels:
-        raise UserError(
-            f"{root} has no folder {splits[0]}/; expected images in {root}/{splits[0]}/CLASS/, "
-            "or a metadata.csv with the columns file_name, label and split"
-        )
-    files, passed_over, errors = [], Counter(), []
-    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
-        files += sorted(walk(folder, passed_over, errors.append))
-    for error in errors:
-        raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
-    if passed_over and not has_labels:
-        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
-
-    found, listed = [], set()
-    unlisted, unlabelled, masks, contradicting = [], [], [], []
-    for file in files:
-        path = file.relative_to(root).as_posix()
-        name = path if path in table else posixpath.splitext(path)[0]
-        row = table.get(name, {})
-        listed.add(name)
-        if table and not row:
-            unlisted.append(path)
-        first, *below = path.split("/")
-        if has_labels:
-            split, label = row.get("split"), row.get("label")
-        else:
-            split, label = SPLIT_NAMES[first.lower()], below[0] if len(below) > 1 else None
-        if split not in splits:
-            continue
-        if not label:
-            unlabelled.append(path)
-            continue
-        if not has_labels and MASK.search("/".join(below[1:]).lower()):
-            masks.append(path)
-            continue
-        in_path = labels.intersection(path.lower().split("/"))
-        if in_path and label.lower() not in in_path:
-            contradicting.append(path)
-        found.append((path, split, label, row))
-    say("metadata.csv has no row for these images", unlisted)
-    missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
-    say("metadata.csv has rows whose file is missing", missing)
-    say("metadata.csv contradicts the folder about the label, and overrules it", contradicting)
-    say("left out, without a label or in no class folder", unlabelled)
-    say("left out as masks or annotations, by their names", masks)
-    return found
-
-
-def _make_record(root, path, label, split, row):
-    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, may be empty."""
+def _make_record(root, path, split, row):
+    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, with a label."""
     file = os.path.join(root, path)  # a Path would take longer than the look at the file
     in_name, subtype, series = identify(os.path.basename(path))
-    in_header = view = ""
+    in_table, in_header = row.get("patient", ""), ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
             from pydicom import dcmread
 
-            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID", "ViewPosition"])
+            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
             in_header = str(header.get("PatientID") or "").strip()
-            view = str(header.get("ViewPosition") or "").strip().upper()
-    in_table = row.get("patient", "")
     in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
     if in_header:  # nothing of a header is written anywhere
-        in_header = hashlib.sha256(in_header.encode()).hexdigest()[:16]
+        in_header = hash_lines([in_header])[:16]
     info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # decoding names a broken link
     return Record(
         path=path,
-        label=label,
+        label=row["label"],
         split=split,
         patient=in_table or in_header or in_name or path,
         subtype=row.get("subtype") or subtype,
         series=series,
         stamp=f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}",
-        view=view,
         groups={column: cell for column, cell in row.items() if column not in TABLE_COLUMNS},
     )
 
@@ -626,18 +604,21 @@ def find_training(root: Path) -> list[Record]:
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
     """Known patients on both sides of a split: {"train and test": [patient, ...]}."""
-    known = {s: {r.patient for r in records if r.split == s and r.known_patient} for s in SPLITS}
-    both = {f"{a} and {b}": sorted(known[a] & known[b]) for a, b in itertools.combinations(SPLITS, 2)}
-    return {sides: patients for sides, patients in both.items() if patients}
+    shared = {}
+    for a, b in itertools.combinations(SPLITS, 2):
+        in_a, in_b = ({r.patient for r in records if r.split == split and r.known_patient} for split in (a, b))
+        if in_a & in_b:
+            shared[f"{a} and {b}"] = sorted(in_a & in_b)
+    return shared
 
 
 def remark_patients(records: list[Record], say=warn) -> None:
     """Call say with each thing that is odd about the patients of the records, and with the patients or images."""
-    images = defaultdict(list)  # of each patient
-    spellings = defaultdict(set)
+    images, spellings = defaultdict(list), defaultdict(list)
     for r in records:
         images[r.patient].append(r)
-        spellings[normal_form(r.patient)].add(r.patient)
+    for patient in sorted(images):
+        spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
     say(f"images of unknown patients, each counts as its own, among {len(records)}", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
@@ -646,9 +627,8 @@ def remark_patients(records: list[Record], say=warn) -> None:
     say("patients with images of several classes", several)
     alike = []
     for names in spellings.values():
-        splits = {r.split for name in names for r in images[name]}
-        if len(names) > 1 and len(splits) > 1:
-            alike.append(" = ".join(sorted(names)))
+        if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1:
+            alike.append(" = ".join(names))
     say("patients on both sides of a split in another spelling; write them alike", alike)
 
 
@@ -662,11 +642,13 @@ def sort_classes(labels, asked: str | None) -> list[str]:
         raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
     if asked is not None and asked not in classes:
         raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
-    by_name = [name for name in classes if name.upper() == "PNEUMONIA"]
-    guess = [name for name in classes if not NEGATIVE.search(name.lower())] or classes
-    positive = asked or (by_name or guess)[-1]
+
+    def rank(name):
+        return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name
+
+    positive = max(classes, key=rank)
     others = [name for name in classes if name != positive]
-    if len(classes) == 2 and not asked and not by_name:
+    if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
         warn(f"the positive class is a guess: {positive}, not {others[0]}; name it with --positive CLASS")
     return [*others, positive]
 
@@ -676,11 +658,10 @@ def number_patients(records: list[Record], copies: ndarray) -> ndarray:
 
     copies: from copy_groups.
     """
-    first = {}
-    links = []
+    first, links = {}, []
     for i, record in enumerate(records):
-        links.append((i, first.setdefault(record.patient, i)))
-        links.append((i, first.setdefault(int(copies[i]), i)))
+        for group in (record.patient, int(copies[i])):
+            links.append((i, first.setdefault(group, i)))
     return _connected(len(records), np.array(links))
 
 
@@ -729,11 +710,6 @@ def seed_from(*numbers) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
-def generator_from(*numbers) -> torch.Generator:
-    """PyTorch's random numbers, on the CPU, as a function of several numbers or names."""
-    return torch.Generator().manual_seed(seed_from(*numbers))
-
-
 # --- read ---
 
 # Part of the cache's name: raise it when read_image returns other pixels, or _build_cache writes other notes.
@@ -755,7 +731,6 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file is called
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-FULL_SCALES = {2**bits - 1 for bits in range(8, 16)}
 EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the types of samples
 
 
@@ -822,21 +797,30 @@ def _read(source, size):
         source = Image.fromarray(source)
     elif getattr(source, "format", None) == "JPEG" and source.tile:  # not loaded, so not changed since it was opened
         source = source.fp
-    if isinstance(source, Image.Image):
-        image, info = source, ImageInfo(*source.size, source.mode)
+    is_file = not isinstance(source, Image.Image)
+    if is_file:
+        source.seek(0)
+    if is_file and DICOM_START.match(source.read(132)):
+        image, info = _open_dicom(source)
     else:
-        image, info = _open(source)
-        if size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
-            image.draft(None, (2 * size, 2 * size))
-    image.load()
+        image = Image.open(source, formats=list(FORMATS)) if is_file else source
+        info = ImageInfo(*image.size, image.mode)
     is_deep = image.mode[0] in "IF"
+    if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
+        image.draft(None, (2 * size, 2 * size))
+    if not is_deep and ";16" in str(getattr(image, "tile", "")):
+        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
+    image.load()
     if is_deep:
         black, white = stated_range(image)  # now, since a turned copy lacks the file's tags
+        info.depth = int(abs(white - black)).bit_length()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if is_deep:
-        image = _scale(image, black, white)
-        info.depth = int(abs(white - black)).bit_length()
+        rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
+        boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
+        levels = [_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]
+        image = Image.fromarray(np.concatenate(levels))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -853,17 +837,6 @@ def _read(source, size):
     return np.array(image), info
 
 
-def _open(file):
-    """A Pillow image, not yet decoded but for DICOM, and its ImageInfo."""
-    file.seek(0)
-    if DICOM_START.match(file.read(132)):
-        return _open_dicom(file)
-    image = Image.open(file, formats=list(FORMATS))
-    if image.mode[0] not in "IF" and ";16" in str(image.tile):
-        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
-    return image, ImageInfo(*image.size, image.mode)
-
-
 def stated_range(image: Image.Image) -> tuple[float, float]:
     """Black and white of samples of 16 or 32 bits, or of floats: as the file states them, else from find_range."""
     grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
@@ -875,7 +848,9 @@ def stated_range(image: Image.Image) -> tuple[float, float]:
             white = 65535.0
         elif tags.get(258) == (12,):  # BitsPerSample
             white = 4095.0
-        elif largest in FULL_SCALES:  # another number is not a depth but the brightest pixel's
+        elif largest in [
+            2**bits - 1 for bits in range(8, 16)
+        ]:  # another number is not a depth but the brightest pixel's
             white = float(largest)
     if tags.get(262) == 0:  # white is zero, which Pillow sees to for 8 bits only
         return white, black
@@ -904,13 +879,6 @@ def find_range(samples: ndarray) -> tuple[float, float]:
     return black, white if is_float else max(white, black + 255)
 
 
-def _scale(image, black, white):
-    """8-bit image from samples of any kind; black may lie above white."""
-    rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
-    boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-    return Image.fromarray(np.concatenate([_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]))
-
-
 def _to_levels(samples, black, white):
     """uint8 from samples of any kind."""
     scaled = (samples - black) * (255 / (white - black))
@@ -936,9 +904,7 @@ def _open_dicom(file):
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
         raise ImageError("a DICOM file without an image")
-    if "TransferSyntaxUID" not in dataset.file_meta:  # a file without its preamble
-        is_implicit, _ = dataset.original_encoding
-        dataset.file_meta.TransferSyntaxUID = "1.2.840.10008.1.2" + (".1" if not is_implicit else "")
+    dataset.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1")  # a file without its preamble
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
@@ -949,38 +915,36 @@ def _open_dicom(file):
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
         raise ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
-    unsigned = f"u{size}"
 
-    # Every value that a sample can have goes through tables and window, and the picture looks its levels up.
-    stored = np.arange(256**size).astype(unsigned).view(values.dtype).astype(int)
-    lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
-    highest = lowest + 2**bits - 1
+    # Every value that a sample can have goes through tables and window, and the picture looks its levels up: a negative
+    # one from the end, where its bits count as a number without sign.
+    stored = np.arange(256**size).astype(values.dtype).astype(int)
+    padding = dataset.get("PixelPaddingValue")
     is_padding = np.zeros(len(stored), bool)
-    if dataset.get("PixelPaddingValue") is not None:
-        ends = [dataset.PixelPaddingValue, dataset.get("PixelPaddingRangeLimit", dataset.PixelPaddingValue)]
-        first, last = sorted(np.array(ends).astype(values.dtype))  # signed ones may be written as unsigned
-        is_padding = (stored >= first) & (stored <= last)
+    if padding is not None:
+        ends = np.array([padding, dataset.get("PixelPaddingRangeLimit", padding)])
+        ends = ends.astype(values.dtype)  # signed ones may be written as unsigned
+        is_padding = (stored >= ends.min()) & (stored <= ends.max())
     dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
     dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
-    if not np.ravel(dataset.get("WindowWidth") or 0)[0]:  # a placeholder
-        dataset.pop("WindowWidth", None)
     black = white = None
-    for sequence in ("ModalityLUTSequence", "VOILUTSequence"):
-        if dataset.get(sequence):
-            descriptor = dataset[sequence][0].LUTDescriptor
-            black, white = 0, 2 ** descriptor[2] - 1
-            descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
+    for lookup in filter(None, map(dataset.get, ("ModalityLUTSequence", "VOILUTSequence"))):
+        descriptor = lookup[0].LUTDescriptor
+        black, white = 0, 2 ** descriptor[2] - 1
+        descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
     shown = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
-        shown = np.rint(shown).astype(int)
-    elif None not in (dataset.get("WindowCenter"), dataset.get("WindowWidth")):
+        shown = apply_voi_lut(np.rint(shown).astype(int), dataset)
+    elif dataset.get("WindowCenter") is not None and np.any(dataset.get("WindowWidth")):  # a width of 0: a placeholder
         black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
-    shown = apply_voi_lut(shown, dataset)
+        shown = apply_windowing(shown, dataset)
     if white is None:
+        lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
+        highest = lowest + 2**bits - 1
         if bits == 16:
             grid = values[:: 1 + values.shape[0] // 1024, :: 1 + values.shape[1] // 1024]
-            is_picture = ~is_padding[grid.view(unsigned)]
-            lowest, highest = find_range(grid[is_picture] if is_picture.any() else grid)
+            picture = grid[~is_padding[grid]]
+            lowest, highest = find_range(picture if picture.size else grid)
             info.depth = int(highest - lowest).bit_length()
         possible = shown[(stored >= lowest) & (stored <= highest)]
         black, white = possible.min(), possible.max()
@@ -988,7 +952,7 @@ def _open_dicom(file):
     if info.mode == "MONOCHROME1":
         levels = 255 - levels
     levels[is_padding] = 0
-    bands = np.array_split(values.view(unsigned), 1 + values.size // 2**20)
+    bands = np.array_split(values, 1 + values.size // 2**20)
     return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
 
 
@@ -1017,15 +981,16 @@ class Images:
 
 
 def _examine(root, size, record):
-    """Image and info of a record, see decode, and what the cache notes: digest, hash, depth, reason of failure."""
-    path = root / record.path
-    image, info, reason = decode(path, size)
-    if info and info.is_mask:
-        reason = IS_MASK
+    """Image of a record, see decode, and a dict of what the cache notes of it."""
+    image, info, reason = decode(root / record.path, size)
+    if info is None:
+        note = {"digest": ""}
+    else:
+        note = {"digest": sha256(root / record.path)[:16], "depth": info.depth, "mode": info.mode, "view": info.view}
+        reason = IS_MASK if info.is_mask else ""
     # Where there is no image, no two hashes are those of copies.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
-    digest = sha256(path)[:16] if info else ""
-    return image, info, {"digest": digest, "hash": bits.hex(), "depth": info and info.depth, "reason": reason}
+    return image, {**note, "hash": bits.hex(), "reason": reason}
 
 
 def _hashes(notes):
@@ -1041,15 +1006,15 @@ def _build_cache(path, root, records, size):
     path.parent.mkdir(parents=True, exist_ok=True)
     notes, checksum = [], hashlib.sha256()
     with replacing(path) as f:
-        for image, _, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
+        for image, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
             notes.append(note)
             checksum.update(image)
             f.write(image)
         text = json.dumps(notes).encode()
         checksum.update(text)
         f.write(text + checksum.digest())
-    split_and_size, _, _ = path.name.rsplit("-", 2)
-    for old in path.parent.glob(f"*{split_and_size}-*"):
+    split, _ = path.name.split(f"-v{READER_VERSION}-")
+    for old in path.parent.glob(f"*{split}-v*"):
         with contextlib.suppress(OSError):  # another process was faster, or uses it
             if old != path and (old.suffix == ".bin" or time.time() - old.stat().st_mtime > 86400):
                 old.unlink()
@@ -1057,9 +1022,9 @@ def _build_cache(path, root, records, size):
 
 def _open_cache(path, root, records, size):
     """What _build_cache wrote; None where it is missing, damaged or outdated. Images of several depths are said."""
-    if not os.access(path, os.R_OK):
+    if not os.access(path, os.R_OK) or not path.stat().st_size:
         return None
-    stored = np.memmap(path, mode="c") if path.stat().st_size else np.empty(0, np.uint8)  # c: torch wants to write
+    stored = np.memmap(path, mode="c")  # torch wants to write
     if hashlib.sha256(stored[:-32]).digest() != stored[-32:].tobytes():
         warn(f"the image cache {path} is damaged: decoding again")
         return None
@@ -1072,8 +1037,8 @@ def _open_cache(path, root, records, size):
             return None
     depths = Counter(note["depth"] for note in notes if not note["reason"])
     if len(depths) > 1:
-        mixed = " and ".join(f"of {depth} bits ({depths[depth]})" for depth in sorted(depths))
-        warn(f"images {mixed} are mixed, each scaled from its own black to white: python data.py check shows where")
+        mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
+        warn(f"images of several depths, each scaled from its own black to white; see python data.py check: {mixed}")
     images = torch.from_numpy(images.reshape(-1, size, size))
     return Images(images, _hashes(notes), [note["digest"] for note in notes], failed)
 
@@ -1094,13 +1059,10 @@ def load_images(root: Path, records: list[Record], size: int) -> Images:
     name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
-    for place in places:
-        images = _open_cache(place / name, root, records, size)
-        if images is not None:
-            return images
-    for place in places:
+    for is_missing, place in itertools.product((False, True), places):
         try:
-            _build_cache(place / name, root, records, size)
+            if is_missing:
+                _build_cache(place / name, root, records, size)
         except OSError as e:
             warn(f"no image cache in {place} ({e.strerror or e})")
         images = _open_cache(place / name, root, records, size)
@@ -1117,10 +1079,7 @@ def fingerprint(records: list[Record], digests: list[str]) -> str:
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
     """Name and count the files that can't be used; the same as a list of {path, reason}."""
     left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
-    for item in left_out[:10]:
-        warn(f"left out: {item['path']}: {item['reason']}")
-    if len(left_out) > 10:
-        warn(f"left out: {count(len(left_out) - 10, 'more file')} that can't be used")
+    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out])
     return left_out
 
 
@@ -1188,15 +1147,10 @@ def gamma(x: Tensor, exponent) -> Tensor:
     return x.pow_(column(exponent))
 
 
-def lower_resolution(x: Tensor, factor) -> Tensor:
-    """Shrunk to a factor of the sides and enlarged again, bilinearly; a factor of 1 changes nothing."""
-    side = x.shape[-1]
-    sides = (torch.as_tensor(factor) * side).round().int().expand(len(x)).cpu()
-    for smaller in set(sides.tolist()) - {side}:
-        chosen = sides == smaller
-        shrunk = F.interpolate(x[chosen], size=(smaller, smaller), mode="bilinear", antialias=True)
-        x[chosen] = F.interpolate(shrunk, size=(side, side), mode="bilinear")
-    return x
+def lower_resolution(x: Tensor, factor: float) -> Tensor:
+    """All shrunk to a factor of the sides and enlarged again, bilinearly."""
+    shrunk = F.interpolate(x, size=round(factor * x.shape[-1]), mode="bilinear", antialias=True)
+    return F.interpolate(shrunk, size=x.shape[-1], mode="bilinear")
 
 
 def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
@@ -1270,14 +1224,17 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
     another operation changes what an operation draws for an image.
     """
-    former = {"resample": "random_resized_crop"}  # so that a seed draws the crops that it always has
-    names = [former.get(operation.__name__, operation.__name__) for operation, _ in operations]
-    return [torch.rand(n, NUMBERS, generator=generator_from(seed, epoch, name)) for name in names]
+    numbers = []
+    for operation, _ in operations:
+        name = "random_resized_crop" if operation is resample else operation.__name__  # so that seeds keep their crops
+        generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
+        numbers.append(torch.rand(n, NUMBERS, generator=generator))
+    return numbers
 
 
 def shuffle(n: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch: a permutation of range(n), a function of (seed, epoch)."""
-    return torch.randperm(n, generator=generator_from(seed, epoch, "order"))
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_from(seed, epoch, "order")))
 
 
 def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> Tensor:
@@ -1312,11 +1269,7 @@ def draw_partners(records: list[Record]) -> Tensor | None:
     others = {label: np.flatnonzero(labels != label) for label in np.unique(labels)}
     if len(others) < 2:
         return None
-    partners = []
-    for r in records:
-        choice = others[r.label]
-        partners.append(choice[seed_from(r.path) % len(choice)])
-    return torch.tensor(partners)
+    return torch.tensor([others[r.label][seed_from(r.path) % len(others[r.label])] for r in records])
 
 
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
@@ -1540,71 +1493,54 @@ LATERAL = ("LL", "RL", "LATERAL")
 MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
 
 
-@dataclass(slots=True)
-class Inspected:
-    """What check() keeps of an image."""
-
-    record: Record
-    info: ImageInfo | None  # None where it can't be used
-    notes: dict  # see _examine
-    measures: list[float]  # see MEASURES
-    border: ndarray | None  # uint8 [348], see border_features
-
-
 def check(root: Path) -> dict:
     """The health of a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
     Returns:
-        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS see _summarise;
-        audit: see _audit; problems, which make results invalid, and warnings: for each message the list of what it is
-        about, or None.
+        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and [5th
+        percentile, median, 95th] of the measures; audit: see _audit; problems, which make results invalid, and
+        warnings: for each message the list of what it is about, or None.
 
     Raises:
         UserError: the folder has no images, or what training refuses too.
     """
-    problems, remarks = {}, {}
-    add_problem, remark = problems.setdefault, remarks.setdefault  # called with (message, names), as warn is
+    problems, warnings = {}, {}
+    add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(remarks)}")
+        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(warnings)}")
+    for sides, patients in shared_patients(records).items():
+        add_problem(f"patients in both {sides}", patients)
+    remark_patients(records, remark)
     inspected = list(parallel(functools.partial(_inspect, root), records, "checking"))
-    folders = defaultdict(list)
-    for image in inspected:
-        usable = folders[f"{image.record.split}/{image.record.label}"]  # there even where it stays empty
-        if not image.notes["reason"]:
-            usable.append(image)
-    images = list(itertools.chain(*folders.values()))
+    images = [image for image in inspected if not image["reason"]]
+    failed = {i["record"].path: i["reason"] for i in inspected if i["reason"]}
+    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
+    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
+    lateral = [i["record"].path for i in images if i["view"] in LATERAL]
+    remark(f"lateral views among {len(images)} images", lateral if len(lateral) < len(images) else [])
     groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
-    for image, number in zip(images, copy_groups(_hashes([i.notes for i in images])).tolist()):
-        groups[number].append(image.record)
+    for image, number in zip(images, copy_groups(_hashes(images)).tolist()):
+        groups[number].append(image["record"])
     for group in groups.values():
         for attribute, found in copies.items():
             if len({getattr(r, attribute) for r in group}) > 1:
                 found.append(" = ".join(r.path for r in group))
                 break
-    audited = [image for image in images if image.record.split != "test"]
-    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
-
-    for sides, patients in shared_patients(records).items():
-        add_problem(f"patients in both {sides}", patients)
     add_problem("copies across splits", copies["split"])
     add_problem("copies under several labels", copies["label"])
     remark("copies under several patients, who count as one", copies["patient"])
+
+    folders, fingerprinted = defaultdict(list), defaultdict(list)
+    for image in images:
+        folders[f"{image['record'].split}/{image['record'].label}"].append(image)
+    for image in inspected:
+        fingerprinted["test" if image["record"].split == "test" else "train"].append(image)
+    labels = {r.label for r in records}
     for split in dict.fromkeys(r.split for r in records):
-        missing = {r.label for r in records} - {r.label for r in records if r.split == split}
-        add_problem(f"{split} has no image of", sorted(missing))
-    for folder, usable in folders.items():
-        depths = sorted({i.info.depth for i in usable})
-        if not depths:
-            add_problem(f"{folder} has no readable image")
-        if len(depths) > 1:
-            remark(f"{folder} mixes images of {' and '.join(map(str, depths))} bits")
-    remark_patients(records, remark)
-    failed = {i.record.path: i.notes["reason"] for i in inspected if i.notes["reason"]}
-    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
-    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
-    lateral = [r.path for r in records if r.view in LATERAL]
-    remark(f"lateral views among {len(records)} images", lateral if len(lateral) < len(records) else [])
+        add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
+    audited = [image for image in images if image["record"].split != "test"]
+    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
     for row in audit:
         low, high = row["ci95"]
         if low > 0.6:
@@ -1612,40 +1548,38 @@ def check(root: Path) -> dict:
                 f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
                 "a model can learn the device instead of the disease"
             )
-    fingerprints = {}
-    for name in ("train", "test"):
-        part = [i for i in inspected if (i.record.split == "test") == (name == "test")]
-        if part:
-            fingerprints[name] = fingerprint([i.record for i in part], [i.notes["digest"] for i in part])
     return {
         "root": str(root),
         "demo": is_demo(root),
-        "fingerprints": fingerprints,
-        "folders": {folder: _summarise(usable) for folder, usable in folders.items() if usable},
+        "fingerprints": {
+            name: fingerprint([i["record"] for i in part], [i["digest"] for i in part])
+            for name, part in fingerprinted.items()
+        },
+        "folders": {folder: _summarise(own) for folder, own in folders.items()},
         "audit": audit,
         "problems": {message: names for message, names in problems.items() if names != []},
-        "warnings": {message: names for message, names in remarks.items() if names != []},
+        "warnings": {message: names for message, names in warnings.items() if names != []},
     }
 
 
 def _inspect(root, record):
-    """One image, and what there is to measure of it."""
-    image, info, notes = _examine(root, None, record)
-    if notes["reason"]:
-        return Inspected(record, info, notes, [], None)
-    height, width = image.shape
-    bytes_per_pixel = os.path.getsize(root / record.path) / image.size
-    measures = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
-    border = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
-    return Inspected(record, info, notes, measures, border)
+    """What the cache would note of an image, and what there is to measure of it: a dict."""
+    image, note = _examine(root, None, record)
+    note["record"] = record
+    if not note["reason"]:
+        height, width = image.shape
+        bytes_per_pixel = os.path.getsize(root / record.path) / image.size
+        note["measures"] = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
+        note["border"] = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
+    return note
 
 
 def _summarise(images):
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
-    records = [i.record for i in images]
-    percentiles = np.percentile([i.measures for i in images], (5, 50, 95), axis=0).T
+    records = [i["record"] for i in images]
+    percentiles = np.percentile([i["measures"] for i in images], (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {i.info.mode}, {i.info.depth} bits" for i in images)
+    modes = sorted(f"mode {i['mode']}, {i['depth']} bits" for i in images)
     return {
         "images": len(images),
         "patients": len({r.patient for r in records}),
@@ -1668,62 +1602,47 @@ def _audit(images):
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    labels = np.array([i.record.label for i in images])
-    patients = np.array([i.record.patient for i in images])
-    modes = np.unique([i.info.mode for i in images], return_inverse=True)[1]
-    file = np.array([[*i.measures[:4], i.info.depth] for i in images])
-    file[[not LOSSY.fullmatch(i.record.path) for i in images], 3] = 0  # how many bytes depends on the picture
+    labels = np.array([i["record"].label for i in images])
+    patients = np.array([i["record"].patient for i in images])
+    modes = np.unique([i["mode"] for i in images], return_inverse=True)[1]
+    file = np.array([[*i["measures"][:4], i["depth"], mode] for i, mode in zip(images, modes)])
+    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # how many bytes depends on the picture
     sources = {
-        "the border alone, without any lung,": np.array([i.border for i in images]),
-        "the file alone (size, bytes per pixel, mode, depth)": np.column_stack([file, modes]),
+        "the border alone, without any lung,": np.array([i["border"] for i in images]),
+        "the file alone (size, bytes per pixel, mode, depth)": file,
     }
+    boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)
     n_patients = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
     enough = [label for label in n_patients if n_patients[label] >= 10]
     rows = []
-    for a, b in itertools.combinations(enough, 2):
+    for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
         pair = np.isin(labels, (a, b))
         is_b = labels[pair] == b
-        for source, features in sources.items():
-            probabilities = cross_val_predict(
-                HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0),
-                features[pair],
-                is_b,
-                groups=patients[pair],
-                cv=StratifiedGroupKFold(5),
-                method="predict_proba",
-            )
-            auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
-            half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
-            ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
-            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+        options = {"groups": patients[pair], "cv": StratifiedGroupKFold(5), "method": "predict_proba"}
+        probabilities = cross_val_predict(boosting, sources[source][pair], is_b, **options)
+        auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
+        half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
+        ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
+        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
     return rows
 
 
 def print_check(report: dict) -> None:
-    """The report in 100 columns: a column for each folder, then what was found."""
-    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}")
+    """A column for each folder, then what was found."""
+    print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n")
     folders = report["folders"]
-    width = max([19, *map(len, folders)])
-    columns = max(1, 80 // (width + 1))
-    for start in range(0, len(folders), columns):
-        names = list(folders)[start : start + columns]
-        print("\n" + " " * 19, *(f"{name:>{width}}" for name in names))
-        for row in dict.fromkeys(itertools.chain(*(folders[name] for name in names))):
-            cells = []
-            for name in names:
-                value = folders[name].get(row, 0)
-                if isinstance(value, list):  # percentiles
-                    value = " ".join(f"{x:.{0 if x >= 10 else 2}f}" for x in value)
-                cells.append(f"{value:>{width}}")
-            print(f"{row:19}", *cells)
+    print(f"{'':19}", *(f"{name:>20}" for name in folders))
+    for row in dict.fromkeys(itertools.chain(*folders.values())):
+        values = [np.ravel(folder.get(row, 0)) for folder in folders.values()]
+        cells = [" ".join(f"{x:.4g}" for x in value) for value in values]
+        print(f"{row:19}", *(f"{cell:>20}" for cell in cells))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
     print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
         for message, names in report[f"{kind}s"].items():
-            text = printable(f"{kind.upper()}: {with_names(message, names)}")
-            print(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
+            print(printable(f"{kind.upper()}: {with_names(message, names)}"))
     verdict = "; results on this folder would be invalid" if report["problems"] else ""
     print(f"{count(len(report['problems']), 'problem')}, {count(len(report['warnings']), 'warning')}{verdict}")
 
@@ -1763,7 +1682,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     return target
 
 
-def make_parser() -> Parser:
+def main() -> None:
     parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="the health of a folder; exit code 1 where results would be invalid")
@@ -1775,27 +1694,21 @@ def make_parser() -> Parser:
     sub.add_argument("dir", metavar="DIR")
     sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
     sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Do what the command says; returns the exit code."""
-    if args.command == "check":
-        report = check(find_root(args.dir))
-        print(json.dumps(report, indent=1)) if args.json else print_check(report)
-        return 1 if report["problems"] else 0
-    if args.command == "download":
-        print(f"dataset ready in {download(Path(args.dir))}")
-    else:
-        draw_demo(Path(args.dir), args.images, args.seed)
-        print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
-    return 0
-
-
-def main() -> None:
-    parser = make_parser()
     args = parser.parse_args()
-    run_script(parser, lambda: run(args))
+
+    def work():
+        if args.command == "check":
+            report = check(find_root(args.dir))
+            print(json.dumps(report, indent=1)) if args.json else print_check(report)
+            return 1 if report["problems"] else 0
+        if args.command == "download":
+            print(f"dataset ready in {download(Path(args.dir))}")
+        else:
+            draw_demo(Path(args.dir), args.images, args.seed)
+            print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
+        return 0
+
+    run_script(parser, work)
 
 
 if __name__ == "__main__":
