@@ -163,8 +163,20 @@ def test_the_table_of_a_public_set_becomes_metadata(workplace):
     (workplace / "Data_Entry_2017.csv").write_text(header + lines)
     run_python("-c", TABLE, cwd=workplace)
     rows = data.read_metadata(workplace)
-    assert rows["a.png"] == {"file_name": "a.png", "patient": "1", "label": "PNEUMONIA", "split": "train", "Patient Gender": "M"}
-    assert rows["b.png"] == {"file_name": "b.png", "patient": "6", "label": "OTHER", "split": "test", "Patient Gender": "F"}
+    assert rows["a.png"] == {
+        "file_name": "a.png",
+        "patient": "1",
+        "label": "PNEUMONIA",
+        "split": "train",
+        "Patient Gender": "M",
+    }
+    assert rows["b.png"] == {
+        "file_name": "b.png",
+        "patient": "6",
+        "label": "OTHER",
+        "split": "test",
+        "Patient Gender": "F",
+    }
 
 
 def test_the_imagenet_weights_become_a_state_dict(workplace):
