@@ -43,7 +43,6 @@ from data import UserError, count, warn
 
 STATE_FORMAT = "training state"
 REPORTS = ("test*", "val*", "train*", "report.md")  # what evaluate.py may have written into a run's folder
-FEW_IMAGES, FEW_OF_A_CLASS = 50, 10
 
 
 # --- what follows from step and history ---
@@ -92,31 +91,18 @@ class TrainingSet:
     """The images that a run trains and validates on."""
 
     root: Path
-    records: list[data.Record]  # of train/ and val/, in the order of the images
-    images: Tensor  # uint8 [n, size, size]; they alone may be on a GPU
-    hashes: ndarray  # uint64 [n, 4], see data.difference_hash
+    folder: evaluate.Folder  # of train/ and val/: records, patients, hashes ...
+    images: Tensor  # uint8 [n, size, size], perhaps on a GPU
     labels: Tensor  # int64 [n]: positions in classes
-    patient_index: ndarray  # int64 [n], see data.number_patients
     train: Tensor  # int64: positions of the training images
     val: Tensor  # int64: positions of the validation images
     classes: list[str]  # the positive one last
-    left_out: list[dict]  # path and reason of each file that can't be read
-    fingerprint: str  # see data.fingerprint
 
-    def about(self) -> dict:
-        """What the files of a run say of the data."""
-        return {
-            "root": str(self.root.resolve()),
-            "demo": data.is_demo(self.root),
-            "fingerprint": self.fingerprint,
-            "classes": self.classes,
-            "images": {"train": len(self.train), "val": len(self.val)},
-            "patients": {"train": self.n_patients(self.train), "val": self.n_patients(self.val)},
-            "left_out": self.left_out,
-        }
+    def records(self, index: Tensor) -> list[data.Record]:
+        return [self.folder.records[i] for i in index.tolist()]
 
     def n_patients(self, index: Tensor) -> int:
-        return len(np.unique(self.patient_index[index]))
+        return len(np.unique(self.folder.patient_index[index]))
 
     def is_positive(self, index: Tensor) -> Tensor:
         return self.labels[index] == len(self.classes) - 1
@@ -126,15 +112,16 @@ class TrainingSet:
         positive = self.is_positive(self.val)
         return selected_epoch(history, self.n_patients(self.val[positive]), self.n_patients(self.val[~positive]))
 
-    def traces(self, index: Tensor) -> tuple[set[str], Tensor]:
+    def traces(self, index: Tensor) -> dict:
         """By what images are recognised later: their known patients, and their hashes as int64 [n, 4]."""
-        patients = {self.records[i].patient for i in index.tolist() if self.records[i].known_patient}
-        return patients, torch.from_numpy(self.hashes[index].view(np.int64))
+        patients = {r.patient for r in self.records(index) if r.known_patient}
+        hashes = torch.from_numpy(self.folder.loaded.hashes[index].view(np.int64))
+        return {"patients": sorted(patients), "hashes": hashes}
 
     @functools.cached_property
     def checks(self) -> dict:
         """What a checkpoint knows of the training images: how they look, and what their border alone tells."""
-        some = self.train[:: 1 + len(self.train) // 20_000]  # more would tell no more, but need a kilobyte each
+        some = self.train[:: 1 + len(self.train) // 20_000]  # more would add nothing, but need a kilobyte each
         batches = functools.partial(models.in_batches, self.images)
         border = None
         if len(self.classes) == 2:
@@ -150,54 +137,35 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         UserError: a class without an image to train or to validate on, or what data.find_training refuses.
     """
     root = data.find_root(args.data)
-    data.prepare_demo(root)
-    records = data.find_training(root)
+    folder = evaluate.read_folder(root, False, size)
+    records = folder.records
     classes = data.sort_classes({r.label for r in records}, args.positive)
     if len(classes) > 2 and args.threshold != "0.5":
         raise UserError("--threshold is for two classes; leave it out here")
-    loaded = data.load_images(root, records, size)
-    patient_index = data.number_patients(records, data.copy_groups(loaded.hashes))
-    is_validation = data.is_validation(records, patient_index, args.folds, args.fold)
-    is_readable = np.ones(len(records), bool)
-    is_readable[list(loaded.failed)] = False
     labels = torch.tensor([classes.index(r.label) for r in records])
+    is_validation = data.is_validation(records, folder.patient_index, args.folds, args.fold)
+    is_readable = np.array([i not in folder.left_out for i in range(len(records))])
     index = {}
-    for split, chosen in (("train", ~is_validation), ("val", is_validation)):
-        index[split] = torch.from_numpy(np.flatnonzero(chosen & is_readable))
+    for split, is_in_split in (("train", ~is_validation), ("val", is_validation)):
+        index[split] = torch.from_numpy(np.flatnonzero(is_in_split & is_readable))
         sizes = labels[index[split]].bincount(minlength=len(classes)).tolist()
         if 0 in sizes:
             name = classes[sizes.index(0)]
             raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
-    if sum(sizes) < FEW_IMAGES or min(sizes) < FEW_OF_A_CLASS:
-        warn(
-            f"only {count(sum(sizes), 'validation image')} ({min(sizes)} of a class): what is chosen on them is chance"
-        )
-    return TrainingSet(
-        root=root,
-        records=records,
-        images=loaded.images,
-        hashes=loaded.hashes,
-        labels=labels,
-        patient_index=patient_index,
-        train=index["train"],
-        val=index["val"],
-        classes=classes,
-        left_out=data.report_left_out(records, loaded.failed),
-        fingerprint=data.fingerprint(records, loaded.digests),
-    )
+    if sum(sizes) < evaluate.FEW_IMAGES or min(sizes) < evaluate.FEW_OF_A_CLASS:
+        images = count(sum(sizes), "validation image")
+        warn(f"only {images}, {min(sizes)} of a class: whatever is chosen on them is chosen by chance")
+    return TrainingSet(root, folder, folder.loaded.images, labels, index["train"], index["val"], classes)
 
 
 def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
-    """Warn where labels contradict each other, or where this run, or the one that its weights come from (parent: the
-    data of its checkpoint), is trained on what validates it.
+    """Warn where this run, or the one that its weights come from, is trained on what validates it.
+
+    parent: the traces of what that one was trained on.
     """
-    records = [d.records[i] for i in d.val.tolist()]
-    own_patients, own_hashes = d.traces(d.train)
-    sources = {"this run": {"patients": sorted(own_patients), "hashes": own_hashes}, "the run of --weights": parent}
-    for source, seen in sources.items():
-        if seen is None:
-            continue
-        is_seen, patients = data.seen_before(records, d.hashes[d.val], seen)
+    records, hashes = d.records(d.val), d.folder.loaded.hashes[d.val]
+    for source, seen in (("this run", d.traces(d.train)), ("the run of --weights", parent)):
+        is_seen, patients = data.seen_before(records, hashes, seen) if seen else (np.zeros(1, bool), set())
         if is_seen.any() or patients:
             warn(
                 f"LEAK: {source} is trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
@@ -397,7 +365,7 @@ def fit_operating_point(
         labels: int64 [n]. border_logits: float64 [n] or None. rule: see threshold_rule.
     """
     weights, how = image_weights(labels, border_logits)
-    copies, n, n_classes = logits.shape
+    copies, _, n_classes = logits.shape
     all_logits, all_labels = torch.from_numpy(logits.reshape(-1, n_classes)), np.tile(labels, copies)
     all_weights = np.tile(weights, copies)
     origin = {"from": f"validation and {copies - 1} stressed copies; {how}"}
@@ -452,6 +420,24 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 # --- the run's files ---
 
 
+def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: torch.device) -> dict:
+    """What metrics.json says of a run, and what does not change in it."""
+    return {
+        "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
+        "environment": evaluate.describe_environment(device),
+        "data": {
+            "root": str(d.root.resolve()),
+            "demo": data.is_demo(d.root),
+            "fingerprint": d.folder.fingerprint,
+            "classes": d.classes,
+            "images": {"train": len(d.train), "val": len(d.val)},
+            "patients": {"train": d.n_patients(d.train), "val": d.n_patients(d.val)},
+            "left_out": list(d.folder.left_out.values()),
+        },
+        "origin": origin,
+    }
+
+
 def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]:
     """The run's folder and the lock on it, which must be kept; a folder with a run is never overwritten.
 
@@ -495,7 +481,7 @@ def save_progress(
         "format": STATE_FORMAT,
         "format_version": models.FORMAT_VERSION,
         "arguments": about["arguments"],
-        "fingerprint": d.fingerprint,
+        "fingerprint": d.folder.fingerprint,
         "world": world,
         "origin": about["origin"],
         "parent": parent,
@@ -517,7 +503,7 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
 
 def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
     """Raise UserError where what save_progress wrote is of other data or processes, or of another run than ckpt.pt."""
-    if state["fingerprint"] != d.fingerprint:
+    if state["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
@@ -539,11 +525,10 @@ def make_checkpoint(
     learner: Learner, d: TrainingSet, preprocessing: dict, about: dict, epoch_log: dict, parent: dict | None
 ) -> dict:
     """All that evaluation and prediction need, of the epoch in epoch_log."""
-    patients, hashes = d.traces(d.train)
+    trained, validated = d.traces(d.train), d.traces(d.val)
     if parent is not None:
-        patients |= set(parent["patients"])
-        hashes = torch.cat([hashes, parent["hashes"]]).unique(dim=0)
-    val_patients, val_hashes = d.traces(d.val)
+        trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
+        trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
     architecture, _, model_arguments = models.resolve(about["arguments"]["model"])
     return {
         "format": models.FORMAT,
@@ -564,12 +549,9 @@ def make_checkpoint(
             **{key: about["data"][key] for key in ("root", "demo", "fingerprint")},
             "n_images": len(d.train),
             "prevalence": float(d.is_positive(d.val).double().mean()),  # on validation
-            # Trained on, by this run and those that its weights come from.
-            "patients": sorted(patients),
-            "hashes": hashes,
-            # Epoch and operating point are chosen on these.
-            "val_patients": sorted(val_patients),
-            "val_hashes": val_hashes,
+            **trained,  # by this run and those that its weights come from
+            "val_patients": validated["patients"],  # epoch and operating point are chosen on these
+            "val_hashes": validated["hashes"],
         },
         **{key: about[key] for key in ("arguments", "environment", "origin")},
     }
@@ -579,9 +561,8 @@ def finish_checkpoint(folder: Path, d: TrainingSet, metrics: dict, threshold_rul
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
-    records = [d.records[i] for i in d.val.tolist()]
     clean = models.infer(model, models.in_batches(d.images, d.val), checkpoint).numpy()
-    stressed = evaluate.infer_stressed(model, d.images, d.val, records, checkpoint)
+    stressed = evaluate.infer_stressed(model, d.images, d.val, d.records(d.val), checkpoint)
     border = None
     if checkpoint["border"] is not None:
         batches_of_val = models.in_batches(d.images, d.val)
@@ -685,12 +666,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     dtype = pick_dtype(args.precision, device)
 
     if is_first:
-        about = {
-            "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
-            "environment": evaluate.describe_environment(device),
-            "data": d.about(),
-            "origin": origin,
-        }
+        about = describe(args, d, origin, device)
         data.write_csv(folder / "splits.csv", split_rows(d))
         save_progress(folder, learner, about, d, history, world, parent)
         warn_overlap(d, parent)
@@ -747,9 +723,9 @@ def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
     used = dict.fromkeys(d.train.tolist(), "train") | dict.fromkeys(d.val.tolist(), "val")
     mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
-    columns = {name: "" for r in d.records for name in r.groups}
+    columns = {name: "" for r in d.folder.records for name in r.groups}
     rows = []
-    for i, r in enumerate(d.records):
+    for i, r in enumerate(d.folder.records):
         row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
         rows.append({**row, "split": used.get(i, "left out"), **columns, **r.groups, **mark})
     return rows
@@ -776,7 +752,7 @@ def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
     kept = f"epoch {selected['epoch']} of {len(metrics['epochs'])}, validation AUROC {selected['val_auroc']:.4f}"
     print(f"\nselected: {kept} (the latest within a standard error of the best)")
     print(f"took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
-    image = d.root / d.records[d.val[0]].path
+    image = d.root / d.folder.records[d.val[0]].path
     for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
         print(data.printable(data.command_line("python", *words)))
 
