@@ -32,7 +32,7 @@ import models
 import predict
 import train
 
-NAME, SIZE, BATCH, STEPS, ROUNDS = "mobilenetv3_small_050", 224, 64, 6, 9
+NAME, SIZE, BATCH, STEPS, ROUNDS = "mobilenetv3_small_050", 224, 64, 6, 5
 CPU = torch.device("cpu")
 
 
@@ -60,9 +60,9 @@ def set_up(count: int):
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     everything = torch.arange(count)
     labels, hashes = torch.randint(0, 2, (count,)), np.zeros((count, 4), np.uint64)
-    index = {"train": everything, "val": everything, "patient_index": everything.numpy()}
-    rest = {"root": Path(), "records": [], "classes": ["A", "B"], "left_out": [], "fingerprint": ""}
-    dataset = train.TrainingSet(images=images, labels=labels, hashes=hashes, **index, **rest)
+    dataset = train.TrainingSet(
+        Path(), [], images, hashes, labels, everything.numpy(), everything, everything, ["A", "B"], [], ""
+    )
     operations = data.preset(args.augment, SIZE)
     steps = count // BATCH
 
@@ -208,15 +208,13 @@ def few_steps(root: str, output: str) -> None:
         loader = iter(loader)
         original(learner, class_weights, loader, rates[:4], *rest)
         taken = seconds(lambda: original(learner, class_weights, loader, rates[:STEPS], *rest))
-        result["speed"] = STEPS * BATCH / taken
-        result["end"] = time.perf_counter()
+        result.update(speed=STEPS * BATCH / taken, end=time.perf_counter())
         return {"train_loss": 0.0, "lr": 0.0}
 
     train.train_epoch = replacement
     arguments = ["--data", root, "--no-pretrained", "--img-size", str(SIZE), "--epochs", "1", "--output", output]
     train.run(train.make_parser().parse_args(arguments), None)
-    result["end"] = time.perf_counter() - result["end"]
-    print(json.dumps(result))
+    print(json.dumps(result | {"end": time.perf_counter() - result["end"]}))
 
 
 def scale(work: Path, counts: list[int]) -> dict:
