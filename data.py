@@ -186,7 +186,7 @@ def replacing(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:  # a full disk names no file
-        raise OSError(e.errno, e.strerror, str(path)) from None
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -67,7 +67,8 @@ class Answers:
         """How many patients are in a metric's denominator; those of the rarer class where it needs both."""
         whose = METRICS[metric].whose
         groups = [self.is_positive, ~self.is_positive] if whose is None else [whose(self)]
-        return min(len(np.unique(self.patient_index[group])) for group in groups)
+        # np.unique would take seconds of a million images.
+        return min(np.count_nonzero(np.bincount(self.patient_index[group])) for group in groups)
 
 
 @dataclass
@@ -281,10 +282,10 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         UserError: not such a table, or not two labels.
     """
     rows = data.read_table(Path(path), CSV_COLUMNS)
-    columns = set(rows[0]) if rows else set()
-    if not columns >= set(NEEDED):
+    columns = list(rows[0]) if rows else []
+    if not set(NEEDED) <= set(columns):
         raise UserError(f"{path} needs a header with the columns {', '.join(NEEDED)}, and one row per image")
-    if {"flags", "error"} <= columns:
+    if {"flags", "error"} <= set(columns):
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     groups = [name for name in columns if name not in NO_GROUPS]
     records, probabilities, exact = [], [], []

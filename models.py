@@ -228,7 +228,7 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
     content, checkpoint = read_weights(path), None
-    if content.get("format") == FORMAT:
+    if "format" in content:
         content = checkpoint = load(path)
     _, config, _ = resolve(name)
     stem = config.first_conv[0] if isinstance(config.first_conv, tuple) else config.first_conv

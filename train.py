@@ -137,6 +137,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         UserError: a class without an image to train or to validate on, or what data.find_training refuses.
     """
     root = data.find_root(args.data)
+    evaluate.read_folder.cache_clear()  # a folder may have changed since another run in this process
     folder = evaluate.read_folder(root, False, size)
     records = folder.records
     classes = data.sort_classes({r.label for r in records}, args.positive)

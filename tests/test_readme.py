@@ -149,7 +149,7 @@ def test_the_table_of_a_public_set_becomes_metadata(workplace):
     header = "Image Index,Finding Labels,Patient ID,Patient Gender\n"
     (workplace / "Data_Entry_2017.csv").write_text(f"{header}a.png,Edema|Pneumonia,1,M\nb.png,No Finding,6,F\n")
     run_python("-c", TABLE, cwd=workplace)
-    rows = [" ".join(map(str, row.values())) for row in data.read_metadata(workplace).values()]
+    rows = [" ".join([path, *map(str, row.values())]) for path, row in data.read_metadata(workplace).items()]
     assert rows == ["a.png 1 PNEUMONIA train M", "b.png 6 OTHER test F"]
 
 
