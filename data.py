@@ -745,7 +745,7 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
-    hash: bytes = b""  # see difference_hash
+    hash: bytes = b""  # see difference_hash, where it was asked for
 
     def __post_init__(self) -> None:  # so that nothing too large is decoded
         if not self.width * self.height:
@@ -754,7 +754,7 @@ class ImageInfo:
             raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
-def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
+def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo]:
     """Any image as grey levels: the one function that opens images, for training, evaluation and prediction.
 
     Args:
@@ -763,6 +763,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
             come the very levels that a model was trained on; with size, an array or a loaded image of a large JPEG
             differs a little, since the decoder halves the file before the resize.
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
+        hashed: whether the difference hash is wanted too.
 
     Returns:
         uint8 array [size, size] (or [height, width]), and what else the file says.
@@ -776,11 +777,11 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
     """
     try:
         if not isinstance(source, str | os.PathLike):
-            return _read(source, size)
+            return _read(source, size, hashed)
         if os.path.getsize(source) == 0:
             raise ImageError("the file is empty" if os.path.isfile(source) else "not a regular file")
         with open(source, "rb") as file:
-            return _read(file, size)
+            return _read(file, size, hashed)
     except ImageError:
         raise
     except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
@@ -792,7 +793,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         raise ImageError(known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")) from None
 
 
-def _read(source, size):
+def _read(source, size, hashed):
     if isinstance(source, ndarray):
         source = Image.fromarray(source)
     elif getattr(source, "format", None) == "JPEG" and source.tile:  # not loaded, so not changed since it was opened
@@ -831,7 +832,8 @@ def _read(source, size):
     if image.mode != "L":
         image = image.convert("L")
     info.is_mask = image.resize((64, 64), Image.NEAREST).getcolors(3) is not None
-    info.hash = difference_hash(image)
+    if hashed:
+        info.hash = difference_hash(image)
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
@@ -956,10 +958,10 @@ def _open_dicom(file):
     return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
 
 
-def decode(source, size: int | None) -> tuple[ndarray, ImageInfo | None, str]:
+def decode(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo | None, str]:
     """read_image's levels and info, and the reason where it fails (zeros, None, reason)."""
     try:
-        image, info = read_image(source, size)
+        image, info = read_image(source, size, hashed)
     except ImageError as e:
         return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
     return image, info, ""
@@ -982,7 +984,7 @@ class Images:
 
 def _examine(root, size, record):
     """Image of a record, see decode, and a dict of what the cache notes of it."""
-    image, info, reason = decode(root / record.path, size)
+    image, info, reason = decode(root / record.path, size, hashed=True)
     if info is None:
         note = {"digest": ""}
     else:
