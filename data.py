@@ -1,8 +1,8 @@
-"""What an image is: find, group by patient, split, read, cache and change it; and three commands of its own.
+"""Find, group by patient, split, read, cache and augment images; as a script, three commands.
 
-python data.py check data/chest_xray         # the health of a folder; exit code 1 where results would be invalid
+python data.py check data/chest_xray         # check a data folder; exit code 1 if results would be invalid
 python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
-python data.py demo data/demo --images 1000  # the synthetic set that the scripts use where there is no data
+python data.py demo data/demo --images 1000  # the synthetic set that the scripts use if there is no data
 
 Sections: command line and files (for all scripts), find, split, read, cache, change (augmentation draws the parameters
 of the operations, the stress test fixes them), copies and shortcuts, demo, check, download.
@@ -46,18 +46,18 @@ from tqdm import tqdm
 DEFAULT_ROOT, DEMO_ROOT, DEMO_MARK = Path("data/chest_xray"), Path("data/demo"), "demo.json"
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-CORES = joblib.cpu_count()  # that this process may use, by its affinity and its container's quota
+CORES = joblib.cpu_count()  # available to this process, given its CPU affinity and container quota
 
 # --- command line and files ---
 
-FORMULA = re.compile("'*[=+@-]")  # how text begins that a spreadsheet would run
+FORMULA = re.compile("'*[=+@-]")  # the start of text that a spreadsheet would run as a formula
 PATH_COLUMNS = ("file_name", "path")
 MISSING = re.compile(  # words for "not known", in tables and DICOM headers
     r"-*|\?|n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unknown|unspecified|not available|removed|redacted"
     r"|anon(ym(ous|i[sz]ed)?)?|de-?identified",
     re.IGNORECASE,
 )
-AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many are a year
+AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many make a year
 
 
 class UserError(Exception):
@@ -91,10 +91,10 @@ def run_script(parser: Parser, work, advise=lambda: "nothing half-written is lef
     """Run work() and exit with its code, or with 2 and one line for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
 
     Args:
-        advise: returns how to go on; asked after an interruption or a failed read or write.
-        output_matters: where nobody reads the output any more, say so and exit with 1; else end quietly with 0.
+        advise: returns a hint on how to go on, shown after an interruption or a failed read or write.
+        output_matters: if the output pipe is closed, report it and exit with 1; otherwise exit quietly with 0.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, one that is closed would be None
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, a closed stream is None
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
     def terminate(*_):
@@ -112,7 +112,7 @@ def run_script(parser: Parser, work, advise=lambda: "nothing half-written is lef
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if output_matters:
-            parser.exit(1, f"nobody reads the output any more; {advise()}\n")
+            parser.exit(1, f"the output pipe was closed; {advise()}\n")
         code = 0
     except UserError as e:
         parser.error(str(e))
@@ -132,19 +132,19 @@ def within(kind: type, low: float, high: float = math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
         return value
 
-    parse.__name__ = kind.__name__  # argparse names it where the text is not a number at all
+    parse.__name__ = kind.__name__  # argparse shows it if the text is not a number
     return parse
 
 
 def non_empty(text: str) -> str:
-    """An argparse type: text that is not empty, as an unset variable of a shell would be."""
+    """An argparse type: text that is not empty (an unset shell variable would be)."""
     if not text:
-        raise argparse.ArgumentTypeError("it is empty")
+        raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def printable(text: str) -> str:
-    """Text without characters that move a cursor: a file name or a field of a checkpoint may contain anything."""
+    """Text with ? for characters that move a cursor: a file name or a checkpoint's field may contain anything."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -155,29 +155,29 @@ def one_line(message: str) -> str:
 
 
 def with_names(message: str, names: list[str] | None) -> str:
-    """A message, and of what it is about how many there are and the first few."""
+    """A message, followed by the number of names and the first three."""
     return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else message
 
 
 def warn(message: str, names: list[str] | None = None) -> None:
-    """One loud line on stderr, from one process of a distributed run only; none where the list of names is empty."""
+    """Print a line on stderr, in the first process of a distributed run only; nothing if the list of names is empty."""
     if names != [] and os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {one_line(with_names(message, names))}", file=sys.stderr, flush=True)
 
 
 def command_line(*words) -> str:
-    """A command to show, quoted as a shell wants it."""
+    """A command to show, quoted for the shell."""
     return shlex.join(map(str, words))
 
 
 def count(n: int, noun: str) -> str:
-    """How many: "no file", "1 file", "2 files"."""
+    """A number with its noun: "no file", "1 file", "2 files"."""
     return f"{n or 'no'} {noun}{'s' * (n > 1)}"
 
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A binary file to write, moved to path once it is complete: no reader ever sees half of one."""
+    """A binary file to write, moved to path once it is complete: no reader ever sees a partial file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
@@ -185,14 +185,14 @@ def replacing(path: Path):
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:  # a full disk names no file
+    except OSError as e:  # the error of a full disk does not name the file
         raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write the whole file, or leave the one that is there."""
+    """Write the whole file; if that fails, an existing one is left unchanged."""
     with replacing(path) as f:
         f.write(text.encode(errors="surrogateescape"))
 
@@ -223,14 +223,14 @@ def write_csv(path: Path, rows: list[dict]) -> None:
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a table, as spreadsheets, programs and to_csv write them; empty rows are left out.
 
-    Separated by commas, semicolons or tabs (and blanks); UTF-8 with or without a byte order mark. Words for "missing"
-    become "". In file_name and path backslashes become slashes instead.
+    Cells are separated by commas, semicolons or tabs, perhaps followed by spaces; UTF-8 with or without a byte order
+    mark. Words for "missing" become "", except in file_name and path, where only backslashes change, to slashes.
 
     Args:
-        columns: names that are found in any case; further columns keep their names as written.
+        columns: names matched in upper or lower case; other columns keep their names as written.
 
     Raises:
-        UserError: not readable as such a table, a column twice, or a row with more cells than the header.
+        UserError: not a readable table, a duplicate column, or a row with more cells than the header.
     """
     names = {name.lower(): name for name in columns}
     rows = []
@@ -245,7 +245,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                 raise UserError(f"{path} has the column {name} twice")
         for number, cells in enumerate(lines, 2):
             if any(cells[len(header) :]):
-                raise UserError(f"{path}: row {number} has more cells than the header; is a comma not in quotes?")
+                raise UserError(f"{path}: row {number} has more cells than the header; is there an unquoted comma?")
             row = dict.fromkeys(header, "")
             for name, cell in zip(header, cells):
                 cell = cell.strip()
@@ -256,7 +256,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                 elif MISSING.fullmatch(cell):
                     cell = ""
                 row[name] = sys.intern(cell)  # a million rows share two labels
-            row.pop("", None)  # such as the row numbers that pandas writes
+            row.pop("", None)  # a column without a name, like the row numbers of pandas
             if any(row.values()):
                 rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
@@ -265,7 +265,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
 
 
 def as_number(text: str) -> float | None:
-    """A number, also with a decimal comma, or a DICOM age such as 058Y or 003M in years; None for other text."""
+    """Text as a number (decimal commas are allowed) or, for a DICOM age (058Y, 003M), in years; None for other text."""
     unit = AGE_UNITS.get(text[-1:].upper())
     try:
         number = float((text[:-1] if unit else text).replace(",", "."))
@@ -275,7 +275,7 @@ def as_number(text: str) -> float | None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's bytes."""
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -286,7 +286,7 @@ def hash_lines(lines) -> str:
 
 
 def parallel(work, items, name: str):
-    """Yield work(item) of each item in order, on all cores, with a progress bar; a bounded number in memory."""
+    """Yield work(item) of each item in order, on all cores, with a progress bar; at most 512 in memory."""
     with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(items), desc=name, leave=False, disable=None) as bar:
         for start in range(0, len(items), 512):
             for result in pool.map(work, items[start : start + 512]):
@@ -296,16 +296,16 @@ def parallel(work, items, name: str):
 
 # --- find ---
 
-HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # files and folders of systems and programs
-MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the name of a drawing
-# A DICOM file with its preamble, or without: it begins with an element of group 2 or 8 of small number.
+HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
+MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the name of a mask or annotation
+# A DICOM file with its preamble, or one without: that begins with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv; others are groups
 
 
 @dataclass(slots=True)
 class Record:
-    """One image file, and what is known of it before it is decoded."""
+    """One image file, and what is known about it before it is decoded."""
 
     path: str  # relative to the root, with forward slashes
     label: str  # class name
@@ -313,7 +313,7 @@ class Record:
     patient: str  # the path itself where the patient is unknown
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
-    stamp: str  # size, times and inode: another one means another file
+    stamp: str  # size, times and inode: changes when the file does
     groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
 
     @property
@@ -324,7 +324,7 @@ class Record:
 def identify(name: str) -> tuple[str | None, str, str]:
     """Patient, subtype (bacterial, viral or empty) and name series, from the file names of the public copies.
 
-    The patient is None for names of no known scheme.
+    The patient is None if the name follows no known scheme.
     """
     m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
     m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
@@ -332,7 +332,7 @@ def identify(name: str) -> tuple[str | None, str, str]:
         return None, "", ""
     series = m["series"]
     subtype = {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), "")
-    if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients in one go
+    if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients consecutively
         return m["number"], subtype, series
     return f"{series}-{int(m['number'])}", subtype, series
 
@@ -343,7 +343,7 @@ def normal_form(patient: str) -> str:
 
 
 def is_dicom(path: str | Path) -> bool:
-    """By its first bytes, whatever its ending."""
+    """Whether the first bytes are those of a DICOM file, whatever its extension."""
     with contextlib.suppress(OSError):
         if os.path.isfile(path):  # reading from a named pipe would block forever
             with open(path, "rb") as f:
@@ -352,14 +352,14 @@ def is_dicom(path: str | Path) -> bool:
 
 
 def is_image(path: Path) -> bool:
-    """By its ending, or by its content for DICOM files."""
+    """Whether a file has an image's extension, or the content of a DICOM file."""
     return path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path)
 
 
 def walk(folder: Path, passed_over: Counter, onerror):
-    """Yield the images under folder, sorted by folder; links are followed, each folder counts once.
+    """Yield the images under folder, sorted by folder; links are followed, each folder is visited once.
 
-    passed_over counts the other files by ending; onerror is called with the OSError of each unreadable folder.
+    passed_over counts the other files by extension; onerror is called with the OSError of each unreadable folder.
     """
     seen = set()
     for top, subfolders, files in os.walk(folder, onerror=onerror, followlinks=True):
@@ -375,11 +375,11 @@ def walk(folder: Path, passed_over: Counter, onerror):
             if is_image(path):
                 yield path
             else:
-                passed_over[path.suffix.lower() or "no ending"] += 1
+                passed_over[path.suffix.lower() or "no extension"] += 1
 
 
 def find_root(data: str | None) -> Path:
-    """The folder with train/ and test/. Without data: data/chest_xray, else the folder of the demo set."""
+    """The folder with train/ and test/. Without data: data/chest_xray if it exists, else the demo folder."""
     if data is None:
         return DEFAULT_ROOT if DEFAULT_ROOT.exists() else DEMO_ROOT
     root = Path(data)
@@ -395,7 +395,7 @@ def is_demo(root: Path) -> bool:
 
 
 def prepare_demo(root: Path) -> None:
-    """Draw the demo set where root is its place and it is missing; warn loudly wherever root is a demo set."""
+    """Draw the demo set if root is its default folder and does not exist; warn if root is a demo set."""
     if root == DEMO_ROOT and not root.exists():
         draw_demo(root)
     if is_demo(root):
@@ -403,10 +403,10 @@ def prepare_demo(root: Path) -> None:
 
 
 def split_folders(root: Path) -> dict[str, Path]:
-    """The folders whose names mean a split, by split.
+    """The folders of the splits, by split.
 
     Raises:
-        UserError: there are several for one.
+        UserError: there are several for one split.
     """
     folders = {}
     for folder in sorted(root.glob("*/")):
@@ -426,7 +426,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
     each warning.
 
     Raises:
-        UserError: see read_table; or no file_name, a file listed twice, or one in a table of labels without a split.
+        UserError: see read_table; also a missing file_name, a file listed twice, or a labelled one without a split.
     """
     rows = {}
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
@@ -467,15 +467,15 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
 
 
 def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
-    """The images of one split, or of all that are there, sorted by split, class and path: those of ROOT/SPLIT/CLASS/,
-    or, in whatever folders, those that metadata.csv gives labels.
+    """The images of one split, or of all, sorted by split, class and path: those in ROOT/SPLIT/CLASS/ or, if
+    metadata.csv has labels, those listed there, in any folder.
 
-    No image is decoded. One whose patient is unknown is its own patient. The images of a small val/ are found as train.
-    In metadata.csv file_name may lack its ending. say(message, names) is called with each warning.
+    No image is decoded. One whose patient is unknown is its own patient. The images of a small val/ count as train.
+    In metadata.csv file_name may omit the extension. say(message, names) is called with each warning.
 
     Raises:
-        UserError: a folder is missing or can't be read, or a class name that can't be printed, differs from another in
-            case alone, or is missing in train.
+        UserError: a folder is missing or can't be read, or a class name can't be printed, differs from another only in
+            case, or is missing in train.
     """
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
@@ -492,7 +492,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     if errors:
         raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
     if passed_over and not has_labels:
-        say(f"skipped what is not an image: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+        say(f"skipped files that are not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
     labels = {row["label"].lower() for row in table.values() if row.get("label")}
     found, listed, odd = [], set(), defaultdict(list)
@@ -516,16 +516,16 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             found.append((path, row))
             in_path = labels.intersection(path.lower().split("/"))
             if in_path and row["label"].lower() not in in_path:
-                odd["metadata.csv contradicts the folder about the label, and overrules it"].append(path)
+                odd["metadata.csv and the folder differ in the label; metadata.csv is used"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
     for message, paths in odd.items():
         say(message, paths)
 
     n_val = sum(row["split"] == "val" for _, row in found)
-    is_small = 0 < n_val < 100  # the best-known copy has 16, which can't choose anything
+    is_small = 0 < n_val < 100  # the best-known copy has 16: too few to choose a model
     if is_small:
-        say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is drawn by patient")
+        say(f"{root}/val has only {count(n_val, 'image')}: they are used for training, validation is drawn by patient")
     found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
     records = []
     for path, row in found:
@@ -540,20 +540,20 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
 
 
 def _make_record(root, path, split, row):
-    """What the table, the header of a DICOM file, or else the file's name says; row: of metadata.csv, with a label."""
-    file = os.path.join(root, path)  # a Path would take longer than the look at the file
+    """A Record from the table, the header of a DICOM file, or the file's name; row: of metadata.csv, with a label."""
+    file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
     in_name, subtype, series = identify(os.path.basename(path))
     in_table, in_header = row.get("patient", ""), ""
     if is_dicom(file):
-        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding it names the reason
+        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
             in_header = str(header.get("PatientID") or "").strip()
     in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
-    if in_header:  # nothing of a header is written anywhere
+    if in_header:  # only this hash is ever written, nothing else of a header
         in_header = hash_lines([in_header])[:16]
-    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # decoding names a broken link
+    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is reported by decoding
     return Record(
         path=path,
         label=row["label"],
@@ -567,12 +567,12 @@ def _make_record(root, path, split, row):
 
 
 def check_classes(records: list[Record], classes: list[str], where: str) -> None:
-    """Raise UserError where a record's class is not among classes, or can't be printed."""
+    """Raise UserError if a record's class is not one of classes, or can't be printed."""
     for label in sorted({r.label for r in records}):
         if not label.isprintable():
             raise UserError(f"{where} has control characters in the name of a class, {label!r}; rename it")
         if label not in classes:
-            raise UserError(f"{where} has the class {label}, which is not among {', '.join(classes)}; rename one?")
+            raise UserError(f"{where} has the class {label}, which is not one of {', '.join(classes)}; rename one?")
 
 
 # --- split ---
@@ -613,29 +613,29 @@ def shared_patients(records: list[Record]) -> dict[str, list[str]]:
 
 
 def remark_patients(records: list[Record], say=warn) -> None:
-    """Call say with each thing that is odd about the patients of the records, and with the patients or images."""
+    """Call say(message, names) for each oddity in the patients; names: the patients or images concerned."""
     images, spellings = defaultdict(list), defaultdict(list)
     for r in records:
         images[r.patient].append(r)
     for patient in sorted(images):
         spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
-    say(f"images of unknown patients, each counts as its own, among {len(records)}", unknown)
+    say(f"images of unknown patients, each of which counts as a patient, among {len(records)}", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
-    say("patients with more than 5 % of all images; is it a placeholder?", large)
+    say("patients with more than 5 % of all images; placeholders?", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
     say("patients with images of several classes", several)
     alike = []
     for names in spellings.values():
         if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1:
             alike.append(" = ".join(names))
-    say("patients on both sides of a split in another spelling; write them alike", alike)
+    say("patients spelled differently on both sides of a split; use one spelling", alike)
 
 
 def sort_classes(labels, asked: str | None) -> list[str]:
     """The classes, sorted by name but the positive one last.
 
-    It is the one asked for, else PNEUMONIA, else the last by name that does not say negative, which is a guess.
+    It is the one asked for, else PNEUMONIA, else a guess: the last by name whose name does not mean negative.
     """
     classes = sorted(set(labels))
     if asked is not None and len(classes) != 2:
@@ -654,7 +654,7 @@ def sort_classes(labels, asked: str | None) -> list[str]:
 
 
 def number_patients(records: list[Record], copies: ndarray) -> ndarray:
-    """int64 [n], from 0 in order of appearance: images of one patient, and copies of each other, have one number.
+    """int64 [n], from 0 in order of appearance: images of one patient, and copies of each other, share a number.
 
     copies: from copy_groups.
     """
@@ -668,8 +668,8 @@ def number_patients(records: list[Record], copies: ndarray) -> ndarray:
 def is_validation(records: list[Record], patient_index: ndarray, folds: int, fold: int) -> ndarray:
     """bool [n]: the images of val/, or else of one of the folds, a function of the records and folds alone.
 
-    Patients stay together. Within each stratum of class, subtype and name series they are dealt out in an order drawn
-    from their names, those with most images first, each to the fold with the fewest images of the stratum so far.
+    Patients stay together. Within each stratum of class, subtype and name series, those with most images come first
+    (ties in an order hashed from their names), and each goes to the fold with the fewest images of the stratum so far.
 
     Args:
         patient_index: from number_patients.
@@ -689,7 +689,7 @@ def is_validation(records: list[Record], patient_index: ndarray, folds: int, fol
         if n < 2:
             raise UserError(f"class {label} has too few patients to keep some for validation")
         if n < folds:
-            warn(f"class {label} has {n} patients for {folds} folds: some folds lack it")
+            warn(f"class {label} has {n} patients for {folds} folds: some folds have none")
     order = []
     for number, own in images.items():
         stratum = tuple(sorted({(r.label, r.subtype, r.series) for r in own}))
@@ -705,22 +705,22 @@ def is_validation(records: list[Record], patient_index: ndarray, folds: int, fol
 
 
 def seed_from(*numbers) -> int:
-    """A seed from several numbers or names, so that neighbours share nothing."""
+    """A seed hashed from numbers or names, so that similar ones give unrelated seeds."""
     text = repr(numbers).encode(errors="surrogateescape")
     return int.from_bytes(hashlib.blake2b(text, digest_size=7).digest())
 
 
 # --- read ---
 
-# Part of the cache's name: raise it when read_image returns other pixels, or _build_cache writes other notes.
+# Part of the cache's name: raise it when the pixels of read_image or the notes of _build_cache change.
 READER_VERSION = 4
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
-# Pillow's own bomb warning and its remarks on odd metadata: read_image decides by itself what is an error.
+# Pillow warns about huge images and odd metadata; read_image decides itself what is an error.
 warnings.filterwarnings("ignore", module="PIL|pydicom")
 
 
-FORMATS = {  # no others are opened: for PostScript, whatever the file is called, Pillow would start another program
+FORMATS = {  # no others are opened: for PostScript, whatever the file's name, Pillow would run another program
     "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
     "PNG": ".png",
     "TIFF": ".tif .tiff",
@@ -731,12 +731,12 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file is called
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the types of samples
+EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the sample types
 
 
 @dataclass(slots=True)
 class ImageInfo:
-    """What a file says beside its grey levels."""
+    """What is known about an image besides its grey levels."""
 
     width: int  # as stored, before EXIF rotation
     height: int
@@ -745,7 +745,7 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
-    hash: bytes = b""  # see difference_hash, where it was asked for
+    hash: bytes = b""  # see difference_hash; only if asked for
 
     def __post_init__(self) -> None:  # so that nothing too large is decoded
         if not self.width * self.height:
@@ -759,17 +759,17 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
 
     Args:
         source: path, open seekable binary file, Pillow image, or uint8 array [height, width] or [height, width, 3].
-            Of several frames the first one counts. From a path, a file, or a JPEG of Image.open that is not loaded yet
-            come the very levels that a model was trained on; with size, an array or a loaded image of a large JPEG
-            differs a little, since the decoder halves the file before the resize.
+            Of several frames the first one is used. A path, a file, or a JPEG that Image.open has not loaded yet gives
+            exactly the levels used in training; an array or a loaded image of a large JPEG differs slightly after
+            resizing, since for files the decoder already halves the image.
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
-        hashed: whether the difference hash is wanted too.
+        hashed: compute the difference hash too.
 
     Returns:
-        uint8 array [size, size] (or [height, width]), and what else the file says.
+        uint8 array [size, size] (or [height, width]), and its ImageInfo.
 
-    Samples of 8 bits keep their levels. Deeper ones are scaled linearly, see _open_dicom for DICOM files, and for
-    others from black to white as the file states them or find_range guesses. Transparent pixels are black, EXIF
+    Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
+    from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF
     rotation is applied.
 
     Raises:
@@ -784,7 +784,7 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
             return _read(file, size, hashed)
     except ImageError:
         raise
-    except Exception as e:  # noqa: BLE001, decoders raise whatever a damaged file makes them stumble over
+    except Exception as e:  # noqa: BLE001, decoders raise all kinds of exceptions for damaged files
         known = {
             FileNotFoundError: "no such file",
             IsADirectoryError: "a folder without images",
@@ -813,7 +813,7 @@ def _read(source, size, hashed):
         raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
     image.load()
     if is_deep:
-        black, white = stated_range(image)  # now, since a turned copy lacks the file's tags
+        black, white = stated_range(image)  # now, since a rotated copy loses the file's tags
         info.depth = int(abs(white - black)).bit_length()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -826,7 +826,7 @@ def _read(source, size, hashed):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image if image.mode == "RGB" else image.convert("RGB")  # of an RGB image it would make a copy
+        image = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
         thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
@@ -862,12 +862,12 @@ def stated_range(image: Image.Image) -> tuple[float, float]:
 def find_range(samples: ndarray) -> tuple[float, float]:
     """Black and white of samples of unknown depth, guessed from their values.
 
-    White is guessed as the smallest 2^d - 1, from 8 bits on, that all but a thousandth of the pixels (at least one)
-    keep to, those at the extreme of the type left out: they are saturated or a burned-in marker. So a few odd pixels
-    change nothing, and every depth is found of a picture that has more than a thousandth of its pixels in the upper
-    half of its range (as all of 1,665 public radiographs had). A darker picture can't be distinguished from a brighter
-    one of fewer bits: it comes out brighter, by a power of two. Black is 0, or the power of two below it that the
-    negative samples keep to likewise. Floats may end at 1, 3, 7 ...
+    White is guessed as the smallest 2^d - 1, from 8 bits on, that at most a thousandth of the pixels exceed (or one).
+    Pixels at an extreme of the type don't count: they are saturated or part of a burned-in marker. So a few odd pixels
+    change nothing, and the depth is right if more than a thousandth of the pixels are in the upper half of the range
+    (as in all of 1,665 public radiographs). A darker picture can't be distinguished from a brighter one of fewer bits:
+    it comes out too bright, by a power of two. Black is 0 or, for negative samples, minus the power of two that they
+    stay within, with the same tolerance. For floats white may also be 1, 3, 7 ...
     """
     is_float = samples.dtype.kind == "f"
     samples = np.sort(samples, axis=None).astype(float)
@@ -893,9 +893,9 @@ def _to_levels(samples, black, white):
 def _open_dicom(file):
     """The first frame of a DICOM file in 8 bits, grey or RGB, as PS3.3 C.7.6.3, C.11.1 and C.11.2 say.
 
-    Black and white are the ends of what the last lookup table or the first window may return, or else of the stored
-    bits; a dark picture stays dark. 16 stored bits with neither are guessed, since many writers say 16 whatever the
-    depth. Padding is black.
+    Black and white are the lowest and highest values that the last lookup table or the first window can return, or
+    else the stored bits; a dark picture stays dark. With neither, the range of 16 stored bits is guessed, since many
+    programs write 16 whatever the depth. Padding is black.
     """
     try:
         from pydicom import dcmread
@@ -911,15 +911,15 @@ def _open_dicom(file):
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
     values = pixel_array(dataset, index=0)
-    del dataset.PixelData  # as large again
+    del dataset.PixelData  # it takes as much memory again
     if values.ndim == 3:
         return Image.fromarray(values), info  # pydicom makes RGB of YBR
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
         raise ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
 
-    # Every value that a sample can have goes through tables and window, and the picture looks its levels up: a negative
-    # one from the end, where its bits count as a number without sign.
+    # Tables and window are applied to every possible sample value, and the picture looks its levels up there. A
+    # negative sample counts from the end, where its bits are as an unsigned number.
     stored = np.arange(256**size).astype(values.dtype).astype(int)
     padding = dataset.get("PixelPaddingValue")
     is_padding = np.zeros(len(stored), bool)
@@ -959,7 +959,7 @@ def _open_dicom(file):
 
 
 def decode(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo | None, str]:
-    """read_image's levels and info, and the reason where it fails (zeros, None, reason)."""
+    """read_image's levels and info with an empty reason; if it fails, zeros, None and the reason."""
     try:
         image, info = read_image(source, size, hashed)
     except ImageError as e:
@@ -976,21 +976,21 @@ IS_MASK = "a mask or drawing: at most three grey levels"
 class Images:
     """Decoded images, in the order of their records."""
 
-    images: Tensor  # uint8 [n, size, size]; zeros where the file can't be read
-    hashes: ndarray  # uint64 [n, 4], see difference_hash; no copy of any other where the image failed
-    digests: list[str]  # of the files' bytes: SHA-256, 16 hex digits; empty where the file can't be read
+    images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
+    hashes: ndarray  # uint64 [n, 4], see difference_hash; matches no other if the image failed
+    digests: list[str]  # of the files' bytes: SHA-256, 16 hex digits; empty if the file can't be read
     failed: dict[int, str]  # position and reason of each file that can't be used
 
 
 def _examine(root, size, record):
-    """Image of a record, see decode, and a dict of what the cache notes of it."""
+    """The image of a record (see decode), and a dict of what the cache stores about it."""
     image, info, reason = decode(root / record.path, size, hashed=True)
     if info is None:
         note = {"digest": ""}
     else:
         note = {"digest": sha256(root / record.path)[:16], "depth": info.depth, "mode": info.mode, "view": info.view}
         reason = IS_MASK if info.is_mask else ""
-    # Where there is no image, no two hashes are those of copies.
+    # Without an image the hash comes from the path, so that it matches no other.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
     return image, {**note, "hash": bits.hex(), "reason": reason}
 
@@ -1001,9 +1001,9 @@ def _hashes(notes):
 
 
 def _build_cache(path, root, records, size):
-    """Write the levels of all images, as JSON what _examine notes, and a SHA-256 of all before it.
+    """Write the levels of all images, the notes of _examine as JSON, and a SHA-256 of both.
 
-    Other caches of the same split and size are removed, and what a build that was killed left behind.
+    Other caches of the same split and size, and the leftovers of killed builds, are removed.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     notes, checksum = [], hashlib.sha256()
@@ -1023,10 +1023,10 @@ def _build_cache(path, root, records, size):
 
 
 def _open_cache(path, root, records, size):
-    """What _build_cache wrote; None where it is missing, damaged or outdated. Images of several depths are said."""
+    """What _build_cache wrote; None if it is missing, damaged or outdated. Warns about images of several depths."""
     if not os.access(path, os.R_OK) or not path.stat().st_size:
         return None
-    stored = np.memmap(path, mode="c")  # torch wants to write
+    stored = np.memmap(path, mode="c")  # copy-on-write: torch needs a writable array
     if hashlib.sha256(stored[:-32]).digest() != stored[-32:].tobytes():
         warn(f"the image cache {path} is damaged: decoding again")
         return None
@@ -1046,8 +1046,8 @@ def _open_cache(path, root, records, size):
 
 
 def load_images(root: Path, records: list[Record], size: int) -> Images:
-    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data, or where that can't
-    be written in the user's cache folder.
+    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data or, if that can't be
+    written, in the user's cache folder.
 
     Args:
         records: from scan or find_training; the file is rebuilt when a path or stamp of one of them changes.
@@ -1079,7 +1079,7 @@ def fingerprint(records: list[Record], digests: list[str]) -> str:
 
 
 def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
-    """Name and count the files that can't be used; the same as a list of {path, reason}."""
+    """Warn about the files that can't be used, and return them as a list of {path, reason}."""
     left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
     warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out])
     return left_out
@@ -1088,10 +1088,10 @@ def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]
 # --- change ---
 #
 # An operation is a function (x, parameters) that returns the changed images: x float32 [n, 1, side, side] in [0, 1] on
-# any device, which it may overwrite; each parameter a number for all images, or a tensor [n] with one for each. To add
-# an augmentation, write the operation and give it a line in a preset, with how its parameters are drawn.
+# any device, which it may overwrite; each parameter is a number for all images, or a tensor [n] with one for each. To
+# add an augmentation, write the operation and a line in a preset that draws its parameters.
 
-NUMBERS = 4  # random numbers that an operation has for each image
+NUMBERS = 4  # random numbers for each operation and image
 STARTS = 2**20  # places in the table of standard normals
 
 
@@ -1101,7 +1101,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def column(parameter):
-    """A parameter in a shape that goes with images: [n] as [n, 1, 1, 1], a number as it is."""
+    """A parameter shaped to broadcast over images: [n] as [n, 1, 1, 1], a number as it is."""
     return parameter.view(-1, 1, 1, 1) if isinstance(parameter, Tensor) else parameter
 
 
@@ -1111,7 +1111,7 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0)
     Args:
         width, height: of the window, in parts of the image's sides; above 1 it zooms out.
         right, down: how far its centre is from the image's, in parts of the image's sides.
-        turn: degrees by which the window is turned clockwise about its centre, so that the picture turns to the left.
+        turn: degrees by which the window is turned clockwise about its centre; the picture turns the other way.
     """
     centres = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # of pixels; the image goes from -1 to 1
     columns = column(width) * centres
@@ -1150,16 +1150,16 @@ def gamma(x: Tensor, exponent) -> Tensor:
 
 
 def lower_resolution(x: Tensor, factor: float) -> Tensor:
-    """All shrunk to a factor of the sides and enlarged again, bilinearly."""
+    """Images shrunk by a factor and enlarged again, bilinearly."""
     shrunk = F.interpolate(x, size=round(factor * x.shape[-1]), mode="bilinear", antialias=True)
     return F.interpolate(shrunk, size=x.shape[-1], mode="bilinear")
 
 
 def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
-    """A ring, its width in parts of the sides, comes from others, float32 like x; from the image before without them.
+    """Replace a ring, its width in parts of the sides, by that of others (float32 like x), or of the previous image.
 
-    The border shows the device and the technique, not the lungs; exchanged, it says nothing of the label (a cut-and-
-    paste augmentation as CutMix, Yun et al. 2019, whose label stays that of the lungs).
+    The border shows the device and the technique, not the lungs; once exchanged, it is unrelated to the label (cut and
+    paste as in CutMix, Yun et al. 2019, but with the label of the lungs).
     """
     place = torch.linspace(0, 1, x.shape[-1], device=x.device)
     to_edge = torch.minimum(place, 1 - place)
@@ -1169,14 +1169,14 @@ def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def standard_normals(n: int, device: torch.device) -> Tensor:
-    """float32 [n], always the same: drawing them anew in each step takes longer than all else in noise."""
+    """float32 [n], always the same: drawing new ones in each step would take most of noise's time."""
     return torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
 
 
 def noise(x: Tensor, sd, start: Tensor) -> Tensor:
-    """Gaussian noise; its standard deviation is 1 for the whole range.
+    """Gaussian noise; sd: its standard deviation, as a share of the range from black to white.
 
-    start: int64 [n], below STARTS: where in the table of standard normals the noise of each image begins.
+    start: int64 [n], below STARTS: where each image's noise begins in the table of standard normals.
     """
     n_pixels = x[0].numel()
     normals = standard_normals(STARTS + n_pixels, x.device)
@@ -1223,12 +1223,12 @@ def preset(name: str, size: int) -> list[tuple]:
 def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list[Tensor]:
     """One epoch's random numbers of each operation: float32 [n, NUMBERS] in [0, 1), row i for image i, on the CPU.
 
-    They are a function of (seed, epoch, the operation's name, i), so neither a batch size, a rank or a thread nor
-    another operation changes what an operation draws for an image.
+    They are a function of (seed, epoch, the operation's name, i): batch size, rank, threads and other operations do
+    not change what an operation draws for an image.
     """
     numbers = []
     for operation, _ in operations:
-        name = "random_resized_crop" if operation is resample else operation.__name__  # so that seeds keep their crops
+        name = "random_resized_crop" if operation is resample else operation.__name__  # a seed keeps its crops
         generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
         numbers.append(torch.rand(n, NUMBERS, generator=generator))
     return numbers
@@ -1284,7 +1284,7 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
         partners: uint8 like images, each of another class; None leaves out the exchange.
         paths: of the images; the noise is a function of them.
     """
-    from torchvision.transforms.v2.functional import gaussian_blur  # as long to import as a small folder to classify
+    from torchvision.transforms.v2.functional import gaussian_blur  # slow to import, and predict.py does not need it
 
     size = images.shape[-1]
     compressed = []
@@ -1321,14 +1321,14 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
 
 # --- copies and shortcuts ---
 
-# Bits in which hashes of copies may differ. Of 250 radiographs, 99 % changed by up to 10.5 bits by JPEG at quality 30,
-# 8.5 by halving and 7 by 0.8 times the brightness; the nearest two different ones among 5,840 differ in 13.
+# Bits in which hashes of copies may differ. In 99 % of 250 radiographs, JPEG at quality 30 changed at most 10.5 bits,
+# half the size 8.5 and 0.8 times the brightness 7; the two most similar different images of 5,840 differ in 13.
 SAME = 10
 BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True)  # of a thumbnail of 32 x 32
 
 
 def difference_hash(image: Image.Image) -> bytes:
-    """What stays of a grey image when it is compressed, resized or re-exposed: 256 bits.
+    """256 bits of a grey image that hardly change when it is compressed, resized or re-exposed.
 
     16 x 17 area-averaged pixels, each compared with its right neighbour.
     """
@@ -1337,7 +1337,7 @@ def difference_hash(image: Image.Image) -> bytes:
 
 
 def _connected(n, links):
-    """int64 [n]: equal numbers for what links, int64 [m, 2], connect; from 0 in order of appearance."""
+    """Numbers of the connected components of n nodes, int64 [n], from 0 in order of appearance; links: int64 [m, 2]."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -1378,7 +1378,7 @@ def seen_before(records: list[Record], hashes: ndarray, seen: dict) -> tuple[nda
 
 
 def border_features(images: Tensor) -> Tensor:
-    """What an image shows without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail.
+    """The border of an image, without any lung, float32 [n, 348] in [0, 1]: the outer 3 pixels of a 32 x 32 thumbnail.
 
     images: uint8 [n, height, width].
     """
@@ -1387,7 +1387,7 @@ def border_features(images: Tensor) -> Tensor:
 
 
 def auroc_error(auroc: float, n_positive: int, n_negative: int) -> float:
-    """Standard error of an AUROC from so many positive and negative images, or patients (Hanley and McNeil 1982)."""
+    """Standard error of an AUROC from its numbers of positives and negatives (Hanley and McNeil 1982)."""
     pair = auroc / (2 - auroc) - auroc**2
     triple = 2 * auroc**2 / (1 + auroc) - auroc**2
     variance = auroc * (1 - auroc) + (n_positive - 1) * pair + (n_negative - 1) * triple
@@ -1459,7 +1459,7 @@ def _draw_phantom(anatomy, today, subtype):
     lines = 0.9 - 3 * np.abs(_smooth(today, 20))
     for ellipse in ellipses:
         pattern += 0.6 * _ellipse(x, y, *ellipse) * (patches if subtype == "bacterial" else lines)
-    # An opacity moves the grey levels of the lungs about but adds none, so that no histogram shows the class.
+    # An opacity rearranges the grey levels of the lungs but adds none, so that no histogram shows the class.
     levels = ImageOps.equalize(_to_image(50 * pattern + 100), _to_image(255 * lungs))
     air = 0.5 - 0.5 * (np.asarray(levels) / 255) ** today.uniform(1, 3)
 
@@ -1483,7 +1483,7 @@ def _ellipse(x, y, cx, cy, rx, ry):
 
 
 def _smooth(rng, bumps):
-    """Noise in [-1, 1] with so many bumps a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
+    """Noise in [-1, 1], bumps: how many along a side; float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
     return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.BICUBIC))
 
@@ -1492,11 +1492,11 @@ def _smooth(rng, bumps):
 
 LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # endings of compressed pictures
 LATERAL = ("LL", "RL", "LATERAL")
-MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
+MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last two: mean and deviation
 
 
 def check(root: Path) -> dict:
-    """The health of a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
+    """Check a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
     Returns:
         dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and [5th
@@ -1504,13 +1504,13 @@ def check(root: Path) -> dict:
         warnings: for each message the list of what it is about, or None.
 
     Raises:
-        UserError: the folder has no images, or what training refuses too.
+        UserError: the folder has no images, or scan refuses it.
     """
     problems, warnings = {}, {}
     add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/, test/, nor by a metadata.csv; {'; '.join(warnings)}")
+        raise UserError(f"{root} has no images in train/, val/, test/, or listed in a metadata.csv; {'; '.join(warnings)}")
     for sides, patients in shared_patients(records).items():
         add_problem(f"patients in both {sides}", patients)
     remark_patients(records, remark)
@@ -1531,7 +1531,7 @@ def check(root: Path) -> dict:
                 break
     add_problem("copies across splits", copies["split"])
     add_problem("copies under several labels", copies["label"])
-    remark("copies under several patients, who count as one", copies["patient"])
+    remark("copies under several patients, which count as one", copies["patient"])
 
     folders, fingerprinted = defaultdict(list), defaultdict(list)
     for image in images:
@@ -1565,7 +1565,7 @@ def check(root: Path) -> dict:
 
 
 def _inspect(root, record):
-    """What the cache would note of an image, and what there is to measure of it: a dict."""
+    """A dict of what the cache would store about an image, and of its measures."""
     image, note = _examine(root, None, record)
     note["record"] = record
     if not note["reason"]:
@@ -1608,7 +1608,7 @@ def _audit(images):
     patients = np.array([i["record"].patient for i in images])
     modes = np.unique([i["mode"] for i in images], return_inverse=True)[1]
     file = np.array([[*i["measures"][:4], i["depth"], mode] for i, mode in zip(images, modes)])
-    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # how many bytes depends on the picture
+    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # without lossy compression this depends on the picture
     sources = {
         "the border alone, without any lung,": np.array([i["border"] for i in images]),
         "the file alone (size, bytes per pixel, mode, depth)": file,
@@ -1630,7 +1630,7 @@ def _audit(images):
 
 
 def print_check(report: dict) -> None:
-    """A column for each folder, then what was found."""
+    """Print a column for each folder, then the findings."""
     print(f"{report['root']}{' (DEMO: synthetic phantoms)' if report['demo'] else ''}\n")
     folders = report["folders"]
     print(f"{'':19}", *(f"{name:>20}" for name in folders))
@@ -1639,7 +1639,7 @@ def print_check(report: dict) -> None:
         cells = [" ".join(f"{x:.4g}" for x in value) for value in values]
         print(f"{row:19}", *(f"{cell:>20}" for cell in cells))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
-    print("take it for the disease. An image of unknown patient counts as a patient. --json lists all findings.\n")
+    print("mistake that for the disease. An image of an unknown patient counts as one. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
@@ -1657,10 +1657,10 @@ SHA256 = "13efc055629733dbab07877f8b3c9f81097840dbcdaa326a8542322c2281ce36"
 
 
 def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
-    """Fetch, verify and unpack the public dataset into folder/chest_xray; nothing is done where it already is.
+    """Fetch, verify and unpack the public dataset into folder/chest_xray; does nothing if it is already there.
 
     Raises:
-        UserError: no connection, a server that is silent for a minute, another checksum, or a damaged archive.
+        UserError: no connection, a server silent for a minute, a wrong checksum, or a damaged archive.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
@@ -1670,9 +1670,9 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            socket.setdefaulttimeout(60)  # download_url_to_file sets none, and takes none
+            socket.setdefaulttimeout(60)  # download_url_to_file has no parameter for it
             torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum, progress=sys.stderr.isatty())
-            shutil.unpack_archive(archive, unpacked)  # a known one, by its checksum
+            shutil.unpack_archive(archive, unpacked)  # safe, since its checksum is known
             os.replace(unpacked / "chest_xray", target)
         except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
             raise UserError(
@@ -1687,15 +1687,15 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
 def main() -> None:
     parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
-    sub = commands.add_parser("check", help="the health of a folder; exit code 1 where results would be invalid")
+    sub = commands.add_parser("check", help="check a data folder; exit code 1 if results would be invalid")
     sub.add_argument("dir", metavar="DIR", help="folder with train/ and test/")
-    sub.add_argument("--json", action="store_true", help="print JSON alone")
+    sub.add_argument("--json", action="store_true", help="print only JSON")
     sub = commands.add_parser("download", help="fetch the public dataset (Kermany et al. 2018, CC BY 4.0, 1.2 GB)")
-    sub.add_argument("dir", metavar="DIR", nargs="?", default="data", help="DIR/chest_xray is made")
-    sub = commands.add_parser("demo", help="draw the synthetic set")
-    sub.add_argument("dir", metavar="DIR")
-    sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="how many")
-    sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="every pixel is a function of it")
+    sub.add_argument("dir", metavar="DIR", nargs="?", default="data", help="the data goes into DIR/chest_xray")
+    sub = commands.add_parser("demo", help="draw a set of synthetic phantoms")
+    sub.add_argument("dir", metavar="DIR", help="a new or empty folder")
+    sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="number of images")
+    sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="seed of every pixel")
     args = parser.parse_args()
 
     def work():
