@@ -297,7 +297,7 @@ def parallel(work, items, name: str):
 # --- find ---
 
 HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
-MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the name of a mask or annotation
+MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file with its preamble, or one without: that begins with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv; others are groups
@@ -445,7 +445,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
             values = [line[column] for line in lines if line[column]]
             if len(values) >= 20 and len(set(values)) > len(values) / 2 and None in map(as_number, values):
                 identifiers.append(column)
-        say(f"{table}: columns of identifiers, which differ between most images, left out", identifiers)
+        say(f"{table}: ignored columns of identifiers, which differ between most images", identifiers)
         has_labels = "label" in columns
         if "split" in columns and not has_labels:
             say(f"{table} has a column split but no column label: the folders decide the split")
@@ -492,7 +492,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     if errors:
         raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
     if passed_over and not has_labels:
-        say(f"skipped files that are not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+        say(f"skipped, not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
     labels = {row["label"].lower() for row in table.values() if row.get("label")}
     found, listed, odd = [], set(), defaultdict(list)
@@ -1492,7 +1492,7 @@ def _smooth(rng, bumps):
 
 LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # endings of compressed pictures
 LATERAL = ("LL", "RL", "LATERAL")
-MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last two: mean and deviation
+MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
 
 
 def check(root: Path) -> dict:
@@ -1510,7 +1510,7 @@ def check(root: Path) -> dict:
     add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/, test/, or listed in a metadata.csv; {'; '.join(warnings)}")
+        raise UserError(f"{root} has no images in train/, val/, test/, nor in a metadata.csv; {'; '.join(warnings)}")
     for sides, patients in shared_patients(records).items():
         add_problem(f"patients in both {sides}", patients)
     remark_patients(records, remark)
@@ -1608,7 +1608,7 @@ def _audit(images):
     patients = np.array([i["record"].patient for i in images])
     modes = np.unique([i["mode"] for i in images], return_inverse=True)[1]
     file = np.array([[*i["measures"][:4], i["depth"], mode] for i, mode in zip(images, modes)])
-    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # without lossy compression this depends on the picture
+    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # lossless: it depends on the picture
     sources = {
         "the border alone, without any lung,": np.array([i["border"] for i in images]),
         "the file alone (size, bytes per pixel, mode, depth)": file,

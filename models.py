@@ -1,8 +1,8 @@
-"""What a model is: build it with timm, give it weights, save and load it, ask it, explain it.
+"""Build timm models, give them weights, save and load them, run them, draw heat maps, and spot unlike images.
 
 Every model has one grey input channel and one logit per class; the positive class is the last.
 
-Sections: build; weights; save and load; ask; explain; know what is unlike.
+Sections: build; weights; save and load; inference; heat maps; input check.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
-    torch.backends.cudnn.allow_tf32 = False  # or a probability would depend on the other images of its batch
+    torch.backends.cudnn.allow_tf32 = False  # otherwise a probability depends on the batch
     return device
 
 
@@ -62,7 +62,7 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     local-dir:FOLDER.
 
     Raises:
-        UserError: no such model; names the nearest.
+        UserError: unknown model; suggests similar names.
     """
     source, _, place = name.rpartition(":")
     if source or "/" in name:
@@ -86,7 +86,7 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
 def preprocessing(name: str, size: int | None) -> dict:
     """input_size in pixels, and mean and std of grey levels in [0, 1] as timm's weights expect them.
 
-    Where size is None, it is 160, or the model's own if it takes one size alone.
+    If size is None, it is the model's own if that is fixed, else 160.
     """
     _, config, _ = resolve(name)
     if size is None:
@@ -118,7 +118,7 @@ def build(name: str, n_classes: int, size: int, **kwargs) -> nn.Module:
 
 
 def require_size(model: nn.Module, n_classes: int, size: int) -> None:
-    """Raise UserError where the model, in evaluation mode from then on, doesn't make logits of size x size pixels."""
+    """Raise UserError unless the model makes logits from size x size pixels; leaves it in evaluation mode."""
     x = torch.zeros(2, 1, size, size, device=next(model.parameters()).device)
     try:
         with torch.no_grad():
@@ -131,13 +131,13 @@ def require_size(model: nn.Module, n_classes: int, size: int) -> None:
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, the faster one, except where it crashes or does not fit."""
-    if device.type == "mps":  # batch norms go wrong there in the backward pass (PyTorch issue 175189)
+    """channels_last, which is faster, except where it crashes or is not supported."""
+    if device.type == "mps":  # batch norm's backward pass is wrong there (PyTorch issue 175189)
         return torch.contiguous_format
     if any(parameter.ndim == 5 for parameter in model.parameters()):
         return torch.contiguous_format
     for layer in model.modules():
-        # In the backward pass of these layers oneDNN writes where it must not (its issue 6035).
+        # In the backward pass of these layers oneDNN writes out of bounds (its issue 6035).
         if device.type == "cpu" and isinstance(layer, nn.Conv2d):
             shape = layer.kernel_size, layer.stride
             if shape == ((1, 1), (2, 2)) and layer.in_channels < 16:
@@ -152,7 +152,7 @@ def n_parameters(model: nn.Module) -> int:
 # --- weights ---
 
 COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # buffers that other programs add
-SAFE = [  # what may be beside the weights, and runs nothing
+SAFE = [  # types that may be saved beside the weights and run no code
     argparse.Namespace,
     np.dtype,
     *{type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "b1")},
@@ -169,11 +169,11 @@ def build_pretrained(
     Args:
         weights: path of a .safetensors file, of a state dict saved by torch, or of a run of this suite; None for timm's
             pretrained ones.
-        insist: raise where there are none; otherwise the model keeps its random weights.
+        insist: raise if there are none; otherwise the model keeps its random weights.
 
     Returns:
-        the model; their origin: source (a file, hub or random), note (one line: what was used and what was not), failed
-        (why there are none) and sha256 (of a file, else empty); and of a run of this suite its checkpoint.
+        the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
+        failed (why there are none) and sha256 (of a file, else empty); and, for a run of this suite, its checkpoint.
     """
     if weights is not None:
         return from_file(name, classes, size, in_run_folder(weights))
@@ -198,7 +198,7 @@ def from_hub(name: str, config: timm.models.PretrainedCfg, size: int) -> tuple[n
 
     offline = constants.HF_HUB_OFFLINE
     try:
-        # Offline the hub's library uses its cache at once; otherwise it would try for minutes.
+        # In offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
         constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
         return build(name, config.num_classes, size, pretrained=True), ""
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
@@ -209,7 +209,7 @@ def from_hub(name: str, config: timm.models.PretrainedCfg, size: int) -> tuple[n
 
 
 def answers(address: str) -> bool:
-    """Whether a server answers within six seconds; asked in a thread, since looking up its name may block for longer."""
+    """Whether a server answers within six seconds; in a thread, since looking up its name may block for longer."""
     request = urllib.request.Request(address, method="HEAD")
     try:
         with ThreadPool(1) as pool:
@@ -222,7 +222,7 @@ def answers(address: str) -> bool:
 
 
 def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with weights of a file: every tensor must fit. The head is new unless the classes are known.
+    """build_pretrained with weights of a file: every tensor must fit. The head is new unless a run has these classes.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -264,13 +264,13 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
 
 
 def in_run_folder(path: str | Path) -> Path:
-    """A run's folder means the checkpoint in it."""
+    """The checkpoint in a run's folder; any other path as it is."""
     path = Path(path)
     return path / "ckpt.pt" if path.is_dir() else path
 
 
 def read_weights(path: Path) -> dict:
-    """Whatever dict is in a .safetensors file, or in a file saved by torch."""
+    """The dict in a .safetensors file, or in a file saved by torch."""
     if not path.is_file():
         raise UserError(f"weights file {path} does not exist")
     reason = ""
@@ -280,7 +280,7 @@ def read_weights(path: Path) -> dict:
         with torch.serialization.safe_globals(SAFE):
             reason = ", ".join(sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)))
             return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception:  # noqa: BLE001, unpicklers fail in any way
+    except Exception:  # noqa: BLE001, unpicklers fail in many ways
         reason = reason and f"; it contains {reason}, which may run code"
         raise UserError(f"{path} is not a .safetensors or torch weights file{reason}") from None
 
@@ -288,8 +288,8 @@ def read_weights(path: Path) -> dict:
 def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dict[str, Tensor], list[str]]:
     """The model's state dict in what a training program saved, and the names of the other tensors.
 
-    Whatever one prefix completes the model's names is taken off, and of several one of averaged weights is preferred.
-    Where none does, the tensors are returned under their own names: timm's filters know those of other programs.
+    A prefix under which all of the model's names are found is removed; of several, one of averaged weights is
+    preferred. Without one, the tensors keep their names: timm's filters can convert those of other programs.
     """
     tensors = dict(flatten(content))
     known = model.state_dict().keys()
@@ -322,7 +322,7 @@ def flatten(content: dict, prefix: str = ""):
 
 
 def save(content: dict, path: Path) -> None:
-    """Write a dict of plain types and tensors, sealed; no reader ever sees half of the file."""
+    """Write a dict of plain types and tensors, sealed; no reader ever sees a partial file."""
     buffer = io.BytesIO()  # torch.save on a full disk raises RuntimeError, writing to a file OSError
     torch.save(canonical(content), buffer)
     with zipfile.ZipFile(buffer, "a") as archive:
@@ -333,7 +333,7 @@ def save(content: dict, path: Path) -> None:
 
 
 def canonical(x):
-    """The same, with equal strings being one object: pickle writes them differently, and equal runs must be equal."""
+    """A copy in which equal strings are one object: otherwise pickle may write equal runs as different files."""
     if isinstance(x, dict):
         return {canonical(k): canonical(v) for k, v in x.items()}
     if isinstance(x, list | tuple):
@@ -345,7 +345,7 @@ SEAL = "seal"
 
 
 def seal(archive: zipfile.ZipFile) -> str:
-    """SHA-256 over the names and bytes of all members of what torch.save wrote, but the seal itself."""
+    """SHA-256 over the names and bytes of all members of a file of torch.save, except the seal itself."""
     total = hashlib.sha256()
     for name in archive.namelist():
         if not name.endswith(f"/{SEAL}"):
@@ -355,12 +355,12 @@ def seal(archive: zipfile.ZipFile) -> str:
 
 
 def load(path: str | Path, kind: str = FORMAT) -> dict:
-    """Read what save wrote onto the CPU, and compare its seal; a run's folder means the checkpoint in it.
+    """Read a file of save onto the CPU, and verify its seal; for a run's folder, the checkpoint in it.
 
     kind: the format that it must have.
 
     Raises:
-        UserError: missing, altered, damaged, not of this suite, or of another format version.
+        UserError: the file is missing, altered, damaged, not of this suite, or of another format version.
     """
     path = in_run_folder(path)
     if not path.is_file():
@@ -371,7 +371,7 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
             is_intact = stored == [seal(archive)]
         content = torch.load(path, map_location="cpu", weights_only=True)
         found, version = content.get("format"), content.get("format_version")
-    except Exception:  # noqa: BLE001, a damaged file makes unpicklers fail in any way
+    except Exception:  # noqa: BLE001, unpicklers fail in many ways on a damaged file
         raise UserError(f"{path} is damaged, or not a file of this suite") from None
     if found != kind:
         raise UserError(f"{path} is not a {kind} of this suite")
@@ -398,28 +398,28 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
 
 
 def newest_checkpoint() -> Path:
-    """The ckpt.pt of the newest run under runs/ that has ended, else of the newest one."""
+    """The newest ckpt.pt of a finished run under runs/, else the newest of all."""
     found = list(Path("runs").glob("*/ckpt.pt"))
     if not found:
-        raise UserError("there is no runs/*/ckpt.pt; train a model first (python train.py) or name a checkpoint")
+        raise UserError("no runs/*/ckpt.pt found; train a model first (python train.py) or name a checkpoint")
     return max(found, key=lambda path: (is_finished(path.parent), path.stat().st_mtime))
 
 
 def is_finished(folder: Path) -> bool:
-    """What a run's metrics.json says; reading that of each run takes less time than their checkpoints."""
+    """Whether a run is finished, by its metrics.json, which is faster to read than its checkpoint."""
     try:
         return json.loads((folder / "metrics.json").read_text())["finished"] is True
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
-# --- ask ---
+# --- inference ---
 
 
 @torch.inference_mode()
 def infer(model: nn.Module, batches, preprocessing: dict) -> Tensor:
-    """Logits, float64 [images, classes] on the CPU, of an iterable of uint8 batches [batch, side, side]; computed in
-    float32 throughout.
+    """Logits, float64 [images, classes] on the CPU, of an iterable of uint8 batches [batch, side, side]; the model
+    runs in float32.
 
     preprocessing: mean and std, as a checkpoint has them.
     """
@@ -437,20 +437,20 @@ def in_batches(images: Tensor, index: Tensor, size: int = 64):
 
 @dataclass
 class Decision:
-    """What a model says of images, after calibration; a row an image."""
+    """A model's calibrated output, one row per image."""
 
     calibrated_logits: Tensor  # float64 [n, classes]: log-odds of each class against the rest
-    probabilities: Tensor  # float64 [n, classes]: their sigmoid; near 1 it no longer ranks
+    probabilities: Tensor  # float64 [n, classes]: their sigmoid, which has ties near 1
     predicted: Tensor  # int64 [n]: positions in classes
 
 
 def decide(logits: Tensor, checkpoint: dict) -> Decision:
-    """The one decision, for training, evaluation and prediction.
+    """The decision rule of training, evaluation and prediction.
 
     Two classes: the last one from the threshold on. More: the most probable one.
 
     Args:
-        logits: float64 [n, classes]. checkpoint: its slope, intercept and threshold count.
+        logits: float64 [n, classes]. checkpoint: its slope, intercept and threshold are used.
     """
     calibrated_logits = calibrate(logits, checkpoint["slope"], checkpoint["intercept"])
     if logits.shape[1] == 2:
@@ -473,7 +473,7 @@ def calibrate(logits: Tensor, slope: float, intercept: float) -> Tensor:
     return scaled - others.logsumexp(2)
 
 
-# --- explain ---
+# --- heat maps ---
 
 STRIDE = 8  # of the feature map that is shown: 20 x 20 cells at 160 pixels
 MOST_PREFIX_TOKENS = 8  # class token, distillation token, registers
@@ -483,20 +483,19 @@ NO_MAP = "this model has no feature map that could be shown as a heat map"
 def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
 
-    The gradient is that of the logit of class target less the mean of all: what raises all alike changes
-    no probability.
-    The features are those of the last stage of stride 8 or less, or the finest there is: cells of 32 pixels, as most
-    last stages have them, are too coarse for an opacity. Where a model reads a class token alone, the last block's
-    other tokens count for nothing: the block before is taken.
+    The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
+    changes no probability. The features come from the last stage of stride 8 or less, or else from the finest stage:
+    the 32-pixel cells of most last stages are too coarse for an opacity. If a model's head reads only the class token,
+    the last block's other tokens have no influence, and the block before it is used.
 
     Args:
         model: in evaluation mode. x: normalised images [n, 1, side, side].
 
     Returns:
-        float32 [n, side, side] in [0, 1], each map divided by its own maximum; zero where nothing speaks for the class.
+        float32 [n, side, side] in [0, 1], each map divided by its own maximum; zero where nothing supports the class.
 
     Raises:
-        UserError: timm names no such stage of this model, or its output is no map of the image.
+        UserError: timm lists no stages of this model, or their output is not a map of the image.
     """
     kept = []
     size = x.shape[-1]
@@ -520,8 +519,8 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
 
 
 def shown_stages(model: nn.Module, size: int) -> list[tuple[nn.Module, int]]:
-    """The last two layers whose output a heat map may show, each with the cells along a side of images of that size."""
-    if hasattr(model, "reroll"):  # its tokens stand in another order than the cells of the image (Hiera)
+    """The last two layers that a heat map may show, each with its number of cells along a side of such images."""
+    if hasattr(model, "reroll"):  # its tokens are not in the order of the image's cells (Hiera)
         raise UserError(NO_MAP)
     try:
         finest = min(info["reduction"] for info in model.feature_info)
@@ -540,10 +539,10 @@ def find_map(output, side: int, count: int) -> Tensor:
 
 
 def to_grid(t: Tensor, side: int) -> Tensor | None:
-    """Features as [n, channels, height, width], whatever their layout, which their shape tells; else None.
+    """Features as [n, channels, height, width], or None if their shape fits none of three layouts.
 
-    That, or channels last, with about side cells along a side (convolutions without padding lose some); or tokens in
-    rows, behind those that stand for no cell.
+    Channels first or last, with about side cells along a side (convolutions without padding lose some); or tokens row
+    by row, after the prefix tokens, which belong to no cell.
     """
     if t.ndim == 3 and 0 <= t.shape[1] - side**2 <= MOST_PREFIX_TOKENS:
         return t[:, -(side**2) :].unflatten(1, (side, side)).permute(0, 3, 1, 2)
@@ -556,7 +555,7 @@ def to_grid(t: Tensor, side: int) -> Tensor | None:
     return None
 
 
-# --- know what is unlike ---
+# --- input check ---
 
 CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
 FEATURES = CELLS**2 + FINE_CELLS**2 + 2
@@ -565,8 +564,8 @@ FEATURES = CELLS**2 + FINE_CELLS**2 + 2
 def image_features(images: Tensor) -> Tensor:
     """What an image looks like at a glance, float32 [n, FEATURES], from uint8 [n, side, side].
 
-    Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. On the CPU,
-    wherever the images are, so that the check is one and the same for every device.
+    Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. Always
+    computed on the CPU, so that the check gives the same result on every device.
     """
     x = images.cpu().unsqueeze(1).float()
     coarse = F.adaptive_avg_pool2d(x, CELLS).flatten(1)
@@ -581,14 +580,14 @@ def image_features(images: Tensor) -> Tensor:
 def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
     """Mean and whitening of the training images' features, and the cut that flags 1 % of the validation images.
 
-    A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: what one learnt for a
+    A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: a network trained for a
     diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
     """
-    # Mirrored images too: they are as good.
+    # Mirrored images are included: they are not unlike.
     features = torch.cat([image_features(both) for batch in train_batches for both in (batch, batch.flip(2))]).double()
     scale = features.std(0).clamp(min=1e-4)
     standardised = (features - features.mean(0)) / scale
-    # Shrunk to the identity: few images must not make it singular.
+    # Shrunk towards the identity, so that it is not singular with few images.
     correlation = 0.9 * standardised.T @ standardised / len(features) + 0.1 * torch.eye(FEATURES)
     whiten = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
     check = {"mean": features.mean(0).float(), "whiten": whiten.float(), "cut": 1.0}
@@ -600,8 +599,8 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
 def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above check["cut"] an image is unlike the training images.
 
-    The distance of the features, weighed against that of the image turned upside down: where that one is the nearer,
-    something stands on its head.
+    The distance of the features; if the image flipped upside down is nearer, times the ratio of the two distances, since
+    the image is then probably upside down.
     """
     here = distance(check, images)
     turned = distance(check, images.flip(1))
@@ -613,7 +612,7 @@ def distance(check: dict, images: Tensor) -> Tensor:
 
 
 def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | float]:
-    """A logistic regression that tells the class from the border alone: a warning, if it can.
+    """A logistic regression of the class on the border alone; if it predicts well, that is a warning.
 
     Args:
         features: float32 [n, 348] from data.border_features. is_positive: bool [n].
@@ -621,7 +620,7 @@ def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | 
     Returns:
         weight of each feature, float64 [348], and bias.
     """
-    from sklearn.linear_model import LogisticRegression  # here, since prediction does without scikit-learn
+    from sklearn.linear_model import LogisticRegression  # here, since prediction does not need it
 
     features = features.double()
     mean = features.mean(0)

@@ -3,7 +3,7 @@
 python predict.py img.jpeg                              # the newest run's model
 python predict.py --ckpt runs/a --csv folder            # a run's model, for all images in a folder
 python predict.py --cam maps img.jpeg                   # and where the model looked
-find . -name '*.png' | python predict.py --json -       # a list of paths on stdin, one JSON object a line
+find . -name '*.png' | python predict.py --json -       # paths from stdin, one JSON object per line
 
 From Python: predict.predict(images) with paths, open files, Pillow images or arrays.
 
@@ -40,20 +40,20 @@ from data import UserError, count, warn
 
 
 def find_inputs(inputs):
-    """Yield the paths that files, folders, globs and - (a list on stdin) mean, in order.
+    """Yield the paths of files, folders, globs and - (a list on stdin), in order.
 
-    A folder that can't be read or has no images is yielded itself: it gets a row that says so.
+    A folder that can't be read or has no images is yielded itself: its row says why.
     """
     for item in inputs:
         if item == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin or ())  # None where it is closed
+            lines = (line.rstrip("\r\n") for line in sys.stdin or ())  # None if it is closed
             yield from find_inputs(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(item):
             unreadable, passed_over = [], Counter()
             found = [str(path) for path in data.walk(Path(item), passed_over, unreadable.append)]
             found += [error.filename for error in unreadable]
             if passed_over:
-                warn(f"skipped {count(passed_over.total(), 'file')} in {item} that are not images")
+                warn(f"skipped {count(passed_over.total(), 'non-image file')} in {item}")
             yield from found or [item]
         else:
             matches = [] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
@@ -77,7 +77,7 @@ class Prediction:
     flags: list[str] = field(default_factory=list)
     unlike: float | None = None  # distance to the training images; above 1 it is flagged
     error: str = ""
-    demo: bool = False  # the model learnt synthetic phantoms: it means nothing for patients
+    demo: bool = False  # trained on synthetic phantoms: no meaning for patients
     model: str = ""
     checksum: str = ""  # first 12 hexadecimal digits of the checkpoint's SHA-256
     run: str = ""  # path of the checkpoint
@@ -120,7 +120,7 @@ def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
 
 
 @functools.lru_cache(maxsize=2)
-def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # changed: another time is another model
+def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # changed: a new time, a new model
     checkpoint = models.load(path)
     device = models.pick_device(device)
     model = models.from_checkpoint(checkpoint, device)
@@ -129,7 +129,7 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # cha
 
 
 def classify_all(sources, classifier: Classifier, maps: Path | None = None, one_by_one: bool = False):
-    """Yield the predictions of any number of sources in order, in batches that are shared out to all cores.
+    """Yield the predictions of any number of sources in order, in batches spread over all cores.
 
     one_by_one: each prediction comes out before the next source is taken. The rest is as for classify.
     """
@@ -145,7 +145,7 @@ def classify_all(sources, classifier: Classifier, maps: Path | None = None, one_
 def classify(sources: list, classifier: Classifier, maps: Path | None = None) -> list[Prediction]:
     """A prediction for each path, open file, Pillow image or array.
 
-    maps: a folder for heat maps. These hook into the model, which no other thread may use meanwhile.
+    maps: a folder for heat maps. They hook into the model, so no other thread may use it at the same time.
     """
     checkpoint = classifier.checkpoint
     classes = checkpoint["classes"]
@@ -183,7 +183,7 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
 
 
 def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[str]:
-    """What a person should know of an image before trusting the label."""
+    """What a person should know about an image before trusting the label."""
     low, high = np.percentile(image[::4, ::4], (2, 98))  # what lies beyond may be a letter or an edge
     flags = {
         "colour image": info.colour > COLOUR,
@@ -199,10 +199,10 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
 # --- heat maps ---
 
 MAP_END = "_cam.png"
-LOW = 0.3  # of a map's own maximum: what is lower has no colour
+LOW = 0.3  # of a map's own maximum: lower values are not coloured
 TINT = (255, 110, 0)
 SMALLEST, LARGEST = 224, 2500  # longer side of a panel, in pixels
-FONTS = (  # of many scripts, as Linux, macOS and Windows call them
+FONTS = (  # that cover many scripts, by their names on Linux, macOS and Windows
     "DejaVuSans",
     "NotoSans-Regular",
     "arial",
@@ -234,7 +234,7 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     radiograph = Image.fromarray(image).resize((width, height))
     font_size = max(12, side // 28)
     gap = font_size // 3
-    canvas_width = max(2 * width + gap, 2 * SMALLEST)  # a narrow image has a caption too
+    canvas_width = max(2 * width + gap, 2 * SMALLEST)  # room for the caption of a narrow image
     canvas = Image.new("RGB", (canvas_width, height + gap + (font_size + gap) * len(lines)))
     canvas.paste(radiograph, (0, 0))
     canvas.paste(overlay(np.asarray(radiograph), heat), (width + gap, 0))
@@ -252,13 +252,13 @@ def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, f
     x = data.to_input(torch.from_numpy(image)[None].to(classifier.device), classifier.checkpoint)
     heat = models.heat_map(classifier.model, x, classes.index(row.label))[0].cpu().numpy()
     radiograph, _, error = data.decode(row.path, None)
-    drawn = draw_heat_map(image if error else radiograph, heat, caption(row, classes))  # its file may be gone meanwhile
+    drawn = draw_heat_map(image if error else radiograph, heat, caption(row, classes))  # the file may be gone by now
     with data.replacing(folder / map_name(row.path)) as f:
         drawn.save(f, "PNG")
 
 
 def map_name(path: str) -> str:
-    """A file name from the end of a path; a digest of the whole distinguishes those that end alike."""
+    """A file name from the end of a path, with a digest of the whole path, since two may have the same end."""
     name = re.sub(r"[^\w-]+", "_", path)
     name = name.encode()[-100:].decode(errors="ignore").strip("_")  # file systems count bytes
     return f"{name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}{MAP_END}"
@@ -271,12 +271,12 @@ def caption(row: Prediction, classes: list[str]) -> list[str]:
     else:
         result = f"{row.label}: P({classes[-1]}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
     demo = ["DEMO MODEL, trained on synthetic phantoms"] * row.demo
-    return [Path(row.path).name, result, f"tinted: what speaks for {row.label}", *demo, *row.flags]
+    return [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
 
 
 @functools.cache
 def load_fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own font, which has ASCII alone, and those of FONTS that Pillow finds in the system's folders."""
+    """Pillow's own font, which has only ASCII, and those of FONTS that Pillow finds in the system's folders."""
     fonts = [ImageFont.load_default(12)]
     for name in FONTS:
         with contextlib.suppress(OSError):
@@ -293,7 +293,7 @@ def find_lacking(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
 def typeset(text: str, size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Text as one line of at most width pixels, and the font that has most of its letters.
 
-    A letter that the font lacks loses its marks (Unicode's NFKD) or is escaped; a line too long loses its middle.
+    A letter missing from the font loses its marks (Unicode's NFKD) or is escaped; a line too long loses its middle.
     """
     font = min(load_fonts(), key=lambda font: len(find_lacking(text, font)))
     for letter in find_lacking(text, font):
@@ -311,7 +311,7 @@ def typeset(text: str, size: int, width: int) -> tuple[str, ImageFont.FreeTypeFo
 
 
 def to_text(row: Prediction | None, style: str | None, checkpoint: dict) -> str:
-    """A row as JSON, CSV or a line of the table; None for what comes above the first one."""
+    """A row as JSON, CSV or a line of the table; None gives the header."""
     classes, threshold = checkpoint["classes"], checkpoint["threshold"]["value"]
     if style == "json":
         return f"{json.dumps(asdict(row))}\n" if row else ""
@@ -348,7 +348,7 @@ def print_predictions(args: argparse.Namespace) -> int:
     if not checkpoint["finished"]:
         warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['lengths'][-1]}")
     if checkpoint["data"]["demo"]:
-        warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions mean nothing for patients")
+        warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions say nothing about patients")
     maps = args.cam and Path(args.cam)
     if maps:
         is_among_inputs = any(maps.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs)
@@ -366,7 +366,7 @@ def print_predictions(args: argparse.Namespace) -> int:
         counts[row.label] += 1
         flagged += bool(row.flags)
     if not counts:
-        raise UserError("no path came on stdin; write one a line, as find DIR -name '*.png' | python predict.py -")
+        raise UserError("no paths on stdin; write one per line, as in: find DIR -name '*.png' | python predict.py -")
     if maps:
         print(f"{count(counts.total() - counts[None], 'heat map')} in {maps}", file=sys.stderr)
     labels = ", ".join(f"{counts[name]} {name}" for name in checkpoint["classes"])
@@ -378,12 +378,12 @@ def print_predictions(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint or folder of a run (the newest)")
+    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint or run folder (default: newest)")
     style = parser.add_mutually_exclusive_group()
-    style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object a line")
-    style.add_argument("--csv", dest="style", action="store_const", const="csv", help="CSV with a header")
+    style.add_argument("--json", dest="style", action="store_const", const="json", help="print JSON, one object per line")
+    style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")
     parser.add_argument(
-        "--cam", type=data.non_empty, metavar="DIR", help="write each image with a heat map (HiResCAM) to DIR"
+        "--cam", type=data.non_empty, metavar="DIR", help="write each image with its heat map (HiResCAM) to DIR"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
