@@ -595,8 +595,8 @@ def find_training(root: Path) -> list[Record]:
         )
     for sides, patients in shared_patients(records).items():
         raise UserError(
-            f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would be "
-            f"invalid; remove them from one side (python data.py check --json {root} lists them)"
+            f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would "
+            f"be invalid; remove them from one side (python data.py check --json {root} lists them)"
         )
     remark_patients(records)
     return [r for r in records if r.split != "test"]

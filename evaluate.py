@@ -47,7 +47,7 @@ import models
 import predict
 from data import UserError, count, warn
 
-FEW_IMAGES, FEW_OF_A_CLASS = 50, 10  # fewer are warned of
+FEW_IMAGES, FEW_OF_A_CLASS = 50, 10  # fewer cause a warning
 QUINTILES = (0.2, 0.4, 0.6, 0.8)  # of the border logit
 
 # --- what was predicted ---
@@ -55,7 +55,7 @@ QUINTILES = (0.2, 0.4, 0.6, 0.8)  # of the border logit
 
 @dataclass
 class Answers:
-    """Two classes, or one of more against the rest: what is true of n images, and what was predicted."""
+    """Truth and predictions of n images, for two classes or for one of several against the rest."""
 
     is_positive: ndarray  # bool [n]
     score: ndarray  # float64 [n]: calibrated logit
@@ -64,10 +64,10 @@ class Answers:
     stratum: ndarray | None  # int64 [n]: quintile of the border logit
 
     def n_patients(self, metric: str) -> int:
-        """How many patients are in a metric's denominator; those of the rarer class where it needs both."""
+        """How many patients are in a metric's denominator; those of the rarer class if it needs both."""
         whose = METRICS[metric].whose
         groups = [self.is_positive, ~self.is_positive] if whose is None else [whose(self)]
-        # np.unique would take seconds of a million images.
+        # np.unique would take seconds for a million images.
         return min(np.count_nonzero(np.bincount(self.patient_index[group])) for group in groups)
 
 
@@ -75,7 +75,7 @@ class Answers:
 class Scored:
     """What a checkpoint, or another program, predicted for n labelled images; arrays have a row for each."""
 
-    sources: list[str]  # run, checkpoint or CSV; of a cross-validation all of its runs
+    sources: list[str]  # run, checkpoint or CSV; for a cross-validation all of its runs
     model: str  # timm's name, or the CSV's
     classes: list[str]  # the positive one last
     split: str  # train, val, test, or predictions (of a CSV)
@@ -85,7 +85,7 @@ class Scored:
     calibrated_logits: ndarray  # float64 [n, classes], see models.Decision
     predicted: ndarray  # int64 [n]: positions in classes
     threshold: dict  # as in a checkpoint
-    about: dict  # what the report says of the data: root, demo, fingerprint, copies, left_out, leaks
+    about: dict  # what the report says about the data: root, demo, fingerprint, copies, left_out, leaks
     border: ndarray | None = None  # float64 [n]: logit of the last class, from the border of the image alone
     stressed: dict[str, "Scored"] = field(default_factory=dict)  # the same images under each change of data.stress
     checkpoint: dict | None = None  # None: another program's predictions
@@ -112,7 +112,7 @@ class Scored:
 
     @property
     def arguments(self) -> dict:
-        """Of the training; predictions of another program have none, and share nothing with each other."""
+        """Those of the training; predictions of another program have none, and each file is a model of its own."""
         return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
 
     def against_rest(self, c: int) -> Answers:
@@ -137,7 +137,7 @@ def decide(logits: ndarray, operating_point: dict) -> dict:
 
 
 def to_logit(probability: float | ndarray) -> float | ndarray:
-    """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the rest keeps its order."""
+    """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the others keep their order."""
     lowest, highest = np.nextafter([0.0, 1.0], [1.0, 0.0])
     return logit(np.clip(probability, lowest, highest))
 
@@ -156,12 +156,12 @@ class Folder:
 
 @functools.lru_cache(maxsize=2)
 def read_folder(root: Path, is_test: bool, size: int) -> Folder:
-    """Read, and warn, once for all runs of a comparison."""
+    """Read a data folder and warn about it, once for all runs of a comparison."""
     data.prepare_demo(root)
     records = data.scan(root, "test") if is_test else data.find_training(root)
     if not records:
         raise UserError(f"{root}/test has no class folders with images")
-    if is_test:  # of the others find_training does it
+    if is_test:  # for the others find_training does it
         data.remark_patients(records)
     loaded = data.load_images(root, records, size)
     copies = data.copy_groups(loaded.hashes)
@@ -180,7 +180,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
 
 
 def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> Scored:
-    """Run a checkpoint over a split of its own data, or of those that --data names.
+    """Run a checkpoint over a split of its own data, or of the folder that --data names.
 
     Raises:
         UserError: no such split, other classes, moved or changed data, or logits that are not finite.
@@ -194,7 +194,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != seen["fingerprint"]:
-            raise UserError(f"the images in {root} are not those that {path} was trained on; name them with --data DIR")
+            raise UserError(f"{path} was not trained on the images in {root}; name their folder with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val if args.split == "val" else ~in_val
@@ -215,7 +215,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         batches = models.in_batches(images, positions)
         border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches])
     leaks = Counter()
-    for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # on its validation images every model is chosen
+    for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # every model is chosen on its validation images
         trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
         is_seen, patients = data.seen_before(records, folder.loaded.hashes[index], trace)
         leaks |= {f"{prefix}images": int(is_seen.sum()), f"{prefix}patients": len(patients)}
@@ -266,20 +266,20 @@ def infer_stressed(
 
 NEEDED = ("path", "label", "probability")
 CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
-NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are no subgroups
+NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are not subgroups
 
 
 def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     """What another program predicted: a table with the columns path, label and probability (of the positive class).
 
-    It may have patient, subtype, and calibrated_logit: the log-odds, used instead of the probability, which no longer
-    ranks where it is exactly 0 or 1. Any other column is a subgroup of the report.
+    It may have patient, subtype, and calibrated_logit: the log-odds, used instead of the probability, which has ties
+    at 0 and 1. Any other column gives subgroups of the report.
 
     Args:
-        positive: the positive label that was asked for. asked: with the threshold that was asked for, or empty.
+        positive: the positive label that was asked for. asked: has the threshold that was asked for, or is empty.
 
     Raises:
-        UserError: not such a table, or not two labels.
+        UserError: a column or value is missing or wrong, or there are not two labels.
     """
     rows = data.read_table(Path(path), CSV_COLUMNS)
     columns = list(rows[0]) if rows else []
@@ -292,7 +292,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     for row in rows:
         name = row["path"]
         patient, subtype, series = data.identify(os.path.basename(name))
-        if data.normal_form(row.get("patient", "")):  # 0 is none
+        if data.normal_form(row.get("patient", "")):  # 0 means unknown
             patient = row["patient"]
         record = data.Record(
             path=name,
@@ -316,7 +316,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     log_odds = np.where(np.isnan(exact), to_logit(np.array(probabilities)), exact)
     labels = {r.label for r in records}
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
-        if labels <= both:  # one of the two alone will do
+        if labels <= both:  # one of the two is enough
             labels, positive = both, positive or max(both)
     if len(labels) != 2 or "" in labels:
         raise UserError(f"{path}: expected two labels, found {', '.join(sorted(labels)) or 'none'}")
@@ -386,7 +386,7 @@ def describe_environment(device: torch.device) -> dict:
 
 
 class Draws:
-    """Answers under a block of weights, a row for each draw of the bootstrap: what every metric is a function of."""
+    """Answers weighted by a block of bootstrap draws, a row for each draw: the input of every metric."""
 
     def __init__(self, answers: Answers, weights: ndarray) -> None:
         """weights: float64 [draws, n], how often each image was drawn."""
@@ -409,7 +409,7 @@ def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarr
 
 
 def concordance(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
-    """How many pairs of a positive and a negative are ranked right (ties count half), of how many: each [draws]."""
+    """How many pairs of a positive and a negative are ranked right (ties count half), and of how many: each [draws]."""
     positives, negatives = tally(is_positive, score, weights)
     right = negatives * (np.cumsum(positives, 1) - positives / 2)
     return right.sum(1), positives.sum(1) * negatives.sum(1)
@@ -424,7 +424,7 @@ def auroc(d: Draws) -> ndarray:
 def adjusted_auroc(d: Draws) -> ndarray:
     """AUROC among pairs within one quintile of the border logit: what a model adds to the border of the image.
 
-    Quintiles count by their numbers of pairs. NaN without border logits.
+    Quintiles are weighted by their numbers of pairs. NaN without border logits.
     """
     a = d.answers
     right = pairs = np.zeros(len(d.weights))
@@ -475,14 +475,14 @@ METRICS = {
     "f1": Metric("F1", lambda d: 2 * d.tp / (2 * d.tp + d.fp + d.fn), lambda a: a.is_positive | a.predicted),
     "mcc": Metric("MCC", mcc, low=-1),
 }
-RANKING = ("auroc", "adjusted_auroc", "auprc")  # no threshold has a part in these
+RANKING = ("auroc", "adjusted_auroc", "auprc")  # these do not depend on the threshold
 OF_GROUPS = ("auroc", "adjusted_auroc", "sensitivity", "specificity")
 UNDER_STRESS = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 
 
 @np.errstate(divide="ignore", invalid="ignore")
 def measure(answers: Answers, names, weights: ndarray | None = None) -> dict[str, ndarray]:
-    """The named metrics, each float64 [draws]; without weights, of every image once."""
+    """The named metrics, each float64 [draws]; without weights, every image counts once."""
     if weights is None:
         weights = np.ones((1, len(answers.score)))
     draws = Draws(answers, weights)
@@ -507,7 +507,7 @@ def macro_auroc(labels: ndarray, calibrated_logits: ndarray) -> float:
 
 # --- intervals ---
 #
-# An array of draws begins with the estimate itself: its first element is of every image once, each other of one draw.
+# An array of draws begins with the estimate itself: in its first element every image counts once, each other is a draw.
 
 
 @dataclass(frozen=True)
@@ -537,7 +537,7 @@ class Bootstrap:
 def mean_over_runs(values: ndarray, rng: np.random.Generator) -> ndarray:
     """The mean over the runs of a model, float64 [1 + draws], from the values of each, float64 [runs, 1 + draws].
 
-    Each draw is of some runs at random, one fewer than there are: so it varies as the mean over other runs would
+    Each draw takes runs at random, one fewer than there are, so that it varies as much as the mean over new runs would
     (Rao and Wu 1988).
     """
     n_runs, n_draws = values.shape
@@ -550,8 +550,8 @@ def mean_over_runs(values: ndarray, rng: np.random.Generator) -> ndarray:
 def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
     """{"value", "ci95"} of a metric in [low, 1], from an array of draws.
 
-    The interval is symmetric on the logit scale, where a draw keeps a sixth of the value's distance from either end.
-    Where there is none (the value lies at an end, or all draws are equal), it is the one of Clopper and Pearson (1934)
+    The interval is symmetric on the logit scale; draws are kept away from either end by a sixth of the value's distance
+    to it. If the value is at an end, or all draws are equal, the interval of Clopper and Pearson (1934) is used instead,
     for the number of patients in the metric's denominator. tests/coverage_simulation.py shows how often it contains the
     truth.
     """
@@ -591,7 +591,7 @@ def or_none(value: float) -> float | None:
 
 
 def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
-    """What nobody must overlook, and what makes figures mean something else than they seem to, a line each."""
+    """Warnings about what makes the figures invalid or easy to misread, a line each."""
     remarks, leaks = [], s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
         remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['lengths'][-1]}")
@@ -603,9 +603,9 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
             remarks.append(f"LEAK: {how} on {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
-        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): only rough figures")
+        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): the figures are rough")
     if not any(r.known_patient for r in s.records):
-        remarks.append("no patient is known: intervals count images as independent")
+        remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():
         remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
     if auroc_interval and auroc_interval[1] < 0.5:
@@ -614,7 +614,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
 
 
 def model_values(s: Scored, bootstrap: Bootstrap) -> dict[str, ndarray]:
-    """Every metric, float64 [1 + draws]; of more than two classes some, as means over each against the rest."""
+    """Every metric, float64 [1 + draws]; for more than two classes only some, as means over each against the rest."""
     each = [bootstrap.values(s.against_rest(c), METRICS) for c in s.reported]
     means = {name: np.mean([values[name] for values in each], axis=0) for name in METRICS}
     if s.is_binary:
@@ -671,7 +671,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
 
 
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
-    """Everything that the files say about one model; each dict of dicts in it can be shown as a table."""
+    """Everything in the files about one model; each dict of dicts in it can be shown as a table."""
     _, result = summarise([s], bootstrap)
     result["failures"] = find_mistakes(s, 10)
     matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist()
@@ -735,9 +735,9 @@ def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
 
 
 def thirds(values: list[str]) -> list[str]:
-    """Numbers, and ages such as 058Y, as the range of the third that they lie in, such as 25 to 58.
+    """Replace numbers, and ages like 058Y, by the range of the third they are in, for example "25 to 58".
 
-    Other values, and three different numbers or fewer, stay as they are. Empty text is a missing value.
+    Other values, and three different numbers or fewer, are left unchanged. Empty text is a missing value.
     """
     numbers = np.array([data.as_number(value) for value in values], float)  # None is NaN
     is_known = np.isfinite(numbers)
@@ -753,7 +753,7 @@ def thirds(values: list[str]) -> list[str]:
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
-    """By subtype or, where there is none, the series of file names; and by each further column of the table."""
+    """By subtype or, without one, by the series of file names; and by each further column of the table."""
     subtypes = [r.subtype for r in s.records]
     in_names = [data.identify(os.path.basename(r.path))[1] for r in s.records]
     columns = {
@@ -766,7 +766,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     for column, values in columns.items():
         names = sorted(set(values) - {""}, key=lambda name: re.split(r"(\d+)", name))
         if len(names) > max(10, len(values) / 2):
-            warn(f"column {column} is not a subgroup: most images differ in it")
+            warn(f"column {column} gives no subgroups: it differs between most images")
             continue
         for name in names:
             groups[f"{column}: {name}"] = group_estimates(a, np.array(values) == name, bootstrap)
@@ -774,7 +774,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
 
 
 def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
-    """What the border of the images says without any lung, and the model's figures where that is wrong."""
+    """How well the border alone predicts the class, and the model's figures where the border is wrong."""
     a = s.against_rest(1)
     border = replace(a, score=s.border, predicted=s.border > 0)
     groups = {}
@@ -786,7 +786,7 @@ def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
 
 
 def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
-    """Metrics of the images and of their stressed copies, and mean and worst of the copies, at the threshold in force;
+    """Metrics of the images and of their stressed copies, and mean and worst of the copies, at the threshold in use;
     and the lowest balanced accuracy of them all, with the name of its row.
     """
     rows = {"clean": s, **s.stressed}
@@ -803,7 +803,7 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
 
 
 def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
-    """The most confident ones, at most so many, by path: where the true class got the lowest log-odds."""
+    """The most confident mistakes (lowest log-odds of the true class), by path; most: at most how many."""
     of_truth = s.calibrated_logits[np.arange(len(s.records)), s.labels]
     by_confidence = np.argsort(of_truth, kind="stable")
     mistakes = {}
@@ -818,7 +818,7 @@ def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
 
 
 def to_rows(s: Scored) -> list[dict]:
-    """One row per image for the CSV; the figures follow from it, except those of stress, border and shortcut."""
+    """One row per image for the CSV; the figures can be recomputed from it, except stress, border and shortcut."""
     rows, columns = [], s.columns
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
@@ -840,7 +840,7 @@ def to_rows(s: Scored) -> list[dict]:
 
 
 def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
-    """Put together the runs whose arguments differ in the named ones alone."""
+    """Group the runs whose arguments differ only in the named ones."""
     groups = defaultdict(list)
     for s in scored:
         common = {name: value for name, value in s.arguments.items() if name not in names}
@@ -849,10 +849,10 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
 
 
 def align(s: Scored, first: Scored) -> Scored:
-    """The same with the patients of the first one, since another program's CSV may not name them.
+    """s with the patients of the first one, since another program's CSV may not name them.
 
     Raises:
-        UserError: the two did not score the same task.
+        UserError: the two differ in classes, images, labels or data.
     """
     both = f"{', '.join(s.sources)} and {', '.join(first.sources)}"
     if s.classes != first.classes:
@@ -862,7 +862,7 @@ def align(s: Scored, first: Scored) -> Scored:
         path, _ = min(labels ^ others)
         raise UserError(f"{both} do not score the same images with the same labels; one that differs is {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
-        raise UserError(f"{both} saw other images under the same names: name one folder with --data")
+        raise UserError(f"{both} scored different images with the same names: name one folder with --data")
     patients = dict(zip((r.path for r in first.records), first.patient_index))
     return replace(s, patient_index=np.array([patients[r.path] for r in s.records]))
 
@@ -889,7 +889,7 @@ def holm(p: list[float | None]) -> list[float]:
 
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
-    """Models on the same images, sorted by AUROC; all but the first, the reference, have their differences to it."""
+    """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     first = groups[0][0]
     arguments = [runs[0].arguments for runs in groups]
     entries, tests, reference = [], [], None
@@ -925,7 +925,7 @@ TITLES = {name: metric.title for name, metric in METRICS.items()}
 
 
 def render(r: dict, facts: list[str], tables: dict[str, dict], lists: dict[str, list[str]]) -> str:
-    """A Markdown document that a terminal reader can read as it is.
+    """A Markdown document that is readable in a terminal too.
 
     r: a report or comparison. tables: {heading: {row: {column: cell}}}, see show; empty ones are left out. lists:
     {heading: lines}.
@@ -941,7 +941,7 @@ def render(r: dict, facts: list[str], tables: dict[str, dict], lists: dict[str, 
 
 
 def table(rows: dict[str, dict]) -> list[str]:
-    """The lines of a Markdown table, its cells padded; columns that are undefined in each row are left out."""
+    """The lines of a Markdown table, its cells padded; columns that are undefined in every row are left out."""
     columns = {"": list(rows)}
     for name in dict.fromkeys(name for row in rows.values() for name in row):
         cells = [show(row.get(name)) for row in rows.values()]
@@ -970,13 +970,13 @@ def show(cell: str | float | dict | None) -> str:
 
 
 def shorten(text: str, width: int) -> str:
-    """Without some of its first half, so that both a class's name and a file's can still be recognised."""
+    """Text without a part of its first half, so that the names of classes and files can still be recognised."""
     front = (width - 3) // 3
     return text if len(text) <= width else f"{text[:front]}...{text[front + 3 - width :]}"
 
 
 def heading(r: dict) -> str:
-    """Of a report, a comparison, or their pictures."""
+    """The title of a report, a comparison, or their pictures."""
     demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
     images = f"{count(r['data']['images'], 'image')} of {count(r['data']['patients'], 'patient')}"
     return f"{r['model']}, {r['split']} split, {images}{demo}"
@@ -1036,15 +1036,15 @@ TO_WRITE = ["setting and dates", "eligibility", "reference standard", "intended 
 
 
 def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
-    """What a report file says beside its figures; of what TRIPOD+AI and STARD-AI ask for, only what is known."""
+    """What a report file says besides its figures: those items of TRIPOD+AI and STARD-AI that are known here."""
     d, t, made = r["data"], r["run"], r["provenance"]
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
     lines = [
         f"source of data: {d['root']}, fingerprint {d['fingerprint']} (SHA-256 over files, paths, labels and splits)",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
-        f"copies: {count(d['copies'], 'scored image')} like another one; it counts with the patient of that one",
-        f"missing: the patient of {count(d['unknown_patients'], 'image')}",
+        f"copies: {count(d['copies'], 'scored image')} the same as another; copies count as one patient",
+        f"unknown patient: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",
         "intervals of 0 and 1: Clopper and Pearson, of as many patients as the metric counts",
         f"SHA-256 of the file {r['checkpoint']}: {r['sha256']}",
@@ -1053,7 +1053,7 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
         recipe = ", ".join(f"{name} {value}" for name, value in t["arguments"].items() if value is not None)
         lines += [
             f"model: {r['model']}, {r['parameters']} parameters, {t['input_size']} px",
-            f"preprocessing: grey levels in [0, 1], less {t['mean']:.3f}, over {t['std']:.3f}",
+            f"preprocessing: grey levels in [0, 1], minus {t['mean']:.3f}, divided by {t['std']:.3f}",
             f"started from: {t['origin']['note']}; SHA-256 of its file: {t['origin']['sha256'] or 'none'}",
             f"trained on {count(t['data']['n_images'], 'image')} of {t['data']['root']}, {t['data']['fingerprint']}",
             f"recipe: {recipe}",
@@ -1061,7 +1061,7 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
         ]
     if r["folds"] > 1:
-        lines.append(f"cross-validation of {r['folds']} runs, of which one is described here")
+        lines.append(f"cross-validation of {r['folds']} runs, one of which is described here")
     lines += [
         f"this report: {made['command']}, on {made['date']}, by code {made['environment']['git_commit']}",
         "limits: measured on these images alone; other hospitals, devices and ages were not",
@@ -1096,7 +1096,7 @@ def comparison_document(c: dict) -> str:
     facts += [
         "sorted by AUROC: the best of several models looks better than it is",
         "p (Holm): of the difference of AUROC, adjusted for the number of models",
-        "of several runs the mean; sd: standard deviation over them; intervals cover patients and runs",
+        "several runs of a model: their mean and standard deviation (sd); intervals cover patients and runs",
     ]
     return render(c, facts, {"models": rows}, {})
 
@@ -1104,10 +1104,10 @@ def comparison_document(c: dict) -> str:
 # --- pictures ---
 
 PANELS = {  # title: names of the axes, and what else to know
-    "ROC": ("1 - specificity", "sensitivity", "the dot is the threshold in force"),
-    "calibration": ("mean probability", "observed frequency", "in ten bins; on the diagonal is ideal"),
-    "decision curve": ("threshold", "net benefit", "of treating whom the model calls positive, all, or none (0)"),
-    "probabilities": ("probability", "images", "of the last class, by the true one; the line is the threshold"),
+    "ROC": ("1 - specificity", "sensitivity", "the dot is the threshold in use"),
+    "calibration": ("mean probability", "observed frequency", "in ten bins; the diagonal is ideal"),
+    "decision curve": ("threshold", "net benefit", "of treating those called positive, all, or none (0)"),
+    "probabilities": ("probability", "images", "of the last class, by true class; the line is the threshold"),
     "confusion matrix": ("predicted class", "true class", "numbers of images"),
     "training": ("epoch", "losses and validation AUROC", "the line is the selected epoch"),
 }
@@ -1125,13 +1125,13 @@ def new_figure(title: str, rows: int, columns: int, width: float, height: float)
 
 
 def save_figure(path: Path, figure) -> None:
-    """As PNG."""
+    """Write a figure as PNG."""
     with warnings.catch_warnings(action="ignore"), data.replacing(path) as f:  # names may need glyphs that fonts lack
         figure.savefig(f, format="png", dpi=200)
 
 
 def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
-    """A ROC curve, where both classes are there, and a dot for the threshold in force."""
+    """A ROC curve, if both classes are present, and a dot for the threshold in use."""
     if 0 < a.is_positive.mean() < 1:
         RocCurveDisplay.from_predictions(a.is_positive, a.score, ax=ax, name=label, curve_kwargs={"color": colour})
         sides = measure(a, ("sensitivity", "specificity"))
@@ -1139,9 +1139,9 @@ def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
 
 
 def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
-    """Per image, of treating whom the model calls positive, and of treating all (Vickers and Elkin 2006).
+    """Per image, of treating those called positive, and of treating all (Vickers and Elkin 2006).
 
-    Treating none has a benefit of 0. At a threshold of t a false positive costs t / (1 - t) of a true one's worth.
+    Treating none has a benefit of 0. At threshold t a false positive costs t / (1 - t) times what a true one gains.
     """
     cost = np.exp(logit(thresholds))[:, None]
     worth = np.where(a.is_positive, 1, -cost)
@@ -1180,10 +1180,10 @@ def plot_report(s: Scored, title: str, history: list[dict]):
 
 
 def plot_mistakes(s: Scored, device: torch.device):
-    """The most confident mistakes, at most twelve, each beside its heat map: what speaks for the predicted class."""
+    """The most confident mistakes, at most twelve, each beside its heat map for the predicted class."""
     mistakes = find_mistakes(s, 12)
     rows = math.ceil(len(mistakes) / 4)
-    title = "most confident mistakes; tinted: what speaks for the predicted class"
+    title = "most confident mistakes; tinted: evidence for the predicted class"
     figure, panels = new_figure(title, rows, 4, 16, 3 * rows)
     model = models.from_checkpoint(s.checkpoint, device)
     for ax in panels:
@@ -1216,28 +1216,28 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
 def make_parser() -> data.Parser:
     parser = data.Parser(prog="evaluate.py", description="Score checkpoints, or the predictions of other programs.")
     add, text = parser.add_argument, data.non_empty
-    help = "run, ckpt.pt or CSV; of several the first is the reference (newest run)"
+    help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
     add("inputs", nargs="*", metavar="FILE", help=help)
-    add("--split", choices=("test", "val", "train"), default="test", help="which images")
-    help = "another folder with the same classes (needs --output), or the new place of the run's own"
+    add("--split", choices=("test", "val", "train"), default="test", help="images to score")
+    help = "another folder with the same classes, or the run's own if it was moved; writes files only with --output"
     add("--data", type=text, metavar="DIR", help=help)
-    add("--positive", metavar="CLASS", help="the positive label of a CSV (1, PNEUMONIA, else a guess)")
-    help = "explore another threshold than the stored one; no file is written without --output"
+    add("--positive", metavar="CLASS", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
+    help = "threshold to use instead of the stored one; writes files only with --output"
     add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
     help = "also score copies with another exposure, geometry, sharpness, noise, or border"
     add("--stress", action="store_true", help=help)
-    add("--plots", action="store_true", help="write pictures, too (needs matplotlib)")
-    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="draws for the intervals")
-    add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="of the bootstrap")
-    help = "folder for the files (beside the checkpoint; none for a comparison)"
+    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
+    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")
+    add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
+    help = "folder for the files (default: beside the checkpoint or CSV; for a comparison, no files)"
     add("--output", type=text, metavar="DIR", help=help)
-    add("--json", action="store_true", help="print JSON alone")
+    add("--json", action="store_true", help="print only JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     return parser
 
 
 def find_inputs(patterns: list[str]) -> list[str]:
-    """The inputs, including matches of patterns that the shell did not expand; the newest run where there are none.
+    """The inputs, including matches of patterns that the shell did not expand; or else the newest run.
 
     Raises:
         UserError: a folder without a checkpoint.
@@ -1255,7 +1255,7 @@ def find_inputs(patterns: list[str]) -> list[str]:
 
 
 def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) -> None:
-    """Raise UserError where an option does not fit the inputs; None: a CSV."""
+    """Raise UserError if an option does not fit the inputs; checkpoints: None for a CSV."""
     more_classes = any(checkpoint and len(checkpoint["classes"]) > 2 for checkpoint in checkpoints)
     problems = {
         "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
@@ -1271,7 +1271,7 @@ def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) ->
 
 
 def find_output(scored: list[Scored], args: argparse.Namespace) -> Path | None:
-    """The folder for the files: --output, or beside the one input if these are its own images at its own threshold."""
+    """The folder for the files: --output, or beside a single input scored on its own data at its own threshold."""
     first = scored[0]
     if args.output:
         return Path(args.output)
@@ -1288,7 +1288,7 @@ def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
     if args.plots:
         is_run = s.checkpoint and len(s.sources) == 1
         history = []
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a checkpoint may have left its run's folder
+        with contextlib.suppress(OSError, ValueError, KeyError):  # a checkpoint may have been moved
             metrics = models.in_run_folder(s.sources[0]).with_name("metrics.json").read_text()
             history = json.loads(metrics)["epochs"] if is_run else []
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)

@@ -599,8 +599,8 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
 def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above check["cut"] an image is unlike the training images.
 
-    The distance of the features; if the image flipped upside down is nearer, times the ratio of the two distances, since
-    the image is then probably upside down.
+    The distance of the features. If that of the flipped image is smaller, the image is probably upside down, and the
+    distance is multiplied by the ratio of the two.
     """
     here = distance(check, images)
     turned = distance(check, images.flip(1))

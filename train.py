@@ -1,11 +1,11 @@
-"""Fine-tune a timm model to tell pneumonia from normal chest radiographs.
+"""Fine-tune a timm model to classify chest radiographs, by default as pneumonia or normal.
 
 python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
 python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
 python train.py --resume runs/20260101-120000-resnet18           # continue after an interruption, to the bit
 torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
 
-Sections: what follows from step and history; data; learner and epoch; operating point; the run's files; the run;
+Sections: schedule and selection; data; learner and epoch; operating point; the run's files; the run;
 command line.
 """
 
@@ -45,7 +45,7 @@ STATE_FORMAT = "training state"
 REPORTS = ("test*", "val*", "train*", "report.md")  # what evaluate.py may have written into a run's folder
 
 
-# --- what follows from step and history ---
+# --- schedule and selection ---
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -58,7 +58,7 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 def selected_epoch(history: list[dict], n_positive: int, n_negative: int) -> int:
     """The epoch to keep, from 1 on: the latest one within a standard error of the best validation AUROC up to it.
 
-    AUROC saturates here: of epochs that it can't tell apart, the longer trained one is better.
+    AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better.
 
     Args:
         n_positive, n_negative: validation patients (images of one patient are alike).
@@ -113,14 +113,14 @@ class TrainingSet:
         return selected_epoch(history, self.n_patients(self.val[positive]), self.n_patients(self.val[~positive]))
 
     def traces(self, index: Tensor) -> dict:
-        """By what images are recognised later: their known patients, and their hashes as int64 [n, 4]."""
+        """What identifies the images later: their known patients, and their hashes as int64 [n, 4]."""
         patients = {r.patient for r in self.records(index) if r.known_patient}
         hashes = torch.from_numpy(self.folder.loaded.hashes[index].view(np.int64))
         return {"patients": sorted(patients), "hashes": hashes}
 
     @functools.cached_property
     def checks(self) -> dict:
-        """What a checkpoint knows of the training images: how they look, and what their border alone tells."""
+        """What a checkpoint stores about the training images: how they look, and a classifier of their border."""
         some = self.train[:: 1 + len(self.train) // 20_000]  # more would add nothing, but need a kilobyte each
         batches = functools.partial(models.in_batches, self.images)
         border = None
@@ -155,14 +155,14 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
             raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
     if sum(sizes) < evaluate.FEW_IMAGES or min(sizes) < evaluate.FEW_OF_A_CLASS:
         images = count(sum(sizes), "validation image")
-        warn(f"only {images}, {min(sizes)} of a class: whatever is chosen on them is chosen by chance")
+        warn(f"only {images}, {min(sizes)} of a class: too few to choose an epoch or a threshold")
     return TrainingSet(root, folder, folder.loaded.images, labels, index["train"], index["val"], classes)
 
 
 def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
-    """Warn where this run, or the one that its weights come from, is trained on what validates it.
+    """Warn if this run, or the one that its weights come from, was trained on validation images or their patients.
 
-    parent: the traces of what that one was trained on.
+    parent: the traces of that run's training images.
     """
     records, hashes = d.records(d.val), d.folder.loaded.hashes[d.val]
     for source, seen in (("this run", d.traces(d.train)), ("the run of --weights", parent)):
@@ -191,17 +191,17 @@ def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tenso
 
 @dataclass
 class Learner:
-    """What training changes, and what it is called through."""
+    """The model in training, and everything that changes with it."""
 
     model: torch.nn.Module  # has the weights
-    network: torch.nn.Module  # what is called: the model, perhaps wrapped or compiled
+    network: torch.nn.Module  # to call: the model, perhaps wrapped or compiled
     average: ModelEmaV3  # of the weights: what is validated and kept
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     is_frozen: bool  # all but the head, running statistics and dropout included
 
     def parts(self) -> dict:
-        """Whatever has a state to save."""
+        """The parts whose state is saved, by name."""
         return {
             "model": self.model,
             "average": self.average.module,
@@ -211,7 +211,7 @@ class Learner:
 
 
 def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> Learner:
-    """Put the model on the device, wrapped for several processes and compiled where asked for."""
+    """Put the model on the device, wrapped for several processes and compiled if asked for."""
     model.to(device, memory_format=models.memory_format(model, device))
     if args.freeze:
         model.requires_grad_(False)
@@ -244,7 +244,7 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
 
 
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What autocast computes in; float32 means none."""
+    """The dtype of autocast; float32 means that it is off."""
     if precision == "auto" and device.type == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
@@ -324,8 +324,8 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 
 # --- operating point ---
 #
-# A model meets images that were made otherwise than those it was validated on. So calibration and threshold rest on the
-# validation images and their stressed copies, weighted so that the border of the film tells nothing of the class.
+# In use, a model gets images made differently from its validation images. So calibration and threshold are fitted to the
+# validation images and their stressed copies, weighted so that the border of the film is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
 UNFINISHED = {
@@ -338,8 +338,8 @@ UNFINISHED = {
 def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
     """A weight for each image, float64 [n], and what it does, in one line.
 
-    All classes weigh the same; within each tercile of the border logit too, so that it tells nothing of the class.
-    Where a tercile lacks a class, or without border logits, the classes alone are weighted.
+    All classes weigh the same, also within each tercile of the border logit, so that it is unrelated to the class.
+    If a class is missing from a tercile, or without border logits, only the classes are weighted.
 
     Args:
         labels: int64 [n]. border_logits: float64 [n], see models.border_logit.
@@ -404,7 +404,7 @@ def fit_platt(z: ndarray, is_positive: ndarray, weights: ndarray, images: ndarra
 
 
 def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
-    """A threshold on the calibrated logit z, predicted positive from it on; half-way between two images.
+    """A threshold on the calibrated logit z: positive from there on; half-way between two images.
 
     rule: youden (the largest sensitivity + specificity), sensitivity=X (the highest threshold that reaches X), or a
     fixed probability.
@@ -422,7 +422,7 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 
 
 def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: torch.device) -> dict:
-    """What metrics.json says of a run, and what does not change in it."""
+    """The part of metrics.json that does not change during a run."""
     return {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
         "environment": evaluate.describe_environment(device),
@@ -440,7 +440,7 @@ def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: tor
 
 
 def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]:
-    """The run's folder and the lock on it, which must be kept; a folder with a run is never overwritten.
+    """The run's folder and the lock on it, which the caller must keep; a folder with a run is never overwritten.
 
     Raises:
         UserError: another process trains in it, or it has a run already.
@@ -469,7 +469,7 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]
 
 
 def refuse_run(folder: Path) -> None:
-    """Raise UserError where the folder has a run."""
+    """Raise UserError if the folder has a run."""
     if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
         raise UserError(f"{folder} already has a run; use --resume {folder} to continue it, or another --output")
 
@@ -494,7 +494,7 @@ def save_progress(
 
 
 def save_checkpoint(checkpoint: dict, folder: Path) -> None:
-    """Write ckpt.pt; reports on the one that was there are set aside, since they are about another model."""
+    """Write ckpt.pt; reports on the previous one are renamed to *.old, since they are about another model."""
     for pattern in REPORTS:
         for report in folder.glob(pattern):
             if report.suffix != ".old":
@@ -503,16 +503,16 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
 
 
 def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
-    """Raise UserError where what save_progress wrote is of other data or processes, or of another run than ckpt.pt."""
+    """Raise UserError if the state is from other data, another number of processes, or another run than ckpt.pt."""
     if state["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same number")
     history = state["history"]
     if not history:
         return
-    checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better said now than at the end
-    # A newer one is right: it is written first, and a run that was killed in between makes its epoch again.
+    checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better to fail now than at the end
+    # A newer ckpt.pt is fine: it is written before last.pt, and a run killed in between repeats the epoch.
     is_older = checkpoint["epoch"] < d.selected_epoch(history)
     if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
         raise UserError(f"{folder}/ckpt.pt does not belong to {folder}/last.pt: start a new run")
@@ -542,15 +542,15 @@ def make_checkpoint(
         **UNFINISHED,
         **d.checks,
         "validation": {key: epoch_log[key] for key in ("val_loss", "val_auroc", "val_accuracy")},
-        "epoch": epoch_log["epoch"],  # that of these weights
-        "epochs": epoch_log["epoch"],  # how many the run has made; more where the last ones were not selected
-        "lengths": [epoch_log["planned_epochs"]],  # planned; several where --resume changed the number
+        "epoch": epoch_log["epoch"],  # of these weights
+        "epochs": epoch_log["epoch"],  # how many the run has made; more if the last ones were not selected
+        "lengths": [epoch_log["planned_epochs"]],  # planned; several if --resume changed the number
         "finished": False,
         "data": {
             **{key: about["data"][key] for key in ("root", "demo", "fingerprint")},
             "n_images": len(d.train),
             "prevalence": float(d.is_positive(d.val).double().mean()),  # on validation
-            **trained,  # by this run and those that its weights come from
+            **trained,  # of this run and those that its weights come from
             "val_patients": validated["patients"],  # epoch and operating point are chosen on these
             "val_hashes": validated["hashes"],
         },
@@ -603,7 +603,7 @@ def broadcast(value):
 
 @contextlib.contextmanager
 def first_process_first(rank: int):
-    """The others enter when the first one has left: it draws, fetches or decodes, and they find the files."""
+    """The others wait until the first one is done: it draws, fetches or decodes, and they find the files."""
     if rank > 0:
         dist.barrier()
     yield
@@ -625,7 +625,7 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tupl
 
 
 def run(args: argparse.Namespace, state: dict | None) -> None:
-    """Train as the arguments say; state: what a resumed run left in last.pt."""
+    """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
     if is_first and args.output is not None and state is None:
@@ -656,7 +656,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
                 print(f"the run in {args.output} is finished; --epochs N trains it longer")
             return
 
-    # what an epoch takes
+    # what every epoch needs
     batch_size = min(args.batch_size * world, len(d.train))
     steps = len(d.train) // batch_size
     warmup = round(args.warmup_epochs * steps)
@@ -679,7 +679,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         first_step = (epoch - 1) * steps
         rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
         order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
-        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest: others each epoch
+        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # drops a rest, another one each epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = tqdm(
             batches(d, order, operations, numbers, preprocessing, device),
@@ -687,7 +687,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
             steps,
             leave=False,
             unit="step",
-            disable=None if is_first else True,  # None: where nobody looks
+            disable=None if is_first else True,  # None: unless a terminal
         )
         train_metrics = train_epoch(learner, class_weights, loader, rates, first_step, dtype)
         speed = steps * batch_size / (time.perf_counter() - start)
@@ -765,11 +765,11 @@ def make_parser() -> data.Parser:
     parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's)")
-    add("--positive", metavar="CLASS", help="the positive class (PNEUMONIA, else a guess)")
-    add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one for validation")
-    add("--fold", type=number(int, 0, 999), default=0, help="which part: 0 to folds - 1")
+    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray or the demo set)")
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="input side (default: 160, or the model's if fixed)")
+    add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
+    add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one of them for validation")
+    add("--fold", type=number(int, 0, 999), default=0, help="the part for validation: 0 to folds - 1")
     group = parser.add_argument_group("model")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--model", type=text, default="mobilenetv3_small_050", help="any timm classification model")
@@ -777,26 +777,26 @@ def make_parser() -> data.Parser:
     add_source("--pretrained", action=yes_no, default=None, help=help)
     help = "weights from a run, a .safetensors file or a torch state dict"
     add_source("--weights", type=text, metavar="FILE", help=help)
-    add("--freeze", action=yes_no, default=False, help="train the head alone: a linear probe")
+    add("--freeze", action=yes_no, default=False, help="train only the head: a linear probe")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
-    add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak rate of AdamW; transformers need less")
-    add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="not on norms and biases")
+    add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak learning rate; transformers need less")
+    add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="of AdamW, not on norms and biases")
     help = "learning-rate factor per layer, downwards"
     add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help=help)
-    add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, then cosine")
-    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="moving average of weights; 0: none")
+    add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, before the cosine")
+    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="average of the weights; 0: none")
     add("--balance", action=yes_no, default=True, help="weight the classes equally in the loss")
     add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
     help = "probability from which an image is positive; or youden, or sensitivity=0.95, chosen on validation"
     add("--threshold", type=threshold_rule, default="0.5", metavar="RULE", help=help)
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=text, metavar="DIR", help="run folder (runs/DATE-TIME-MODEL)")
-    add("--resume", type=text, metavar="DIR", help="continue the run in this folder, with its own arguments")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random but the split")
+    add("--output", type=text, metavar="DIR", help="run folder (default: runs/DATE-TIME-MODEL)")
+    add("--resume", type=text, metavar="DIR", help="continue this run; may change --data, --epochs, --device")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 on CUDA")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 on CUDA")
     add("--compile", action=yes_no, default=False, help="torch.compile the model")
     return parser
 
