@@ -551,7 +551,7 @@ def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
     """{"value", "ci95"} of a metric in [low, 1], from an array of draws.
 
     The interval is symmetric on the logit scale; draws are kept away from either end by a sixth of the value's distance
-    to it. If the value is at an end, or all draws are equal, the interval of Clopper and Pearson (1934) is used instead,
+    to it. If the value is at an end, or all draws are equal, the interval is from Clopper and Pearson (1934) instead,
     for the number of patients in the metric's denominator. tests/coverage_simulation.py shows how often it contains the
     truth.
     """
@@ -603,7 +603,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
             remarks.append(f"LEAK: {how} on {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
-        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): the figures are rough")
+        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): figures are rough")
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():

@@ -380,7 +380,7 @@ def main() -> None:
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
     parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint or run folder (default: newest)")
     style = parser.add_mutually_exclusive_group()
-    style.add_argument("--json", dest="style", action="store_const", const="json", help="print one JSON object per line")
+    style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")
     parser.add_argument(
         "--cam", type=data.non_empty, metavar="DIR", help="write each image with its heat map (HiResCAM) to DIR"

@@ -324,8 +324,8 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 
 # --- operating point ---
 #
-# In use, a model gets images made differently from its validation images. So calibration and threshold are fitted to the
-# validation images and their stressed copies, weighted so that the border of the film is unrelated to the class.
+# In use, a model gets images made differently from its validation images. So calibration and threshold are fitted to
+# these and their stressed copies, weighted so that the border of the film is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
 UNFINISHED = {
@@ -507,7 +507,7 @@ def check_state(state: dict, folder: Path, args: argparse.Namespace, d: Training
     if state["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
     if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same number")
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
     history = state["history"]
     if not history:
         return
@@ -679,7 +679,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         first_step = (epoch - 1) * steps
         rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
         order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
-        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # drops a rest, another one each epoch
+        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = tqdm(
             batches(d, order, operations, numbers, preprocessing, device),
@@ -765,8 +765,8 @@ def make_parser() -> data.Parser:
     parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray or the demo set)")
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="input side (default: 160, or the model's if fixed)")
+    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's if fixed)")
     add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one of them for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="the part for validation: 0 to folds - 1")
