@@ -766,7 +766,7 @@ def make_parser() -> data.Parser:
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
     add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's if fixed)")
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's own)")
     add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one of them for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="the part for validation: 0 to folds - 1")

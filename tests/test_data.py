@@ -148,7 +148,7 @@ def interrupted_while_writing():
 
 ENDS = {  # what the work does, whether its output matters, the exit code, what is printed on stderr
     "a closed pipe": (lambda: print("a row"), False, 0, ""),
-    "a closed pipe that matters": (lambda: print("a row"), True, 1, "nobody reads the output any more; go on\n"),
+    "a closed pipe that matters": (lambda: print("a row"), True, 1, "the output pipe was closed; go on\n"),
     "SIGTERM": (lambda: os.kill(os.getpid(), signal.SIGTERM), False, 143, "interrupted; go on\n"),
     "Ctrl-C": (interrupted_while_writing, False, 130, "interrupted; go on\n"),
     "a problem was found": (lambda: 1, False, 1, ""),
@@ -197,7 +197,7 @@ def test_scan_takes_images_and_counts_the_rest(tmp_path, capsys):
     assert [r.patient for r in records] == ["IM-1", "virus-2", "train/PNEUMONIA/x.jfif"]
     assert [r.known_patient for r in records] == [True, True, False]
     skipped, loose = capsys.readouterr().err.splitlines()
-    assert "2 .txt, 1 no ending, 1 .db" in skipped and "in no class folder: 1 (train/loose.png)" in loose
+    assert "2 .txt, 1 no extension, 1 .db" in skipped and "in no class folder: 1 (train/loose.png)" in loose
 
 
 def test_masks_and_annotations_are_left_out_by_name_and_counted(tmp_path, capsys):
@@ -281,8 +281,8 @@ def test_the_root_is_found_or_its_absence_explained(tmp_path, monkeypatch):
 LAYOUTS = {
     "images of no class; expected two or more class folders.*or a metadata.csv": "",
     "images of NORMAL; expected two": "train/NORMAL/a.jpeg train/PNEUMONIA/notes.txt",
-    "class C, which is not among A, B": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
-    "class Normal, which is not among NORMAL, X": "train/NORMAL/a.png train/X/b.png test/Normal/c.png test/X/d.png",
+    "class C, which is not one of A, B": "train/A/a.jpeg train/B/b.jpeg test/A/c.jpeg test/C/d.jpeg",
+    "class Normal, which is not one of NORMAL, X": "train/NORMAL/a.png train/X/b.png test/Normal/c.png test/X/d.png",
 }
 
 
@@ -315,7 +315,7 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_said(tmp_
     assert [(r.path, r.label, r.split, r.patient) for r in records] == [*expected, ("x/3.png", "A", "test", "r")]
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
-    assert "contradicts the folder about the label, and overrules it: 1 (B/5.png)" in said
+    assert "the folder differ in the label; metadata.csv is used: 1 (B/5.png)" in said
     assert "without a label or in no class folder: 1 (x/6.png)" in said
 
 
@@ -337,7 +337,7 @@ BAD_METADATA = {
     "the split of x/1.png is dev; write train, val or test": "file_name,label,split\nx/1.png,A,dev\n",
     "the split of x/1.png is missing;.*crc32": "file_name,label\nx/1.png,A\n",
     "rename column Patient_ID to patient": "file_name,Patient_ID\nx/1.png,A\n",
-    "class NORMAL, which is not among normal": "file_name,label,split\nx/1.png,NORMAL,train\nx/2.png,normal,train\n",
+    "class NORMAL, which is not one of normal": "file_name,label,split\nx/1.png,NORMAL,train\nx/2.png,normal,train\n",
     "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
 }
 
@@ -446,14 +446,14 @@ def test_shared_patients_are_an_error(tmp_path, split, n):
 
 
 ODD_PATIENTS = {
-    "images of unknown patients, each counts as its own, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
-    "more than 5 % of all images; is it a placeholder?: 1 (p)": records_of(*["p"] * 21, "q"),
+    "images of unknown patients, each of which counts as a patient, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
+    "more than 5 % of all images; placeholders?: 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
-    "in another spelling; write them alike: 1 (00017b = 17B)": [
+    "on both sides of a split; use one spelling: 1 (00017b = 17B)": [
         *records_of("00017b", "8"),
         *records_of("17B", "x8", split="test"),
     ],
-    "in another spelling; write them alike: 1 (17 = 17.0)": [*records_of("17"), *records_of("17.0", split="val")],
+    "on both sides of a split; use one spelling: 1 (17 = 17.0)": [*records_of("17"), *records_of("17.0", split="val")],
     "": [*records_of(*["p"] * 20, "1", "10"), *records_of("01x", "100", split="test")],  # nothing odd
 }
 
@@ -1512,8 +1512,8 @@ def test_check_counts_and_measures(tmp_path):
 NORMAL = "train/NORMAL/NORMAL-0-0001.png"
 FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
     "same patient": ("train/NORMAL/NORMAL-0-0002.png", None, ""),
-    "unknown patient": ("train/NORMAL/own.png", "warnings", "copies under several patients, who count as one"),
-    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "warnings", "copies under several patients, who count as one"),
+    "unknown patient": ("train/NORMAL/own.png", "warnings", "copies under several patients, which count as one"),
+    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "warnings", "copies under several patients, which count as one"),
     "other class": ("train/PNEUMONIA/NORMAL-0-0001.png", "problems", "copies under several labels"),
     "other split": ("test/NORMAL/NORMAL-9-0001.png", "problems", "copies across splits"),
     "shared patient": ("test/NORMAL/NORMAL-0-0002.png", "problems", "patients in both train and test"),
@@ -1547,7 +1547,7 @@ def test_what_check_says_is_counted_and_printed(tmp_path):
         "WARNING: left out as masks or annotations, by their names: 1 (train/NORMAL/1_mask.png)",
         "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
         "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
-        "WARNING: images of unknown patients, each counts as its own, among 9: 3",
+        "WARNING: images of unknown patients, each of which counts as a patient, among 9: 3",
         "fingerprint of train: ",
         "fingerprint of test: ",
     ):

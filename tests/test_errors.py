@@ -21,7 +21,7 @@ TRAIN = [
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--lear 1", "unrecognized arguments"),
     ("--lr 1e39", "--lr: 1e39 is not in [0, 1e+30]"),
-    ("--output=", "--output: it is empty"),
+    ("--output=", "--output: must not be empty"),
     ("--weights other/metrics.json", "is not a .safetensors or torch weights file"),
     ("--weights empty", "ckpt.pt does not exist"),
     ("--model @@@ --no-pretrained", "timm has no model"),
@@ -35,7 +35,7 @@ DATA = [
     ("demo other", "not an empty folder"),
 ]
 EVALUATE = [
-    ("", "there is no runs/*/ckpt.pt"),
+    ("", "no runs/*/ckpt.pt found"),
     ("nowhere.pt", "nowhere.pt does not exist"),
     ("runs/*/ckpt.pt", "does not exist"),
     ("empty", "ckpt.pt does not exist"),
@@ -53,7 +53,7 @@ PREDICT = [
     ("--ckpt a --ckpt b x.png", "--ckpt takes one checkpoint"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
     ("--json --csv x.png", "not allowed"),
-    ("--cam= x.png", "--cam: it is empty"),
+    ("--cam= x.png", "--cam: must not be empty"),
     ("--thresh 1 x.png", "unrecognized arguments"),
 ]
 CASES = []

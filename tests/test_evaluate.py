@@ -981,12 +981,12 @@ def test_other_data_than_the_runs_own_are_noticed(run, demo, three, tmp_path):
     first, second = sorted((tmp_path / "b" / "test" / "NORMAL").iterdir())[:2]
     shutil.copy(first, second)
     _, err = evaluate_files(tmp_path, "run_a", "run_b", "--bootstrap", 0, code=2)
-    assert "saw other images under the same names" in err
+    assert "scored different images with the same names" in err
     min((tmp_path / "b" / "train" / "NORMAL").iterdir()).unlink()
     _, err = evaluate_files(tmp_path, "run_b", "--split", "val", code=2)
     assert "not those that run_b was trained on" in err
     _, err = evaluate_files(tmp_path, run, "--data", three.folder / "data", "--output", "out", code=2)
-    assert "has the class A, which is not among NORMAL, PNEUMONIA" in err and not (tmp_path / "out").exists()
+    assert "has the class A, which is not one of NORMAL, PNEUMONIA" in err and not (tmp_path / "out").exists()
     _, err = evaluate_files(tmp_path, run, three.ckpt, "--bootstrap", 0, code=2)
     assert "have different classes" in err.splitlines()[-1]
 

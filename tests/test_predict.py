@@ -195,7 +195,7 @@ def test_mixed_inputs_are_classified_and_the_bad_ones_named(run_folder, normals,
     stdin = f"{normals[2]}\r\n\n-\nsub\n"
     done = run_script("predict.py", "--ckpt", run_folder, "--json", *inputs, cwd=tmp_path, input=stdin)
     rows = as_json(done)
-    assert done.returncode == 1 and "skipped 1 file in sub" in done.stderr
+    assert done.returncode == 1 and "skipped 1 non-image file in sub" in done.stderr
     sub = ["sub/a b.jpeg", "sub/text.jpeg"]
     assert [r["path"] for r in rows] == ["missing.png", *sub, "empty", *normals, normals[2], *sub]
     errors = ["no such file", "", "not an image of a known format", "a folder without images"]
@@ -226,7 +226,7 @@ def test_a_folder_that_can_not_be_read_is_a_row_of_its_own(tmp_path, monkeypatch
 @pytest.mark.parametrize(("style", "header"), [("--csv", "path,label,probability,"), ("--json", "")])
 def test_a_list_without_paths_is_a_mistake_and_the_message_says_the_way_out(run_folder, tmp_path, style, header):
     done = run_script("predict.py", "--ckpt", run_folder, style, "-", cwd=tmp_path, input="\n")
-    assert done.returncode == 2 and "no path came on stdin; write one a line" in done.stderr
+    assert done.returncode == 2 and "no paths on stdin; write one per line" in done.stderr
     assert done.stdout.startswith(header) and done.stdout.count("\n") == bool(header)
 
 
