@@ -620,7 +620,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     for patient in sorted(images):
         spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
-    say(f"images of unknown patients, each of which counts as a patient, among {len(records)}", unknown)
+    say(f"images of unknown patients, each counted as a patient, among {len(records)}", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
     say("patients with more than 5 % of all images; placeholders?", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
@@ -1531,7 +1531,7 @@ def check(root: Path) -> dict:
                 break
     add_problem("copies across splits", copies["split"])
     add_problem("copies under several labels", copies["label"])
-    remark("copies under several patients, which count as one", copies["patient"])
+    remark("copies under several patients, counted as one", copies["patient"])
 
     folders, fingerprinted = defaultdict(list), defaultdict(list)
     for image in images:

@@ -446,7 +446,7 @@ def test_shared_patients_are_an_error(tmp_path, split, n):
 
 
 ODD_PATIENTS = {
-    "images of unknown patients, each of which counts as a patient, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
+    "images of unknown patients, each counted as a patient, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
     "more than 5 % of all images; placeholders?: 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
     "on both sides of a split; use one spelling: 1 (00017b = 17B)": [
@@ -1512,8 +1512,8 @@ def test_check_counts_and_measures(tmp_path):
 NORMAL = "train/NORMAL/NORMAL-0-0001.png"
 FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
     "same patient": ("train/NORMAL/NORMAL-0-0002.png", None, ""),
-    "unknown patient": ("train/NORMAL/own.png", "warnings", "copies under several patients, which count as one"),
-    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "warnings", "copies under several patients, which count as one"),
+    "unknown patient": ("train/NORMAL/own.png", "warnings", "copies under several patients, counted as one"),
+    "other patient": ("train/NORMAL/NORMAL-9-0001.png", "warnings", "copies under several patients, counted as one"),
     "other class": ("train/PNEUMONIA/NORMAL-0-0001.png", "problems", "copies under several labels"),
     "other split": ("test/NORMAL/NORMAL-9-0001.png", "problems", "copies across splits"),
     "shared patient": ("test/NORMAL/NORMAL-0-0002.png", "problems", "patients in both train and test"),
@@ -1547,7 +1547,7 @@ def test_what_check_says_is_counted_and_printed(tmp_path):
         "WARNING: left out as masks or annotations, by their names: 1 (train/NORMAL/1_mask.png)",
         "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
         "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
-        "WARNING: images of unknown patients, each of which counts as a patient, among 9: 3",
+        "WARNING: images of unknown patients, each counted as a patient, among 9: 3",
         "fingerprint of train: ",
         "fingerprint of test: ",
     ):

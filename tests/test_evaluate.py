@@ -439,7 +439,7 @@ def test_tables_of_other_programs_are_read(tmp_path):
 WARNED = {
     "confidence": (to_rows([0, 1] * 30, [0.7, 0.9] * 30), "is this the confidence of the predicted class?"),
     "inverted": (to_rows([0, 1] * 30, [0.9, 0.1, 0.8, 0.3] * 15), "is the positive class the other one?"),
-    "no patients": (to_rows([0, 1] * 30, [0.1, 0.9] * 30), "intervals count images as independent"),
+    "no patients": (to_rows([0, 1] * 30, [0.1, 0.9] * 30), "intervals treat images as independent"),
     "few": (to_rows([0, 1] * 24, [0.1, 0.9] * 24), "few images (48, 24 of 0)"),
     "few of a class": (to_rows([0] * 9 + [1] * 51, [0.1] * 60), "few images (60, 9 of 0)"),
 }
