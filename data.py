@@ -494,7 +494,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     if passed_over and not has_labels:
         say(f"skipped, not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
-    labels = {row["label"].lower() for row in table.values() if row.get("label")}
+    labels = {"normal", "pneumonia", *(row["label"].lower() for row in table.values() if row.get("label"))}
     found, listed, odd = [], set(), defaultdict(list)
     for file in files:
         path = file.relative_to(root).as_posix()
@@ -1539,6 +1539,7 @@ def check(root: Path) -> dict:
     for image in inspected:
         fingerprinted["test" if image["record"].split == "test" else "train"].append(image)
     labels = {r.label for r in records}
+    add_problem("only one class", list(labels) if len(labels) < 2 else [])
     for split in dict.fromkeys(r.split for r in records):
         add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
     audited = [image for image in images if image["record"].split != "test"]

@@ -319,6 +319,16 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_said(tmp_
     assert "without a label or in no class folder: 1 (x/6.png)" in said
 
 
+def test_a_table_that_overrules_every_folder_is_said_and_one_class_is_a_problem(demo, tmp_path):
+    root = shutil.copytree(demo, tmp_path / "d", ignore=shutil.ignore_patterns(".cache"))
+    paths = [path.relative_to(root).as_posix() for path in root.rglob("*.jpeg")]
+    (root / "metadata.csv").write_text("\n".join(["file_name,label", *(f"{path},NORMAL" for path in paths)]))
+    report = data.check(root)
+    assert report["problems"]["only one class"] == ["NORMAL"]
+    (overruled,) = [paths for message, paths in report["warnings"].items() if "differ in the label" in message]
+    assert len(overruled) == sum("/PNEUMONIA/" in path for path in paths)
+
+
 def test_a_table_in_the_folder_of_a_split_decides_its_split(tmp_path):
     for folder, i in (("train", 1), ("valid", 3)):
         table(touch(tmp_path, f"{folder}/{i}.png"), f"file_name,label\n{i}.png,Überweisung\n", folder)
@@ -999,10 +1009,10 @@ def test_a_changed_file_is_decoded_again(tmp_path, change):
 def test_an_interrupted_build_leaves_nothing_and_what_failed_for_a_moment_is_read_again(tmp_path, monkeypatch):
     root, read_image = tree(tmp_path / "d"), data.read_image
 
-    def failing(error, path, size):
+    def failing(error, path, *rest):
         if "IM-1-" in str(path):
             raise error
-        return read_image(path, size)
+        return read_image(path, *rest)
 
     with monkeypatch.context() as m:
         m.setattr(data, "read_image", functools.partial(failing, KeyboardInterrupt))

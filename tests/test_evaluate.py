@@ -984,7 +984,7 @@ def test_other_data_than_the_runs_own_are_noticed(run, demo, three, tmp_path):
     assert "scored different images with the same names" in err
     min((tmp_path / "b" / "train" / "NORMAL").iterdir()).unlink()
     _, err = evaluate_files(tmp_path, "run_b", "--split", "val", code=2)
-    assert "not those that run_b was trained on" in err
+    assert "run_b was not trained on the images in" in err
     _, err = evaluate_files(tmp_path, run, "--data", three.folder / "data", "--output", "out", code=2)
     assert "has the class A, which is not one of NORMAL, PNEUMONIA" in err and not (tmp_path / "out").exists()
     _, err = evaluate_files(tmp_path, run, three.ckpt, "--bootstrap", 0, code=2)
