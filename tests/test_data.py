@@ -1198,6 +1198,16 @@ def test_robust_draws_the_parameters_that_it_says_and_medium_the_same_without_bo
             assert (parameters["right"].abs() <= (1 - parameters["width"]) / 2 + 1e-6).all()  # within the image
 
 
+def test_each_image_gets_a_crop_of_its_own():
+    """Of a ramp from black to white a crop shows a part, in another place and size for each image."""
+    crop = data.preset("medium", 32)[:1]
+    images = torch.linspace(0, 255, 64).byte().expand(200, 64, 64)
+    x = data.augment(images, crop, data.draw_numbers(crop, 200, 0, 1))
+    width = x.amax((1, 2, 3)) - x.amin((1, 2, 3))
+    assert 0.25 < width.min() < 0.45 and 0.95 < width.max() <= 1 and 0.6 < width.mean() < 0.8
+    assert x.mean((1, 2, 3)).std() > 0.05
+
+
 @pytest.mark.parametrize("name", data.PRESETS)
 def test_presets_keep_shape_and_range_and_each_operation_changes_something(name):
     operations, before = data.preset(name, 32 if name != "none" else 40), BATCH.clone()
