@@ -260,7 +260,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             if any(row.values()):
                 rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} can't be read ({e}); save it as CSV in UTF-8; is a quotation mark missing?") from None
+        raise UserError(f"{path} can't be read ({e}); save it as CSV in UTF-8, each quotation mark closed") from None
     return rows
 
 

@@ -284,7 +284,8 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     rows = data.read_table(Path(path), CSV_COLUMNS)
     columns = list(rows[0]) if rows else []
     if not set(NEEDED) <= set(columns):
-        raise UserError(f"{path} needs a header with the columns {', '.join(NEEDED)}, and one row per image")
+        found = ", ".join(columns) or "none"
+        raise UserError(f"{path} needs the columns {', '.join(NEEDED)} and one row per image; its columns are {found}")
     if {"flags", "error"} <= set(columns):
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     groups = [name for name in columns if name not in NO_GROUPS]
@@ -319,7 +320,9 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         if labels <= both:  # one of the two is enough
             labels, positive = both, positive or max(both)
     if len(labels) != 2 or "" in labels:
-        raise UserError(f"{path}: expected two labels, found {', '.join(sorted(labels)) or 'none'}")
+        raise UserError(
+            f"{path}: expected two labels, found {', '.join(label or 'an empty cell' for label in sorted(labels))}"
+        )
     data.remark_patients(records)
     stored = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
     operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": stored, **asked}

@@ -340,7 +340,7 @@ BAD_METADATA = {
     "has the column split twice": "file_name,split,Split\nx/1.png,train,test\n",
     "row 2 has more cells": "file_name,split\nx/1.png,upper lobe, train\n",
     "save it as CSV in UTF-8": b"file_name,split\nx\xff.png,A\n",
-    "quotation mark missing": 'file_name,split\n"x/1.png,train\n',
+    "quotation mark closed": 'file_name,split\n"x/1.png,train\n',
     "no column file_name; its columns are path, label": "path,label\nx,A\n",
     "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
     "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
