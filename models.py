@@ -8,6 +8,7 @@ Sections: build; weights; save and load; inference; heat maps; input check.
 import argparse
 import contextlib
 import difflib
+import functools
 import hashlib
 import http.client
 import io
@@ -55,6 +56,7 @@ def pick_device(name: str) -> torch.device:
 # --- build ---
 
 
+@functools.cache  # a look-up on the hub takes a request
 def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     """timm's name of the architecture, its configuration (input, and where its weights are), and its own arguments.
 

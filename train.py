@@ -328,11 +328,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 # these and their stressed copies, weighted so that the border of the film is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
-UNFINISHED = {
-    "slope": 1.0,
-    "intercept": 0.0,
-    "threshold": {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "no calibration before the run ends"},
-}
+UNFINISHED = "no calibration before the run ends"  # where the threshold of a checkpoint comes from until then
 
 
 def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
@@ -530,6 +526,7 @@ def make_checkpoint(
     if parent is not None:
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
         trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
+    cut = {"value": 0.5, "logit": 0.0} if len(d.classes) == 2 else {"value": None, "logit": None}
     architecture, _, model_arguments = models.resolve(about["arguments"]["model"])
     return {
         "format": models.FORMAT,
@@ -539,7 +536,9 @@ def make_checkpoint(
         "state_dict": learner.average.module.state_dict(),
         "classes": d.classes,
         **preprocessing,
-        **UNFINISHED,
+        "slope": 1.0,
+        "intercept": 0.0,
+        "threshold": {**cut, "rule": "0.5", "from": UNFINISHED},
         **d.checks,
         "validation": {key: epoch_log[key] for key in ("val_loss", "val_auroc", "val_accuracy")},
         "epoch": epoch_log["epoch"],  # of these weights

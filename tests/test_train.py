@@ -385,6 +385,19 @@ def test_the_positive_class_is_said_and_can_be_set(tmp_path):
     assert models.load(tmp_path / "asked")["classes"] == ["NEUMONIA", "COVID"]
 
 
+def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypatch):
+    for label in "ABC":
+        (tmp_path / "d" / "train" / label).mkdir(parents=True)
+        for i in range(12):
+            image = np.random.default_rng([i, ord(label)]).integers(0, 256, (32, 32), dtype=np.uint8)
+            Image.fromarray(image).save(tmp_path / "d" / "train" / label / f"{i}.png")
+    monkeypatch.setattr(train, "finish_checkpoint", lambda *_: None)  # as if it were killed before
+    run_train(tmp_path, "--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output", "r")
+    assert models.load(tmp_path / "r")["threshold"]["value"] is None
+    done = run_script("predict.py", "--ckpt", "r", "--cam", "maps", "d/train/A/0.png", cwd=tmp_path)
+    assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
+
+
 def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, tmp_path):
     common = ("--data", demo, *SHORT[1:], "--img-size", 64, "--epochs", 1, "--weights", run_folder)
     assert "LEAK" not in run_train(tmp_path, *common, "--output", "same").err
