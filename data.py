@@ -64,14 +64,6 @@ class UserError(Exception):
     """Something that the user can fix; the message is one line."""
 
 
-class ImageError(UserError):
-    """A file that can't be used as an image; the message is the reason."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM as an exception, so that half-written files are removed."""
-
-
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
         return action.help if action.default is None else super()._get_help_string(action)
@@ -87,18 +79,17 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, advise=lambda: "nothing half-written is left", output_matters=False) -> None:
-    """Run work() and exit with its code, or with 2 and one line for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM.
+def run_script(parser: Parser, work, advise=lambda: "nothing half-written is left") -> None:
+    """Run work() and exit with its code, or with one line and 2 for a user's mistake, 1 for a closed output pipe, 130
+    for Ctrl-C, 143 for SIGTERM.
 
-    Args:
-        advise: returns a hint on how to go on, shown after an interruption or a failed read or write.
-        output_matters: if the output pipe is closed, report it and exit with 1; otherwise exit quietly with 0.
+    advise: returns a hint on how to go on, shown after an interruption or a failed read or write.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, a closed stream is None
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
 
-    def terminate(*_):
-        raise Terminated
+    def terminate(*_):  # as an exception, so that half-written files are removed
+        raise KeyboardInterrupt("SIGTERM")
 
     signal.signal(signal.SIGTERM, terminate)
     torch.set_num_threads(min(torch.get_num_threads(), CORES))
@@ -111,15 +102,13 @@ def run_script(parser: Parser, work, advise=lambda: "nothing half-written is lef
         sys.stdout.flush()  # here a closed pipe can still be caught
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if output_matters:
-            parser.exit(1, f"the output pipe was closed; {advise()}\n")
-        code = 0
+        parser.exit(1, f"the output pipe was closed; {advise()}\n")
     except UserError as e:
         parser.error(str(e))
     except OSError as e:
         parser.error(f"{e}; {advise()}")
     except KeyboardInterrupt as e:
-        parser.exit(143 if isinstance(e, Terminated) else 130, f"interrupted; {advise()}\n")
+        parser.exit(143 if e.args else 130, f"interrupted; {advise()}\n")
     sys.exit(code or 0)
 
 
@@ -216,10 +205,6 @@ def to_csv(rows: list[dict], header: bool = True) -> str:
     return text.getvalue()
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    write_text(path, to_csv(rows))
-
-
 def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a table, as spreadsheets, programs and to_csv write them; empty rows are left out.
 
@@ -314,7 +299,7 @@ class Record:
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
     stamp: str  # size, times and inode: changes when the file does
-    groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv
+    groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv, the same in all records
 
     @property
     def known_patient(self) -> bool:
@@ -496,17 +481,18 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
 
     labels = {"normal", "pneumonia", *(row["label"].lower() for row in table.values() if row.get("label"))}
     found, listed, odd = [], set(), defaultdict(list)
+    blank = {column: "" for row in table.values() for column in row}
     for file in files:
         path = file.relative_to(root).as_posix()
         name = path if path in table else posixpath.splitext(path)[0]
-        row = table.get(name, {})
         listed.add(name)
-        if table and not row:
+        if table and name not in table:
             odd["metadata.csv has no row for these images"].append(path)
+        row = blank | table.get(name, {})
         first, *below = path.split("/")
         if not has_labels:
-            row = {**row, "split": SPLIT_NAMES[first.lower()], "label": below[0] if len(below) > 1 else ""}
-        if row.get("split") not in splits:
+            row |= {"split": SPLIT_NAMES[first.lower()], "label": below[0] if len(below) > 1 else ""}
+        if row["split"] not in splits:
             continue
         if not row["label"]:
             odd["left out, without a label or in no class folder"].append(path)
@@ -738,20 +724,19 @@ EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the sampl
 class ImageInfo:
     """What is known about an image besides its grey levels."""
 
-    width: int  # as stored, before EXIF rotation
-    height: int
-    mode: str  # Pillow's, or the DICOM photometric interpretation
+    width: int = 0  # as stored, before EXIF rotation
+    height: int = 0
+    mode: str = ""  # Pillow's, or the DICOM photometric interpretation
     depth: int = 8  # bits from black to white; 1 for floats in [0, 1]
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
     hash: bytes = b""  # see difference_hash; only if asked for
+    error: str = ""  # why the file can't be used; all else is as above then
 
-    def __post_init__(self) -> None:  # so that nothing too large is decoded
-        if not self.width * self.height:
-            raise ImageError("it has no pixels")
-        if self.width * self.height > MAX_PIXELS:
-            raise ImageError(f"{self.width} x {self.height} pixels are more than the {MAX_PIXELS:,} allowed")
+
+class _ImageError(Exception):
+    """The file can't be used; the message is the reason."""
 
 
 def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo]:
@@ -766,31 +751,29 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
         hashed: compute the difference hash too.
 
     Returns:
-        uint8 array [size, size] (or [height, width]), and its ImageInfo.
+        uint8 array [size, size] (or [height, width]), and its ImageInfo. If it is missing, empty, damaged, not an
+        image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
     from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF
     rotation is applied.
-
-    Raises:
-        ImageError: missing, empty, damaged, not an image, too large, not finite, or a DICOM file without pydicom.
     """
     try:
         if not isinstance(source, str | os.PathLike):
             return _read(source, size, hashed)
         if os.path.getsize(source) == 0:
-            raise ImageError("the file is empty" if os.path.isfile(source) else "not a regular file")
+            raise _ImageError("the file is empty" if os.path.isfile(source) else "not a regular file")
         with open(source, "rb") as file:
             return _read(file, size, hashed)
-    except ImageError:
-        raise
     except Exception as e:  # noqa: BLE001, decoders raise all kinds of exceptions for damaged files
         known = {
             FileNotFoundError: "no such file",
             IsADirectoryError: "a folder without images",
             Image.UnidentifiedImageError: "not an image of a known format",
+            _ImageError: str(e),
         }
-        raise ImageError(known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")) from None
+        reason = known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")
+        return np.zeros((size or 1, size or 1), np.uint8), ImageInfo(error=reason)
 
 
 def _read(source, size, hashed):
@@ -806,11 +789,12 @@ def _read(source, size, hashed):
     else:
         image = Image.open(source, formats=list(FORMATS)) if is_file else source
         info = ImageInfo(*image.size, image.mode)
+        _require_pixels(info)
     is_deep = image.mode[0] in "IF"
     if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
-        raise ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
+        raise _ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
     image.load()
     if is_deep:
         black, white = stated_range(image)  # now, since a rotated copy loses the file's tags
@@ -837,6 +821,14 @@ def _read(source, size, hashed):
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
+
+
+def _require_pixels(info):
+    """Raise _ImageError if there is nothing, or too much, to decode."""
+    if not info.width * info.height:
+        raise _ImageError("it has no pixels")
+    if info.width * info.height > MAX_PIXELS:
+        raise _ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
 def stated_range(image: Image.Image) -> tuple[float, float]:
@@ -885,7 +877,7 @@ def _to_levels(samples, black, white):
     """uint8 from samples of any kind."""
     scaled = (samples - black) * (255 / (white - black))
     if not np.isfinite(scaled).all():
-        raise ImageError("has values that are not finite")
+        raise _ImageError("has values that are not finite")
     return scaled.clip(0, 255).round().astype(np.uint8)
 
 
@@ -901,22 +893,23 @@ def _open_dicom(file):
         from pydicom import dcmread
         from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
     except ImportError:
-        raise ImageError("a DICOM file needs pydicom: pip install pydicom") from None
+        raise _ImageError("a DICOM file needs pydicom: pip install pydicom") from None
     file.seek(0)
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
-        raise ImageError("a DICOM file without an image")
+        raise _ImageError("a DICOM file without an image")
     dataset.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1")  # a file without its preamble
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
+    _require_pixels(info)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # it takes as much memory again
     if values.ndim == 3:
         return Image.fromarray(values), info  # pydicom makes RGB of YBR
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
-        raise ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
+        raise _ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
 
     # Tables and window are applied to every possible sample value, and the picture looks its levels up there. A
     # negative sample counts from the end, where its bits are as an unsigned number.
@@ -958,41 +951,101 @@ def _open_dicom(file):
     return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
 
 
-def decode(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo | None, str]:
-    """read_image's levels and info with an empty reason; if it fails, zeros, None and the reason."""
-    try:
-        image, info = read_image(source, size, hashed)
-    except ImageError as e:
-        return np.zeros((size or 1, size or 1), np.uint8), None, str(e)
-    return image, info, ""
-
-
 # --- cache ---
 
 IS_MASK = "a mask or drawing: at most three grey levels"
 
 
 @dataclass
-class Images:
-    """Decoded images, in the order of their records."""
+class Folder:
+    """The images of test/, or of train/ and val/, decoded; arrays have a row for each record."""
 
+    records: list[Record]
     images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
-    hashes: ndarray  # uint64 [n, 4], see difference_hash; matches no other if the image failed
-    digests: list[str]  # of the files' bytes: SHA-256, 16 hex digits; empty if the file can't be read
-    failed: dict[int, str]  # position and reason of each file that can't be used
+    hashes: ndarray  # uint64 [n, 4], see difference_hash; matches no other if there is no image
+    copies: ndarray  # int64 [n], see copy_groups
+    patient_index: ndarray  # int64 [n], see number_patients
+    left_out: dict[int, dict]  # position: path and reason of each file that can't be used
+    fingerprint: str
+
+
+@functools.lru_cache(maxsize=2)
+def read_folder(root: Path, is_test: bool, size: int) -> Folder:
+    """Read a data folder and warn about it, once for all runs of a comparison; size: side of the square images.
+
+    Raises:
+        UserError: see scan, find_training and load_images.
+    """
+    prepare_demo(root)
+    records = scan(root, "test") if is_test else find_training(root)
+    if not records:
+        raise UserError(f"{root}/test has no class folders with images")
+    if is_test:  # find_training does it for the others, with those of test/
+        remark_patients(records)
+    images, notes = load_images(root, records, size)
+    left_out = {i: {"path": records[i].path, "reason": n["reason"]} for i, n in enumerate(notes) if n["reason"]}
+    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out.values()])
+    depths = Counter(note["depth"] for note in notes if not note["reason"])
+    if len(depths) > 1:
+        mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
+        warn(f"images of several depths, each scaled from its own black to white; see python data.py check: {mixed}")
+    hashes = _hashes(notes)
+    copies = copy_groups(hashes)
+    labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
+    n_contradictions = len(labels) - len(np.unique(copies))
+    if n_contradictions:
+        warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
+    return Folder(
+        records=records,
+        images=images,
+        hashes=hashes,
+        copies=copies,
+        patient_index=number_patients(records, copies),
+        left_out=left_out,
+        fingerprint=fingerprint(records, [note["digest"] for note in notes]),
+    )
+
+
+def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, list[dict]]:
+    """The records' images, uint8 [n, size, size], and what _examine notes about each, decoded once and kept in one
+    memory-mapped cache file: beside the data or, if that can't be written, in the user's cache folder.
+
+    Args:
+        records: from scan or find_training; the file is rebuilt when a path or stamp of one of them changes.
+
+    Raises:
+        UserError: neither place can be written.
+    """
+    key = hash_lines(f"{r.path} {r.stamp}" for r in records)
+    kind = "test" if records[0].split == "test" else "train"
+    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
+    for is_missing, place in itertools.product((False, True), places):
+        try:
+            if is_missing:
+                _build_cache(place / name, root, records, size)
+        except OSError as e:
+            warn(f"no image cache in {place} ({e.strerror or e})")
+        cached = _open_cache(place / name, root, records, size)
+        if cached is not None:
+            return cached
+    raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 
 
 def _examine(root, size, record):
-    """The image of a record (see decode), and a dict of what the cache stores about it."""
-    image, info, reason = decode(root / record.path, size, hashed=True)
-    if info is None:
-        note = {"digest": ""}
-    else:
-        note = {"digest": sha256(root / record.path)[:16], "depth": info.depth, "mode": info.mode, "view": info.view}
-        reason = IS_MASK if info.is_mask else ""
+    """A record's levels (see read_image), and a dict of what the cache stores about the image.
+
+    hash: of difference_hash, in hexadecimal; digest: SHA-256 of the file's bytes, 16 hexadecimal digits, empty if it
+    can't be read; reason: why it can't be used, else empty; depth, mode and view: see ImageInfo.
+    """
+    file = root / record.path
+    image, info = read_image(file, size, hashed=True)
+    reason = info.error or IS_MASK * info.is_mask
     # Without an image the hash comes from the path, so that it matches no other.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
-    return image, {**note, "hash": bits.hex(), "reason": reason}
+    note = {"hash": bits.hex(), "reason": reason, "depth": info.depth, "mode": info.mode, "view": info.view}
+    return image, {**note, "digest": "" if info.error else sha256(file)[:16]}
 
 
 def _hashes(notes):
@@ -1023,7 +1076,7 @@ def _build_cache(path, root, records, size):
 
 
 def _open_cache(path, root, records, size):
-    """What _build_cache wrote; None if it is missing, damaged or outdated. Warns about images of several depths."""
+    """The images and notes that _build_cache wrote; None if they are missing, damaged or outdated."""
     if not os.access(path, os.R_OK) or not path.stat().st_size:
         return None
     stored = np.memmap(path, mode="c")  # copy-on-write: torch needs a writable array
@@ -1032,57 +1085,16 @@ def _open_cache(path, root, records, size):
         return None
     images, text = np.split(stored[:-32], [len(records) * size**2])
     notes = json.loads(text.tobytes())
-    failed = {i: note["reason"] for i, note in enumerate(notes) if note["reason"]}
-    for i, reason in failed.items():
-        if reason != IS_MASK and not decode(root / records[i].path, size)[2]:
-            warn(f"{records[i].path} can be read now: decoding again")
+    for record, note in zip(records, notes):
+        if note["reason"] not in ("", IS_MASK) and not read_image(root / record.path, size)[1].error:
+            warn(f"{record.path} can be read now: decoding again")
             return None
-    depths = Counter(note["depth"] for note in notes if not note["reason"])
-    if len(depths) > 1:
-        mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
-        warn(f"images of several depths, each scaled from its own black to white; see python data.py check: {mixed}")
-    images = torch.from_numpy(images.reshape(-1, size, size))
-    return Images(images, _hashes(notes), [note["digest"] for note in notes], failed)
-
-
-def load_images(root: Path, records: list[Record], size: int) -> Images:
-    """The records' images, decoded once and kept in one memory-mapped cache file: beside the data or, if that can't be
-    written, in the user's cache folder.
-
-    Args:
-        records: from scan or find_training; the file is rebuilt when a path or stamp of one of them changes.
-        size: side of the square images.
-
-    Raises:
-        UserError: neither place can be written.
-    """
-    key = hash_lines(f"{r.path} {r.stamp}" for r in records)
-    kind = "test" if records[0].split == "test" else "train"
-    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
-    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
-    for is_missing, place in itertools.product((False, True), places):
-        try:
-            if is_missing:
-                _build_cache(place / name, root, records, size)
-        except OSError as e:
-            warn(f"no image cache in {place} ({e.strerror or e})")
-        images = _open_cache(place / name, root, records, size)
-        if images is not None:
-            return images
-    raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
+    return torch.from_numpy(images.reshape(-1, size, size)), notes
 
 
 def fingerprint(records: list[Record], digests: list[str]) -> str:
     """SHA-256 over digests, paths, labels and splits: the same for every copy of the data and every input size."""
     return hash_lines(f"{digest} {r.path} {r.label} {r.split}" for r, digest in zip(records, digests))
-
-
-def report_left_out(records: list[Record], failed: dict[int, str]) -> list[dict]:
-    """Warn about the files that can't be used, and return them as a list of {path, reason}."""
-    left_out = [{"path": records[i].path, "reason": reason} for i, reason in failed.items()]
-    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out])
-    return left_out
 
 
 # --- change ---
@@ -1256,13 +1268,8 @@ def augment(images: Tensor, operations: list[tuple], numbers: list[Tensor]) -> T
 
 
 def normalise(x: Tensor, preprocessing: dict) -> Tensor:
-    """What the model sees: float32 [n, 1, side, side] from augment's or to_float's output, which is overwritten."""
+    """What the model sees, float32 [n, 1, side, side]; x, from augment or to_float, is overwritten."""
     return x.sub_(preprocessing["mean"]).div_(preprocessing["std"])
-
-
-def to_input(images: Tensor, preprocessing: dict) -> Tensor:
-    """What the model sees of whole images: float32 [n, 1, side, side] from uint8 [n, side, side]."""
-    return normalise(to_float(images), preprocessing)
 
 
 def draw_partners(records: list[Record]) -> Tensor | None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import operator
@@ -106,11 +107,6 @@ class Scored:
         return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
 
     @property
-    def columns(self) -> list[str]:
-        """Further columns of the table of images."""
-        return list(dict.fromkeys(name for r in self.records for name in r.groups))
-
-    @property
     def arguments(self) -> dict:
         """Those of the training; predictions of another program have none, and each file is a model of its own."""
         return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
@@ -142,43 +138,6 @@ def to_logit(probability: float | ndarray) -> float | ndarray:
     return logit(np.clip(probability, lowest, highest))
 
 
-@dataclass
-class Folder:
-    """The images of test/, or of train/ and val/, of a data folder."""
-
-    records: list[data.Record]
-    loaded: data.Images
-    copies: ndarray  # int64 [n], see data.copy_groups
-    patient_index: ndarray  # int64 [n]
-    left_out: dict[int, dict]  # position, path and reason of what can't be read
-    fingerprint: str
-
-
-@functools.lru_cache(maxsize=2)
-def read_folder(root: Path, is_test: bool, size: int) -> Folder:
-    """Read a data folder and warn about it, once for all runs of a comparison."""
-    data.prepare_demo(root)
-    records = data.scan(root, "test") if is_test else data.find_training(root)
-    if not records:
-        raise UserError(f"{root}/test has no class folders with images")
-    if is_test:  # for the others find_training does it
-        data.remark_patients(records)
-    loaded = data.load_images(root, records, size)
-    copies = data.copy_groups(loaded.hashes)
-    labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
-    n_contradictions = len(labels) - len(np.unique(copies))
-    if n_contradictions:
-        warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
-    return Folder(
-        records=records,
-        loaded=loaded,
-        copies=copies,
-        patient_index=data.number_patients(records, copies),
-        left_out=dict(zip(loaded.failed, data.report_left_out(records, loaded.failed))),
-        fingerprint=data.fingerprint(records, loaded.digests),
-    )
-
-
 def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> Scored:
     """Run a checkpoint over a split of its own data, or of the folder that --data names.
 
@@ -189,7 +148,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if not args.data and not os.path.exists(seen["root"]):
         raise UserError(f"{seen['root']}, the data of {path}, was moved or removed; name its new place with --data DIR")
     root = data.find_root(args.data or seen["root"])
-    folder = read_folder(root, args.split == "test", checkpoint["input_size"])
+    folder = data.read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], str(root))
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
@@ -204,20 +163,16 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
     records = [folder.records[i] for i in index]
-    images, positions = folder.loaded.images, torch.from_numpy(index)
     model = models.from_checkpoint(checkpoint, models.pick_device(args.device))
-    logits = models.infer(model, models.in_batches(images, positions), checkpoint).numpy()
-    is_finite = np.isfinite(logits).all(1)
+    logits, border = ask(model, folder, torch.from_numpy(index), checkpoint, args.stress)
+    clean = logits.pop("clean")
+    is_finite = np.isfinite(clean).all(1)
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
-    border = None
-    if checkpoint["border"] is not None:
-        batches = models.in_batches(images, positions)
-        border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches])
     leaks = Counter()
     for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # every model is chosen on its validation images
         trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
-        is_seen, patients = data.seen_before(records, folder.loaded.hashes[index], trace)
+        is_seen, patients = data.seen_before(records, folder.hashes[index], trace)
         leaks |= {f"{prefix}images": int(is_seen.sum()), f"{prefix}patients": len(patients)}
     scored = Scored(
         sources=[path],
@@ -226,7 +181,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         split=args.split,
         records=records,
         patient_index=folder.patient_index[index],
-        **decide(logits, checkpoint),
+        **decide(clean, checkpoint),
         about={
             "root": str(root),
             "demo": data.is_demo(root) or seen["demo"],
@@ -239,29 +194,36 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         checkpoint=checkpoint,
         n_parameters=models.n_parameters(model),
     )
-    if args.stress:
-        for name, stressed_logits in infer_stressed(model, images, positions, records, checkpoint).items():
-            scored.stressed[name] = replace(scored, stressed={}, **decide(stressed_logits, checkpoint))
+    for name, stressed in logits.items():
+        scored.stressed[name] = replace(scored, stressed={}, **decide(stressed, checkpoint))
     return scored
 
 
-def infer_stressed(
-    model: torch.nn.Module, images: Tensor, index: Tensor, records: list[data.Record], preprocessing: dict
-) -> dict[str, ndarray]:
-    """Logits, float64 [len(index), classes], of changed copies of the images at index, under the name of each change.
+def ask(
+    model: torch.nn.Module, folder: data.Folder, index: Tensor, checkpoint: dict, stress: bool
+) -> tuple[dict[str, ndarray], ndarray | None]:
+    """A model's logits, and those of its border classifier, for the images at index, int64 [n].
 
-    Args:
-        images: uint8 [n, side, side]. records: of the images at index. preprocessing: as a checkpoint has it.
+    Returns:
+        float64 [n, classes] as "clean" and, with stress, under the name of each change of data.stress; float64 [n],
+        None without a border classifier.
     """
+    records = [folder.records[i] for i in index.tolist()]
     partners = data.draw_partners(records)
-    paths = [r.path for r in records]
-    logits = defaultdict(list)
+    logits, border = defaultdict(list), []
     for start in range(0, len(index), 64):
         batch = slice(start, start + 64)
-        others = None if partners is None else images[index[partners[batch]]].cpu()
-        for name, copies in data.stress(images[index[batch]].cpu(), others, paths[batch]):
-            logits[name].append(models.infer(model, [copies], preprocessing))
-    return {name: torch.cat(batches).numpy() for name, batches in logits.items()}
+        images = folder.images[index[batch]]
+        copies = [("clean", images)]
+        if stress:
+            others = None if partners is None else folder.images[index[partners[batch]]]
+            copies = itertools.chain(copies, data.stress(images, others, [r.path for r in records[batch]]))
+        for name, copy in copies:
+            logits[name].append(models.infer(model, [copy], checkpoint))
+        if checkpoint["border"] is not None:
+            border.append(models.border_logit(checkpoint["border"], images))
+    all_logits = {name: torch.cat(batches).numpy() for name, batches in logits.items()}
+    return all_logits, np.concatenate(border) if border else None
 
 
 NEEDED = ("path", "label", "probability")
@@ -388,17 +350,13 @@ def describe_environment(device: torch.device) -> dict:
 # --- metrics ---
 
 
-class Draws:
-    """Answers weighted by a block of bootstrap draws, a row for each draw: the input of every metric."""
+def rate(a: Answers, weights: ndarray, among: ndarray) -> ndarray:
+    """The share of right answers among some images, float64 [draws].
 
-    def __init__(self, answers: Answers, weights: ndarray) -> None:
-        """weights: float64 [draws, n], how often each image was drawn."""
-        self.answers, self.weights = answers, weights
-        is_positive, is_called = answers.is_positive, answers.predicted
-        self.tp = weights @ (is_positive & is_called)
-        self.fp = weights @ is_called - self.tp
-        self.fn = weights @ is_positive - self.tp
-        self.tn = weights.sum(1) - self.tp - self.fp - self.fn
+    Args:
+        weights: float64 [draws, n], how often each image was drawn. among: bool [n].
+    """
+    return weights @ (among & (a.predicted == a.is_positive)) / (weights @ among)
 
 
 def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
@@ -418,41 +376,50 @@ def concordance(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple
     return right.sum(1), positives.sum(1) * negatives.sum(1)
 
 
-def auroc(d: Draws) -> ndarray:
+def auroc(a: Answers, weights: ndarray) -> ndarray:
     """Area under the ROC curve."""
-    right, pairs = concordance(d.answers.is_positive, d.answers.score, d.weights)
+    right, pairs = concordance(a.is_positive, a.score, weights)
     return right / pairs
 
 
-def adjusted_auroc(d: Draws) -> ndarray:
+def adjusted_auroc(a: Answers, weights: ndarray) -> ndarray:
     """AUROC among pairs within one quintile of the border logit: what a model adds to the border of the image.
 
     Quintiles are weighted by their numbers of pairs. NaN without border logits.
     """
-    a = d.answers
-    right = pairs = np.zeros(len(d.weights))
+    right = pairs = np.zeros(len(weights))
     for stratum in [] if a.stratum is None else np.unique(a.stratum):
         inside = a.stratum == stratum
-        right_inside, pairs_inside = concordance(a.is_positive[inside], a.score[inside], d.weights[:, inside])
+        right_inside, pairs_inside = concordance(a.is_positive[inside], a.score[inside], weights[:, inside])
         right = right + right_inside
         pairs = pairs + pairs_inside
     return right / pairs
 
 
-def auprc(d: Draws) -> ndarray:
+def auprc(a: Answers, weights: ndarray) -> ndarray:
     """Average precision, a step function without interpolation."""
-    positives, negatives = tally(d.answers.is_positive, d.answers.score, d.weights)
+    positives, negatives = tally(a.is_positive, a.score, weights)
     tp, fp = np.cumsum(positives, 1), np.cumsum(negatives, 1)
     precision = tp / (tp + fp)  # NaN, and no part of the sum, until the first image of a draw
     value = np.nansum(positives * precision, axis=1) / tp[:, -1]
     return np.where(fp[:, -1] > 0, value, np.nan)
 
 
-def mcc(d: Draws) -> ndarray:
+def balanced_accuracy(a: Answers, weights: ndarray) -> ndarray:
+    """Mean of sensitivity and specificity."""
+    return (rate(a, weights, a.is_positive) + rate(a, weights, ~a.is_positive)) / 2
+
+
+def f1(a: Answers, weights: ndarray) -> ndarray:
+    """Harmonic mean of PPV and sensitivity."""
+    return 2 * (weights @ (a.is_positive & a.predicted)) / (weights @ a.is_positive + weights @ a.predicted)
+
+
+def mcc(a: Answers, weights: ndarray) -> ndarray:
     """Matthews correlation coefficient."""
-    called = (d.tp + d.fp) * (d.tn + d.fn)
-    true = (d.tp + d.fn) * (d.tn + d.fp)
-    return (d.tp * d.tn - d.fp * d.fn) / np.sqrt(called * true)
+    n, true, called = weights.sum(1), weights @ a.is_positive, weights @ a.predicted
+    covariance = n * (weights @ (a.is_positive & a.predicted)) - true * called
+    return covariance / np.sqrt(true * (n - true) * called * (n - called))
 
 
 @dataclass(frozen=True)
@@ -460,23 +427,23 @@ class Metric:
     """To add one, write a line in METRICS."""
 
     title: str
-    value: Callable[[Draws], ndarray]  # float64 [draws]; NaN where it is undefined
-    whose: Callable[[Answers], ndarray] | None = None  # bool [n]: its denominator; None: both classes
+    whose: Callable[[Answers], ndarray] | None  # bool [n]: the images in its denominator; None: both classes
+    value: Callable[[Answers, ndarray], ndarray] | None = None  # see auroc; None: the rate of right answers among whose
     low: int = 0  # its lowest value; the highest is 1
 
 
 METRICS = {
-    "auroc": Metric("AUROC", auroc),
-    "adjusted_auroc": Metric("leak-adjusted AUROC", adjusted_auroc),
-    "auprc": Metric("AUPRC", auprc),
-    "accuracy": Metric("accuracy", lambda d: (d.tp + d.tn) / d.weights.sum(1), lambda a: np.ones_like(a.predicted)),
-    "balanced_accuracy": Metric("balanced accuracy", lambda d: (d.tp / (d.tp + d.fn) + d.tn / (d.tn + d.fp)) / 2),
-    "sensitivity": Metric("sensitivity", lambda d: d.tp / (d.tp + d.fn), lambda a: a.is_positive),
-    "specificity": Metric("specificity", lambda d: d.tn / (d.tn + d.fp), lambda a: ~a.is_positive),
-    "ppv": Metric("PPV", lambda d: d.tp / (d.tp + d.fp), lambda a: a.predicted),
-    "npv": Metric("NPV", lambda d: d.tn / (d.tn + d.fn), lambda a: ~a.predicted),
-    "f1": Metric("F1", lambda d: 2 * d.tp / (2 * d.tp + d.fp + d.fn), lambda a: a.is_positive | a.predicted),
-    "mcc": Metric("MCC", mcc, low=-1),
+    "auroc": Metric("AUROC", None, auroc),
+    "adjusted_auroc": Metric("leak-adjusted AUROC", None, adjusted_auroc),
+    "auprc": Metric("AUPRC", None, auprc),
+    "accuracy": Metric("accuracy", lambda a: np.ones_like(a.predicted)),
+    "balanced_accuracy": Metric("balanced accuracy", None, balanced_accuracy),
+    "sensitivity": Metric("sensitivity", lambda a: a.is_positive),
+    "specificity": Metric("specificity", lambda a: ~a.is_positive),
+    "ppv": Metric("PPV", lambda a: a.predicted),
+    "npv": Metric("NPV", lambda a: ~a.predicted),
+    "f1": Metric("F1", lambda a: a.is_positive | a.predicted, f1),
+    "mcc": Metric("MCC", None, mcc, low=-1),
 }
 RANKING = ("auroc", "adjusted_auroc", "auprc")  # these do not depend on the threshold
 OF_GROUPS = ("auroc", "adjusted_auroc", "sensitivity", "specificity")
@@ -485,11 +452,20 @@ UNDER_STRESS = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 
 @np.errstate(divide="ignore", invalid="ignore")
 def measure(answers: Answers, names, weights: ndarray | None = None) -> dict[str, ndarray]:
-    """The named metrics, each float64 [draws]; without weights, every image counts once."""
+    """The named metrics, each float64 [draws], NaN where it is undefined.
+
+    weights: float64 [draws, n], how often each image was drawn; None counts each once.
+    """
     if weights is None:
         weights = np.ones((1, len(answers.score)))
-    draws = Draws(answers, weights)
-    return {name: METRICS[name].value(draws) for name in names}
+    values = {}
+    for name in names:
+        metric = METRICS[name]
+        if metric.value is None:
+            values[name] = rate(answers, weights, metric.whose(answers))
+        else:
+            values[name] = metric.value(answers, weights)
+    return values
 
 
 @np.errstate(invalid="ignore")
@@ -763,8 +739,8 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
         "subtype (from file names)" if subtypes == in_names else "subtype": subtypes,
         "series (from file names)": ["" if r.subtype else r.series for r in s.records],
     }
-    for name in s.columns:
-        columns[name] = thirds([r.groups.get(name, "") for r in s.records])
+    for name in s.records[0].groups:
+        columns[name] = thirds([r.groups[name] for r in s.records])
     a, groups = s.against_rest(1), {}
     for column, values in columns.items():
         names = sorted(set(values) - {""}, key=lambda name: re.split(r"(\d+)", name))
@@ -822,7 +798,7 @@ def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
 
 def to_rows(s: Scored) -> list[dict]:
     """One row per image for the CSV; the figures can be recomputed from it, except stress, border and shortcut."""
-    rows, columns = [], s.columns
+    rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
         for c, name in s.reported.items():
@@ -833,8 +809,8 @@ def to_rows(s: Scored) -> list[dict]:
         row["prediction"] = s.classes[s.predicted[i]]
         if s.about["demo"]:
             row["demo"] = "phantom"
-        for name in columns:
-            row.setdefault(name, r.groups.get(name, ""))
+        for name, cell in r.groups.items():
+            row.setdefault(name, cell)
         rows.append(row)
     return rows
 
@@ -1192,8 +1168,11 @@ def plot_mistakes(s: Scored, device: torch.device):
     for ax in panels:
         ax.set_axis_off()
     for ax, (path, mistake) in zip(panels, mistakes.items()):
-        image, _ = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
-        x = data.to_input(torch.from_numpy(image)[None].to(device), s.checkpoint)
+        image, info = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
+        if info.error:
+            warn(f"no picture of {path}: {info.error}")
+            continue
+        x = data.normalise(data.to_float(torch.from_numpy(image)[None].to(device)), s.checkpoint)
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
             heat = models.heat_map(model, x, s.classes.index(mistake["prediction"]))[0].cpu().numpy()
@@ -1296,23 +1275,20 @@ def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
             history = json.loads(metrics)["epochs"] if is_run else []
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
-            try:
-                figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
-            except UserError as e:  # a file that can no longer be read
-                warn(f"no picture of the mistakes: {e}")
+            figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
     card = report_document(r, card_lists(r, list(figures)))
     files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
     if s.checkpoint:
-        files[f"{stem}.csv"] = to_rows(s)
+        files[f"{stem}.csv"] = data.to_csv(to_rows(s))
     return files | figures
 
 
-WRITERS = {".json": data.write_json, ".md": data.write_text, ".csv": data.write_csv, ".png": save_figure}
+WRITERS = {".json": data.write_json, ".md": data.write_text, ".csv": data.write_text, ".png": save_figure}
 
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
-    read_folder.cache_clear()  # a folder may have changed since another call in this process
+    data.read_folder.cache_clear()  # a folder may have changed since another call in this process
     asked = {}
     if args.threshold is not None:
         threshold = {"value": args.threshold, "logit": float(to_logit(args.threshold)), "rule": f"{args.threshold:g}"}

@@ -164,14 +164,14 @@ SAFE = [  # types that may be saved beside the weights and run no code
 
 
 def build_pretrained(
-    name: str, classes: list[str], size: int, weights: str | None, insist: bool
+    name: str, classes: list[str], size: int, weights: str | None, pretrained: bool | None
 ) -> tuple[nn.Module, dict, dict | None]:
     """A model with weights from a file, or else timm's own from the hub or its cache.
 
     Args:
         weights: path of a .safetensors file, of a state dict saved by torch, or of a run of this suite; None for timm's
             pretrained ones.
-        insist: raise if there are none; otherwise the model keeps its random weights.
+        pretrained: True requires timm's, False keeps random weights, None uses timm's if it can.
 
     Returns:
         the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
@@ -179,19 +179,21 @@ def build_pretrained(
     """
     if weights is not None:
         return from_file(name, classes, size, in_run_folder(weights))
-    _, config, _ = resolve(name)
-    failed = f"timm has no pretrained weights for {name}"
-    if config.has_weights:
-        model, reason = from_hub(name, config, size)
-        if model is not None:
-            model.reset_classifier(len(classes))
-            note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-            return model, {"source": "hub", "note": note, "failed": "", "sha256": ""}, None
-        failed = f"no pretrained weights for {name}: {reason}"
-    if insist:
-        raise UserError(f"{failed}; use --weights FILE or --no-pretrained")
-    model = build(name, len(classes), size)
-    return model, {"source": "random", "note": "random weights", "failed": failed, "sha256": ""}, None
+    origin = {"source": "random", "note": "random weights", "failed": "", "sha256": ""}
+    if pretrained is not False:
+        _, config, _ = resolve(name)
+        origin["failed"] = f"timm has no pretrained weights for {name}"
+        if config.has_weights:
+            model, reason = from_hub(name, config, size)
+            if model is not None:
+                model.reset_classifier(len(classes))
+                place = config.hf_hub_id or config.url
+                note = f"timm's pretrained weights ({place}); stem summed to 1 channel; new head"
+                return model, {**origin, "source": "hub", "note": note, "failed": ""}, None
+            origin["failed"] = f"no pretrained weights for {name}: {reason}"
+        if pretrained:
+            raise UserError(f"{origin['failed']}; use --weights FILE or --no-pretrained")
+    return build(name, len(classes), size), origin, None
 
 
 def from_hub(name: str, config: timm.models.PretrainedCfg, size: int) -> tuple[nn.Module | None, str]:
@@ -426,8 +428,10 @@ def infer(model: nn.Module, batches, preprocessing: dict) -> Tensor:
     preprocessing: mean and std, as a checkpoint has them.
     """
     device = next(model.parameters()).device
-    inputs = (data.to_input(batch.to(device, non_blocking=True), preprocessing) for batch in batches)
-    logits = [model(x).float() for x in inputs]
+    logits = []
+    for batch in batches:
+        x = data.to_float(batch.to(device, non_blocking=True))
+        logits.append(model(data.normalise(x, preprocessing)).float())
     return torch.cat(logits).cpu().double()
 
 
@@ -604,13 +608,9 @@ def unlikeness(check: dict, images: Tensor) -> Tensor:
     The distance of the features. If that of the flipped image is smaller, the image is probably upside down, and the
     distance is multiplied by the ratio of the two.
     """
-    here = distance(check, images)
-    turned = distance(check, images.flip(1))
+    both = [image_features(images), image_features(images.flip(1))]
+    here, turned = (((features - check["mean"]) @ check["whiten"]).norm(dim=1) for features in both)
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1)
-
-
-def distance(check: dict, images: Tensor) -> Tensor:
-    return ((image_features(images) - check["mean"]) @ check["whiten"]).norm(dim=1)
 
 
 def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | float]:

@@ -149,7 +149,7 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
     """
     checkpoint = classifier.checkpoint
     classes = checkpoint["classes"]
-    images, infos, errors = zip(*[data.decode(source, checkpoint["input_size"]) for source in sources])
+    images, infos = zip(*[data.read_image(source, checkpoint["input_size"]) for source in sources])
     batch = torch.from_numpy(np.stack(images))  # black where one can't be read
     unlike = models.unlikeness(checkpoint["input_check"], batch) / checkpoint["input_check"]["cut"]
     with classifier.turns:
@@ -160,7 +160,7 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
         row = Prediction(
             path=str(source if isinstance(source, str | os.PathLike) else getattr(source, "name", "")),
             threshold=checkpoint["threshold"]["value"],
-            error=errors[i],
+            error=infos[i].error,
             demo=checkpoint["data"]["demo"],
             model=checkpoint["model"],
             checksum=classifier.checksum,
@@ -249,10 +249,12 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
 def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, folder: Path) -> None:
     """Draw the heat map of a prediction; image: uint8 [size, size], what the model saw."""
     classes = classifier.checkpoint["classes"]
-    x = data.to_input(torch.from_numpy(image)[None].to(classifier.device), classifier.checkpoint)
+    x = data.to_float(torch.from_numpy(image)[None].to(classifier.device))
+    x = data.normalise(x, classifier.checkpoint)
     heat = models.heat_map(classifier.model, x, classes.index(row.label))[0].cpu().numpy()
-    radiograph, _, error = data.decode(row.path, None)
-    drawn = draw_heat_map(image if error else radiograph, heat, caption(row, classes))  # the file may be gone by now
+    radiograph, info = data.read_image(row.path, None)
+    shown = image if info.error else radiograph  # the file may be gone by now
+    drawn = draw_heat_map(shown, heat, caption(row, classes))
     with data.replacing(folder / map_name(row.path)) as f:
         drawn.save(f, "PNG")
 

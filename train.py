@@ -91,7 +91,7 @@ class TrainingSet:
     """The images that a run trains and validates on."""
 
     root: Path
-    folder: evaluate.Folder  # of train/ and val/: records, patients, hashes ...
+    folder: data.Folder  # of train/ and val/: records, patients, hashes ...
     images: Tensor  # uint8 [n, size, size], perhaps on a GPU
     labels: Tensor  # int64 [n]: positions in classes
     train: Tensor  # int64: positions of the training images
@@ -115,7 +115,7 @@ class TrainingSet:
     def traces(self, index: Tensor) -> dict:
         """What identifies the images later: their known patients, and their hashes as int64 [n, 4]."""
         patients = {r.patient for r in self.records(index) if r.known_patient}
-        hashes = torch.from_numpy(self.folder.loaded.hashes[index].view(np.int64))
+        hashes = torch.from_numpy(self.folder.hashes[index].view(np.int64))
         return {"patients": sorted(patients), "hashes": hashes}
 
     @functools.cached_property
@@ -137,8 +137,8 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         UserError: a class without an image to train or to validate on, or what data.find_training refuses.
     """
     root = data.find_root(args.data)
-    evaluate.read_folder.cache_clear()  # a folder may have changed since another run in this process
-    folder = evaluate.read_folder(root, False, size)
+    data.read_folder.cache_clear()  # a folder may have changed since another run in this process
+    folder = data.read_folder(root, False, size)
     records = folder.records
     classes = data.sort_classes({r.label for r in records}, args.positive)
     if len(classes) > 2 and args.threshold != "0.5":
@@ -156,7 +156,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     if sum(sizes) < evaluate.FEW_IMAGES or min(sizes) < evaluate.FEW_OF_A_CLASS:
         images = count(sum(sizes), "validation image")
         warn(f"only {images}, {min(sizes)} of a class: too few to choose an epoch or a threshold")
-    return TrainingSet(root, folder, folder.loaded.images, labels, index["train"], index["val"], classes)
+    return TrainingSet(root, folder, folder.images, labels, index["train"], index["val"], classes)
 
 
 def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
@@ -164,7 +164,7 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
 
     parent: the traces of that run's training images.
     """
-    records, hashes = d.records(d.val), d.folder.loaded.hashes[d.val]
+    records, hashes = d.records(d.val), d.folder.hashes[d.val]
     for source, seen in (("this run", d.traces(d.train)), ("the run of --weights", parent)):
         is_seen, patients = data.seen_before(records, hashes, seen) if seen else (np.zeros(1, bool), set())
         if is_seen.any() or patients:
@@ -354,8 +354,8 @@ def fit_operating_point(
 ) -> dict[str, float | dict]:
     """slope, intercept and threshold, as a checkpoint has them and models.decide applies them.
 
-    Two classes: a logistic regression on the logit (Platt 1999, with its smoothed targets, so that separated classes
-    give a finite slope). More: the slope alone (one over the temperature of Guo et al. 2017).
+    Two classes: a logistic regression on the logit (Platt 1999; scikit-learn's small penalty keeps the slope finite if
+    the classes are separated). More: the slope alone (one over the temperature of Guo et al. 2017).
 
     Args:
         logits: float64 [copies, n, classes]: of the validation images, and of their stressed copies.
@@ -376,7 +376,9 @@ def fit_operating_point(
         threshold = {"value": None, "logit": None, "rule": "largest probability", **origin}
         return {"slope": float(slope), "intercept": 0.0, "threshold": threshold}
     z = models.calibrate(all_logits, 1.0, 0.0)[:, 1].numpy()
-    slope, intercept = fit_platt(z, all_labels == 1, all_weights, labels == 1)
+    scale = max(z.std(), 1e-12)
+    fitted = LogisticRegression(tol=1e-10, solver="newton-cholesky").fit(z[:, None] / scale, all_labels, all_weights)
+    slope, intercept = float(fitted.coef_[0, 0] / scale), float(fitted.intercept_[0])
     if slope < LEAST_SLOPE:
         warn("on validation the model is no better than chance: train longer")
         slope, intercept = LEAST_SLOPE, 0.0
@@ -384,19 +386,6 @@ def fit_operating_point(
     cut = choose_cut(rule, all_labels == 1, z, all_weights)
     threshold = {"value": float(expit(cut)), "logit": cut, "rule": rule, **origin}
     return {"slope": slope, "intercept": intercept, "threshold": threshold}
-
-
-def fit_platt(z: ndarray, is_positive: ndarray, weights: ndarray, images: ndarray) -> tuple[float, float]:
-    """Slope and intercept on the logit z; images: bool, which of the images themselves are positive, without copies."""
-    n_positive = images.sum()
-    n_negative = len(images) - n_positive
-    target = np.where(is_positive, (n_positive + 1) / (n_positive + 2), 1 / (n_negative + 2))
-    scale = max(z.std(), 1e-12)
-    twice = np.tile(z / scale, 2)[:, None]  # each image once as positive and once as negative, weighted by its target
-    outcome = np.repeat([True, False], len(z))
-    outcome_weights = np.concatenate([weights * target, weights * (1 - target)])
-    fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(twice, outcome, outcome_weights)
-    return float(fitted.coef_[0, 0] / scale), float(fitted.intercept_[0])
 
 
 def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
@@ -561,14 +550,9 @@ def finish_checkpoint(folder: Path, d: TrainingSet, metrics: dict, threshold_rul
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
-    clean = models.infer(model, models.in_batches(d.images, d.val), checkpoint).numpy()
-    stressed = evaluate.infer_stressed(model, d.images, d.val, d.records(d.val), checkpoint)
-    border = None
-    if checkpoint["border"] is not None:
-        batches_of_val = models.in_batches(d.images, d.val)
-        border = np.concatenate([models.border_logit(checkpoint["border"], batch) for batch in batches_of_val])
-    logits = np.stack([clean, *stressed.values()])
-    chosen = fit_operating_point(logits, d.labels[d.val].numpy(), border, threshold_rule)
+    logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
+    labels = d.labels[d.val].numpy()
+    chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, threshold_rule)
     made = {"epochs": len(metrics["epochs"]), "lengths": metrics["lengths"], "finished": True}
     save_checkpoint({**checkpoint, **chosen, **made}, folder)
 
@@ -611,13 +595,11 @@ def first_process_first(rank: int):
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
-    """See models.build_pretrained; a resumed run brings its own weights, so that none are fetched."""
+    """See models.build_pretrained; the checkpoint as the traces of its training images."""
     torch.manual_seed(args.seed)
-    if args.resume is not None or args.pretrained is False:
-        origin = {"source": "random", "note": "random weights, as asked", "failed": "", "sha256": ""}
-        return models.build(args.model, len(classes), size), origin, None
-    insist = args.pretrained is True
-    model, origin, checkpoint = models.build_pretrained(args.model, classes, size, args.weights, insist)
+    # A resumed run brings its own weights, so that none are fetched.
+    weights, pretrained = (args.weights, args.pretrained) if args.resume is None else (None, False)
+    model, origin, checkpoint = models.build_pretrained(args.model, classes, size, weights, pretrained)
     if origin["failed"]:
         warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
     return model, origin, checkpoint and {key: checkpoint["data"][key] for key in ("patients", "hashes")}
@@ -667,7 +649,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
 
     if is_first:
         about = describe(args, d, origin, device)
-        data.write_csv(folder / "splits.csv", split_rows(d))
+        data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save_progress(folder, learner, about, d, history, world, parent)
         warn_overlap(d, parent)
         print_start(args, origin["note"], d, model, crop, size, device, dtype)
@@ -723,11 +705,10 @@ def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
     used = dict.fromkeys(d.train.tolist(), "train") | dict.fromkeys(d.val.tolist(), "val")
     mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
-    columns = {name: "" for r in d.folder.records for name in r.groups}
     rows = []
     for i, r in enumerate(d.folder.records):
         row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
-        rows.append({**row, "split": used.get(i, "left out"), **columns, **r.groups, **mark})
+        rows.append({**row, "split": used.get(i, "left out"), **r.groups, **mark})
     return rows
 
 
@@ -855,7 +836,7 @@ def how_to_continue(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = make_parser()
     args, state = parse_arguments(parser)
-    data.run_script(parser, lambda: run(args, state), lambda: how_to_continue(args), output_matters=True)
+    data.run_script(parser, lambda: run(args, state), lambda: how_to_continue(args))
 
 
 if __name__ == "__main__":

@@ -168,7 +168,7 @@ def test_the_adjusted_auroc_counts_pairs_within_a_quintile_of_the_border():
 
 
 def test_a_metric_is_added_in_one_place_with_its_range(tmp_path, monkeypatch):
-    youden = evaluate.Metric("Youden", lambda d: d.tp / (d.tp + d.fn) + d.tn / (d.tn + d.fp) - 1, low=-1)
+    youden = evaluate.Metric("Youden", None, lambda a, weights: 2 * evaluate.balanced_accuracy(a, weights) - 1, low=-1)
     monkeypatch.setitem(evaluate.METRICS, "youden", youden)
     found = score(tmp_path, to_rows([1, 1, 1, 0, 0, 0], [0.2, 0.1, 0.6, 0.9, 0.8, 0.7]))["metrics"]["youden"]
     assert found["value"] == pytest.approx(1 / 3 - 1) and found["ci95"][0] < found["value"] < found["ci95"][1] < 0.5

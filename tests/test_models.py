@@ -56,7 +56,7 @@ def write_weights(path: Path, state: dict) -> Path:
 
 
 def load_weights(path: Path, classes=CLASSES, name: str = SMALL) -> tuple:
-    return models.build_pretrained(name, classes, 64, str(path), insist=False)
+    return models.build_pretrained(name, classes, 64, str(path), None)
 
 
 def one_line_error(work, *arguments) -> str:
@@ -407,7 +407,7 @@ def test_weights_from_a_hub_and_again_from_its_cache(hub, tmp_path):
     state = timm.create_model(SMALL).state_dict()
     write_weights(folder / "model.safetensors", state)
     for is_served in (True, False):
-        model, origin, _ = models.build_pretrained(SMALL, ["A", "B"], 64, None, insist=True)
+        model, origin, _ = models.build_pretrained(SMALL, ["A", "B"], 64, None, True)
         assert any("model.safetensors" in line for line in asked) == is_served
         assert origin["source"] == "hub" and "timm/mobilenetv3_small_050.lamb_in1k" in origin["note"]
         found = model.state_dict()
@@ -421,7 +421,7 @@ def test_weights_from_a_hub_and_again_from_its_cache(hub, tmp_path):
 def test_without_a_hub_training_goes_on_from_random_weights_unless_they_are_required(hub):
     _, close = hub
     close()
-    model, origin, _ = models.build_pretrained(SMALL, CLASSES, 64, None, insist=False)
+    model, origin, _ = models.build_pretrained(SMALL, CLASSES, 64, None, None)
     assert origin["source"] == "random" and SMALL in origin["failed"] and "\n" not in origin["failed"]
     assert model.classifier.out_features == 2
     message = one_line_error(models.build_pretrained, SMALL, CLASSES, 64, None, True)

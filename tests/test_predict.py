@@ -305,7 +305,7 @@ def test_the_heat_map_is_of_the_class_that_was_predicted(run_folder, normals, tm
     classifier = predict.open_classifier(save_with(run_folder, tmp_path / "ckpt.pt", threshold=point), "cpu")
     predict.classify(normals[:1], classifier, tmp_path)
     drawn = np.asarray(Image.open(next(tmp_path.glob("*_cam.png"))))
-    x = data.to_input(torch.from_numpy(data.read_image(normals[0], 64)[0])[None], classifier.checkpoint)
+    x = data.normalise(data.to_float(torch.from_numpy(data.read_image(normals[0], 64)[0])[None]), classifier.checkpoint)
     radiograph, _ = data.read_image(normals[0], None)
     height, width = radiograph.shape
     for c in (0, 1):

@@ -296,7 +296,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees(demo, tmp_path,
     checkpoint = models.load(tmp_path / "r")
     for row, x in zip([r for r in rows_of(tmp_path / "r" / "splits.csv") if r["split"] == "train"], torch.cat(seen)):
         image, _ = data.read_image(demo / row["path"], 32)
-        torch.testing.assert_close(data.to_input(torch.from_numpy(image)[None], checkpoint)[0], x)
+        torch.testing.assert_close(data.normalise(data.to_float(torch.from_numpy(image)[None]), checkpoint)[0], x)
 
 
 def test_it_learns_and_what_it_learnt_is_found_by_evaluation(tmp_path):
@@ -324,14 +324,14 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
 def test_the_operating_point_rests_on_stressed_copies(demo, tmp_path, monkeypatch):
     arguments = ("--data", demo, *SHORT, "--epochs", 1, "--output")
     run_train(tmp_path, *arguments, "plain")
-    infer_stressed = evaluate.infer_stressed
+    ask = evaluate.ask
 
-    def right_under_stress(model, images, index, records, preprocessing):
-        z = np.array([4.0 if r.label == "PNEUMONIA" else -2.0 for r in records])
-        logits = np.stack([-z / 2, z / 2], 1)
-        return dict.fromkeys(infer_stressed(model, images, index, records, preprocessing), logits)
+    def right_under_stress(model, folder, index, *rest, **options):
+        logits, border = ask(model, folder, index, *rest, **options)
+        z = np.array([4.0 if folder.records[i].label == "PNEUMONIA" else -2.0 for i in index.tolist()])
+        return {**dict.fromkeys(logits, np.stack([-z / 2, z / 2], 1)), "clean": logits["clean"]}, border
 
-    monkeypatch.setattr(evaluate, "infer_stressed", right_under_stress)
+    monkeypatch.setattr(evaluate, "ask", right_under_stress)
     run_train(tmp_path, *arguments, "right")
     plain, right = models.load(tmp_path / "plain"), models.load(tmp_path / "right")
     assert are_equal(plain["state_dict"], right["state_dict"])
