@@ -699,7 +699,8 @@ def seed_from(*numbers) -> int:
 # --- read ---
 
 # Part of the cache's name: raise it when the pixels of read_image or the notes of _build_cache change.
-READER_VERSION = 4
+READER_VERSION = 5
+DEFAULT_SIZE = 160  # side in pixels of what is cached, unless a model or --img-size wants another one
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow warns about huge images and odd metadata; read_image decides itself what is an error.
@@ -1037,15 +1038,15 @@ def _examine(root, size, record):
     """A record's levels (see read_image), and a dict of what the cache stores about the image.
 
     hash: of difference_hash, in hexadecimal; digest: SHA-256 of the file's bytes, 16 hexadecimal digits, empty if it
-    can't be read; reason: why it can't be used, else empty; depth, mode and view: see ImageInfo.
+    can't be read; reason: why it can't be used, else empty; the rest: see ImageInfo.
     """
     file = root / record.path
     image, info = read_image(file, size, hashed=True)
     reason = info.error or IS_MASK * info.is_mask
     # Without an image the hash comes from the path, so that it matches no other.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
-    note = {"hash": bits.hex(), "reason": reason, "depth": info.depth, "mode": info.mode, "view": info.view}
-    return image, {**note, "digest": "" if info.error else sha256(file)[:16]}
+    note = {name: getattr(info, name) for name in ("width", "height", "depth", "mode", "view")}
+    return image, {**note, "hash": bits.hex(), "reason": reason, "digest": "" if info.error else sha256(file)[:16]}
 
 
 def _hashes(notes):
@@ -1505,6 +1506,8 @@ MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contr
 def check(root: Path) -> dict:
     """Check a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
+    Images are read through the cache that training uses, so that a second start is fast.
+
     Returns:
         dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and [5th
         percentile, median, 95th] of the measures; audit: see _audit; problems, which make results invalid, and
@@ -1521,16 +1524,47 @@ def check(root: Path) -> dict:
     for sides, patients in shared_patients(records).items():
         add_problem(f"patients in both {sides}", patients)
     remark_patients(records, remark)
-    inspected = list(parallel(functools.partial(_inspect, root), records, "checking"))
-    images = [image for image in inspected if not image["reason"]]
-    failed = {i["record"].path: i["reason"] for i in inspected if i["reason"]}
+
+    folders, fingerprints, audit, failed = defaultdict(list), {}, [], {}
+    for name, is_in_part in (("train", lambda r: r.split != "test"), ("test", lambda r: r.split == "test")):
+        part = list(filter(is_in_part, records))
+        if not part:
+            continue
+        images, notes = load_images(root, part, DEFAULT_SIZE)
+        fingerprints[name] = fingerprint(part, [note["digest"] for note in notes])
+        usable = []
+        for record, image, note in zip(part, images.numpy(), notes):
+            if note["reason"]:
+                failed[record.path] = note["reason"]
+                continue
+            n_pixels = note["width"] * note["height"]
+            shape = [note["width"], note["height"], note["width"] / note["height"]]
+            note["measures"] = [*shape, int(record.stamp.split()[0]) / n_pixels, image.mean(), image.std()]
+            note |= {"record": record, "image": image}
+            usable.append(note)
+            folders[f"{record.split}/{record.label}"].append(note)
+        if name == "train":
+            audit = _audit(usable[:: 1 + len(usable) // 20_000])  # more would add nothing, but take time and memory
+    labels = {r.label for r in records}
+    add_problem("only one class", list(labels) if len(labels) < 2 else [])
+    for split in dict.fromkeys(r.split for r in records):
+        add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
     remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
     remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
-    lateral = [i["record"].path for i in images if i["view"] in LATERAL]
-    remark(f"lateral views among {len(images)} images", lateral if len(lateral) < len(images) else [])
+    notes = list(itertools.chain(*folders.values()))
+    lateral = [note["record"].path for note in notes if note["view"] in LATERAL]
+    remark(f"lateral views among {len(notes)} images", lateral if len(lateral) < len(notes) else [])
+    for row in audit:
+        low, high = row["ci95"]
+        if low > 0.6:
+            remark(
+                f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
+                "a model can learn the device instead of the disease"
+            )
+
     groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
-    for image, number in zip(images, copy_groups(_hashes(images)).tolist()):
-        groups[number].append(image["record"])
+    for note, number in zip(notes, copy_groups(_hashes(notes)).tolist()):
+        groups[number].append(note["record"])
     for group in groups.values():
         for attribute, found in copies.items():
             if len({getattr(r, attribute) for r in group}) > 1:
@@ -1539,32 +1573,10 @@ def check(root: Path) -> dict:
     add_problem("copies across splits", copies["split"])
     add_problem("copies under several labels", copies["label"])
     remark("copies under several patients, counted as one", copies["patient"])
-
-    folders, fingerprinted = defaultdict(list), defaultdict(list)
-    for image in images:
-        folders[f"{image['record'].split}/{image['record'].label}"].append(image)
-    for image in inspected:
-        fingerprinted["test" if image["record"].split == "test" else "train"].append(image)
-    labels = {r.label for r in records}
-    add_problem("only one class", list(labels) if len(labels) < 2 else [])
-    for split in dict.fromkeys(r.split for r in records):
-        add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
-    audited = [image for image in images if image["record"].split != "test"]
-    audit = _audit(audited[:: 1 + len(audited) // 20_000])  # more would add nothing, but take time and memory
-    for row in audit:
-        low, high = row["ci95"]
-        if low > 0.6:
-            remark(
-                f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
-                "a model can learn the device instead of the disease"
-            )
     return {
         "root": str(root),
         "demo": is_demo(root),
-        "fingerprints": {
-            name: fingerprint([i["record"] for i in part], [i["digest"] for i in part])
-            for name, part in fingerprinted.items()
-        },
+        "fingerprints": fingerprints,
         "folders": {folder: _summarise(own) for folder, own in folders.items()},
         "audit": audit,
         "problems": {message: names for message, names in problems.items() if names != []},
@@ -1572,26 +1584,14 @@ def check(root: Path) -> dict:
     }
 
 
-def _inspect(root, record):
-    """A dict of what the cache would store about an image, and of its measures."""
-    image, note = _examine(root, None, record)
-    note["record"] = record
-    if not note["reason"]:
-        height, width = image.shape
-        bytes_per_pixel = os.path.getsize(root / record.path) / image.size
-        note["measures"] = [width, height, width / height, bytes_per_pixel, float(image.mean()), float(image.std())]
-        note["border"] = border_features(torch.from_numpy(image)[None])[0].mul(255).byte().numpy()
-    return note
-
-
-def _summarise(images):
+def _summarise(notes):
     """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
-    records = [i["record"] for i in images]
-    percentiles = np.percentile([i["measures"] for i in images], (5, 50, 95), axis=0).T
+    records = [note["record"] for note in notes]
+    percentiles = np.percentile([note["measures"] for note in notes], (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {i['mode']}, {i['depth']} bits" for i in images)
+    modes = sorted(f"mode {note['mode']}, {note['depth']} bits" for note in notes)
     return {
-        "images": len(images),
+        "images": len(notes),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
         **dict(zip(MEASURES, percentiles.round(3).tolist())),
@@ -1599,7 +1599,7 @@ def _summarise(images):
     }
 
 
-def _audit(images):
+def _audit(notes):
     """How well two classes are separated without the lungs: gradient boosting on border or file, out of fold by
     patient.
 
@@ -1612,13 +1612,14 @@ def _audit(images):
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    labels = np.array([i["record"].label for i in images])
-    patients = np.array([i["record"].patient for i in images])
-    modes = np.unique([i["mode"] for i in images], return_inverse=True)[1]
-    file = np.array([[*i["measures"][:4], i["depth"], mode] for i, mode in zip(images, modes)])
-    file[[not LOSSY.fullmatch(i["record"].path) for i in images], 3] = 0  # lossless: it depends on the picture
+    labels = np.array([note["record"].label for note in notes])
+    patients = np.array([note["record"].patient for note in notes])
+    modes = np.unique([note["mode"] for note in notes], return_inverse=True)[1]
+    file = np.array([[*note["measures"][:4], note["depth"], mode] for note, mode in zip(notes, modes)])
+    file[[not LOSSY.fullmatch(note["record"].path) for note in notes], 3] = 0  # lossless: it depends on the picture
+    borders = [border_features(torch.from_numpy(note["image"])[None]) for note in notes]
     sources = {
-        "the border alone, without any lung,": np.array([i["border"] for i in images]),
+        "the border alone, without any lung,": torch.cat(borders).numpy(),
         "the file alone (size, bytes per pixel, mode, depth)": file,
     }
     boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)

@@ -92,7 +92,7 @@ def preprocessing(name: str, size: int | None) -> dict:
     """
     _, config, _ = resolve(name)
     if size is None:
-        size = config.input_size[-1] if config.fixed_input_size else 160
+        size = config.input_size[-1] if config.fixed_input_size else data.DEFAULT_SIZE
     return {"input_size": size, "mean": float(np.mean(config.mean)), "std": float(np.mean(config.std))}
 
 
