@@ -285,7 +285,9 @@ HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by oper
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file with its preamble, or one without: that begins with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
-TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv; others are groups
+TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
+# Columns that are not subgroups: those above, and those of test.csv.
+NO_GROUPS = {*TABLE_COLUMNS, "path", "logit", "calibrated_logit", "probability", "prediction", "demo"}
 
 
 @dataclass(slots=True)
@@ -516,7 +518,10 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     records = []
     for path, row in found:
         its_split = "train" if is_small and row["split"] == "val" else row["split"]
-        records.append(_make_record(root, path, its_split, row))
+        file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
+        info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is reported by decoding
+        stamp = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
+        records.append(make_record(path, its_split, row, _examine_header(file), stamp))
     known = {}  # the classes of train, or of the only split
     for name in splits:
         part = [r for r in records if r.split == name]
@@ -525,31 +530,35 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     return records
 
 
-def _make_record(root, path, split, row):
-    """A Record from the table, the header of a DICOM file, or the file's name; row: of metadata.csv, with a label."""
-    file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
-    in_name, subtype, series = identify(os.path.basename(path))
-    in_table, in_header = row.get("patient", ""), ""
+def make_record(path: str, split: str, row: dict[str, str], in_header: str = "", stamp: str = "") -> Record:
+    """A record of a row of metadata.csv or of a table of predictions, with a label.
+
+    The patient is the row's, else in_header, else that of the file's name, else the path.
+    """
+    in_name, subtype, series = identify(posixpath.basename(path))
+    known = [patient for patient in (row.get("patient", ""), in_header) if not MISSING.fullmatch(normal_form(patient))]
+    return Record(
+        path=path,
+        label=row["label"],
+        split=split,
+        patient=[*known, in_name or path][0],
+        subtype=row.get("subtype") or subtype,
+        series=series,
+        stamp=stamp,
+        groups={column: cell for column, cell in row.items() if column not in NO_GROUPS},
+    )
+
+
+def _examine_header(file):
+    """A hash of the patient in a DICOM header, the only thing of it that is ever written; else an empty text."""
+    patient = ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
-            in_header = str(header.get("PatientID") or "").strip()
-    in_table, in_header = ("" if MISSING.fullmatch(normal_form(name)) else name for name in (in_table, in_header))
-    if in_header:  # only this hash is ever written, nothing else of a header
-        in_header = hash_lines([in_header])[:16]
-    info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is reported by decoding
-    return Record(
-        path=path,
-        label=row["label"],
-        split=split,
-        patient=in_table or in_header or in_name or path,
-        subtype=row.get("subtype") or subtype,
-        series=series,
-        stamp=f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}",
-        groups={column: cell for column, cell in row.items() if column not in TABLE_COLUMNS},
-    )
+            patient = str(header.get("PatientID") or "").strip()
+    return "" if MISSING.fullmatch(normal_form(patient)) else hash_lines([patient])[:16]
 
 
 def check_classes(records: list[Record], classes: list[str], where: str) -> None:

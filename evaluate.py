@@ -170,10 +170,11 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
     leaks = Counter()
-    for prefix in ("", "val_")[: 1 + (args.split != "val")]:  # every model is chosen on its validation images
-        trace = {"hashes": seen[f"{prefix}hashes"], "patients": seen[f"{prefix}patients"]}
-        is_seen, patients = data.seen_before(records, folder.hashes[index], trace)
-        leaks |= {f"{prefix}images": int(is_seen.sum()), f"{prefix}patients": len(patients)}
+    for use in ("trained_on", "chosen_on")[
+        : 1 + (args.split != "val")
+    ]:  # every model is chosen on its validation images
+        is_seen, patients = data.seen_before(records, folder.hashes[index], checkpoint[use])
+        leaks |= {f"{use}_images": int(is_seen.sum()), f"{use}_patients": len(patients)}
     scored = Scored(
         sources=[path],
         model=checkpoint["model"],
@@ -228,7 +229,6 @@ def ask(
 
 NEEDED = ("path", "label", "probability")
 CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
-NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are not subgroups
 
 
 def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
@@ -250,27 +250,13 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         raise UserError(f"{path} needs the columns {', '.join(NEEDED)} and one row per image; its columns are {found}")
     if {"flags", "error"} <= set(columns):
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
-    groups = [name for name in columns if name not in NO_GROUPS]
     records, probabilities, exact = [], [], []
     for row in rows:
-        name = row["path"]
-        patient, subtype, series = data.identify(os.path.basename(name))
-        if data.normal_form(row.get("patient", "")):  # 0 means unknown
-            patient = row["patient"]
-        record = data.Record(
-            path=name,
-            label=row["label"],
-            split="predictions",
-            patient=patient or name,
-            subtype=row.get("subtype") or subtype,
-            series=series,
-            stamp="",
-            groups={group: row[group] for group in groups},
-        )
-        records.append(record)
-        probability = data.as_number(row["probability"])
+        records.append(data.make_record(row["path"], "predictions", row))
+        given = row["probability"]
+        probability = data.as_number(given)
         if probability is None or not 0 <= probability <= 1:
-            raise UserError(f"{path}: the probability of {name} is not a number in [0, 1]: {row['probability']!r}")
+            raise UserError(f"{path}: the probability of {row['path']} is not a number in [0, 1]: {given!r}")
         probabilities.append(probability)
         exact.append(data.as_number(row.get("calibrated_logit", "")))
     if len({r.path for r in records}) < len(records):
@@ -576,10 +562,10 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
         remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['lengths'][-1]}")
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
-    for how, prefix in (("trained", ""), ("chosen", "val_")):
-        images, patients = leaks[f"{prefix}images"], leaks[f"{prefix}patients"]
+    for use in ("trained_on", "chosen_on"):
+        images, patients = leaks[f"{use}_images"], leaks[f"{use}_patients"]
         if images or patients:
-            remarks.append(f"LEAK: {how} on {images} of these images and {patients} of these patients")
+            remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
         remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): figures are rough")
@@ -619,9 +605,8 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
             metrics[name]["sd"] = or_none(values[:, 0].std(ddof=1))
     training = None
     if s.checkpoint:
-        large = ("state_dict", "input_check", "border", "data")
+        large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
         training = {name: value for name, value in s.checkpoint.items() if name not in large}
-        training["data"] = {name: s.checkpoint["data"][name] for name in ("root", "fingerprint", "n_images")}
     sources = [source for run in runs for source in run.sources]
     remarks = [line for run in runs for line in find_remarks(run, metrics["auroc"]["ci95"])]
     sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
@@ -1034,7 +1019,7 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"model: {r['model']}, {r['parameters']} parameters, {t['input_size']} px",
             f"preprocessing: grey levels in [0, 1], minus {t['mean']:.3f}, divided by {t['std']:.3f}",
             f"started from: {t['origin']['note']}; SHA-256 of its file: {t['origin']['sha256'] or 'none'}",
-            f"trained on {count(t['data']['n_images'], 'image')} of {t['data']['root']}, {t['data']['fingerprint']}",
+            f"trained on {count(t['data']['images']['train'], 'image')} of {t['data']['root']}, {t['data']['fingerprint']}",
             f"recipe: {recipe}",
             f"epoch {t['epoch']} of {t['epochs']}, by code {t['environment']['git_commit']}",
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
@@ -1219,20 +1204,11 @@ def make_parser() -> data.Parser:
 
 
 def find_inputs(patterns: list[str]) -> list[str]:
-    """The inputs, including matches of patterns that the shell did not expand; or else the newest run.
-
-    Raises:
-        UserError: a folder without a checkpoint.
-    """
+    """The inputs, including matches of patterns that the shell did not expand; or else the newest run."""
     inputs = []
     for pattern in patterns:
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         inputs += found or [pattern]
-    for name in filter(os.path.isdir, inputs):
-        runs = sorted(Path(name).glob("*/ckpt.pt"))
-        if not os.path.exists(models.in_run_folder(name)):
-            way_out = f"name one of the runs in it, such as {runs[-1].parent}" if runs else "is it a run?"
-            raise UserError(f"{models.in_run_folder(name)} does not exist; {way_out}")
     return list(dict.fromkeys(inputs)) or [str(models.newest_checkpoint())]
 
 

@@ -34,7 +34,7 @@ import data
 from data import UserError
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 def pick_device(name: str) -> torch.device:
@@ -233,22 +233,18 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     """
     content, checkpoint = read_weights(path), None
     if "format" in content:
-        content = checkpoint = load(path)
+        checkpoint = load(path)
+        content = checkpoint["state_dict"]
+    keeps_head = checkpoint is not None and checkpoint["classes"] == classes
     _, config, _ = resolve(name)
-    stem = config.first_conv[0] if isinstance(config.first_conv, tuple) else config.first_conv
-    heads = config.classifier if isinstance(config.classifier, tuple) else (config.classifier,)
     state, others = find_state(content, build(name, len(classes), size), config.classifier)
     if not state:
         raise UserError(f"{path} is not a state dict of tensors")
-    keeps_head = checkpoint is not None and set(classes) <= set(checkpoint["classes"])
+    stem, head = (x[0] if isinstance(x, tuple) else x for x in (config.first_conv, config.classifier))
+    n_rows = len(state.get(f"{head}.weight", ()))
+    channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
+    overlay = {"state_dict": state, "num_classes": n_rows, "input_size": (channels, size, size)}
     try:
-        if keeps_head:
-            rows = [checkpoint["classes"].index(c) for c in classes]
-            for key in {f"{head}.{kind}" for head in heads for kind in ("weight", "bias")} & state.keys():
-                state[key] = state[key][rows]
-        n_rows = len(state.get(f"{heads[0]}.weight", ()))
-        channels = state[f"{stem}.weight"].shape[1] if f"{stem}.weight" in state else 3
-        overlay = {"state_dict": state, "num_classes": n_rows, "input_size": (channels, size, size)}
         # Strict: one tensor too many, too few or of another shape means another architecture.
         model = build(name, n_rows, size, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as e:  # noqa: BLE001, timm's filters fail on foreign tensors in many ways
@@ -368,7 +364,9 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
     """
     path = in_run_folder(path)
     if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist")
+        runs = sorted(path.parent.glob("*/ckpt.pt"))
+        way_out = f"; name one of the runs, such as {runs[-1].parent}" if runs else ""
+        raise UserError(f"checkpoint {path} does not exist{way_out}")
     try:
         with zipfile.ZipFile(path) as archive:
             stored = [archive.read(name).decode() for name in archive.namelist() if name.endswith(f"/{SEAL}")]

@@ -71,18 +71,6 @@ def selected_epoch(history: list[dict], n_positive: int, n_negative: int) -> int
     return selected
 
 
-def to_metrics(about: dict, history: list[dict], best_epoch: int, finished: bool) -> dict:
-    """The content of metrics.json; about: what doesn't change in a run."""
-    return {
-        **about,
-        "finished": finished,
-        "best_epoch": best_epoch,  # the selected one
-        "seconds": round(sum(epoch_log["seconds"] for epoch_log in history), 3),
-        "lengths": list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history)),
-        "epochs": history,
-    }
-
-
 # --- data ---
 
 
@@ -162,7 +150,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
 def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
     """Warn if this run, or the one that its weights come from, was trained on validation images or their patients.
 
-    parent: the traces of that run's training images.
+    parent: traces of that run's training images.
     """
     records, hashes = d.records(d.val), d.folder.hashes[d.val]
     for source, seen in (("this run", d.traces(d.train)), ("the run of --weights", parent)):
@@ -475,7 +463,21 @@ def save_progress(
         **{name: part.state_dict() for name, part in learner.parts().items()},
     }
     models.save(state, folder / "last.pt")
-    data.write_json(folder / "metrics.json", to_metrics(about, history, d.selected_epoch(history), finished=False))
+    write_metrics(folder, about, d, history, finished=False)
+
+
+def write_metrics(folder: Path, about: dict, d: TrainingSet, history: list[dict], finished: bool) -> dict:
+    """Write metrics.json, and return its content; about: what doesn't change in a run."""
+    metrics = {
+        **about,
+        "finished": finished,
+        "best_epoch": d.selected_epoch(history),  # the selected one
+        "seconds": round(sum(epoch_log["seconds"] for epoch_log in history), 3),
+        "lengths": list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history)),
+        "epochs": history,
+    }
+    data.write_json(folder / "metrics.json", metrics)
+    return metrics
 
 
 def save_checkpoint(checkpoint: dict, folder: Path) -> None:
@@ -511,7 +513,7 @@ def make_checkpoint(
     learner: Learner, d: TrainingSet, preprocessing: dict, about: dict, epoch_log: dict, parent: dict | None
 ) -> dict:
     """All that evaluation and prediction need, of the epoch in epoch_log."""
-    trained, validated = d.traces(d.train), d.traces(d.val)
+    trained = d.traces(d.train)
     if parent is not None:
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
         trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
@@ -534,26 +536,21 @@ def make_checkpoint(
         "epochs": epoch_log["epoch"],  # how many the run has made; more if the last ones were not selected
         "lengths": [epoch_log["planned_epochs"]],  # planned; several if --resume changed the number
         "finished": False,
-        "data": {
-            **{key: about["data"][key] for key in ("root", "demo", "fingerprint")},
-            "n_images": len(d.train),
-            "prevalence": float(d.is_positive(d.val).double().mean()),  # on validation
-            **trained,  # of this run and those that its weights come from
-            "val_patients": validated["patients"],  # epoch and operating point are chosen on these
-            "val_hashes": validated["hashes"],
-        },
-        **{key: about[key] for key in ("arguments", "environment", "origin")},
+        "trained_on": trained,  # by this run, and by those that its weights come from
+        "chosen_on": d.traces(d.val),  # epoch and operating point
+        **about,
     }
 
 
-def finish_checkpoint(folder: Path, d: TrainingSet, metrics: dict, threshold_rule: str, device) -> None:
+def finish_checkpoint(folder: Path, d: TrainingSet, history: list[dict], threshold_rule: str, device) -> None:
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
     logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
     labels = d.labels[d.val].numpy()
     chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, threshold_rule)
-    made = {"epochs": len(metrics["epochs"]), "lengths": metrics["lengths"], "finished": True}
+    lengths = list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history))
+    made = {"epochs": len(history), "lengths": lengths, "finished": True}
     save_checkpoint({**checkpoint, **chosen, **made}, folder)
 
 
@@ -595,14 +592,14 @@ def first_process_first(rank: int):
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
-    """See models.build_pretrained; the checkpoint as the traces of its training images."""
+    """A model, its weights' origin, and traces of the images that the run which they come from was trained on."""
     torch.manual_seed(args.seed)
     # A resumed run brings its own weights, so that none are fetched.
     weights, pretrained = (args.weights, args.pretrained) if args.resume is None else (None, False)
     model, origin, checkpoint = models.build_pretrained(args.model, classes, size, weights, pretrained)
     if origin["failed"]:
         warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
-    return model, origin, checkpoint and {key: checkpoint["data"][key] for key in ("patients", "hashes")}
+    return model, origin, checkpoint and checkpoint["trained_on"]
 
 
 def run(args: argparse.Namespace, state: dict | None) -> None:
@@ -685,11 +682,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
             print(ROW.format(**epoch_log), flush=True)
 
     if is_first:
-        best_epoch = d.selected_epoch(history)
-        metrics = to_metrics(about, history, best_epoch, finished=True)
-        finish_checkpoint(folder, d, metrics, args.threshold, device)
-        data.write_json(folder / "metrics.json", metrics)
-        print_end(folder, d, metrics)
+        finish_checkpoint(folder, d, history, args.threshold, device)
+        print_end(folder, d, write_metrics(folder, about, d, history, finished=True))
     if world > 1:
         dist.destroy_process_group()
 

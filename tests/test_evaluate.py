@@ -962,8 +962,8 @@ def test_what_is_missing_is_named_with_the_way_out(run, tmp_path):
     about = {**models.load(run)["data"], "root": str(tmp_path / "gone")}
     altered(run, tmp_path / "b", data=about)
     cases = {
-        "runs": "name one of the runs in it, such as runs/a",
-        "empty": "is it a run?",
+        "runs": "runs/ckpt.pt does not exist; name one of the runs, such as runs/a",
+        "empty": "empty/ckpt.pt does not exist",
         "nowhere": "checkpoint nowhere does not exist",
         "b": "name its new place with --data DIR",
     }

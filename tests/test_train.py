@@ -355,11 +355,11 @@ def test_what_a_run_writes(run_folder):
     best = metrics["epochs"][metrics["best_epoch"] - 1]
     assert checkpoint["epoch"] == metrics["best_epoch"] and checkpoint["finished"] and checkpoint["epochs"] == 2
     assert checkpoint["validation"]["val_auroc"] == best["val_auroc"]
-    about = checkpoint["data"]
-    assert about["demo"] and about["fingerprint"] == metrics["data"]["fingerprint"]
-    held_out = [r["patient"] for r in rows if r["split"] == "val"]
-    assert set(about["val_patients"]) == set(held_out) and len(about["val_hashes"]) == len(held_out) > 0
-    assert {r["patient"] for r in rows if r["split"] == "train"} == set(about["patients"])
+    assert checkpoint["data"] == metrics["data"] and metrics["data"]["demo"]
+    for key, split in (("trained_on", "train"), ("chosen_on", "val")):
+        patients = [r["patient"] for r in rows if r["split"] == split]
+        traces = checkpoint[key]
+        assert set(traces["patients"]) == set(patients) and len(traces["hashes"]) == len(patients) > 0
 
 
 def test_the_split_depends_on_folds_and_fold_alone(demo, tmp_path):
@@ -407,8 +407,8 @@ def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, t
     (leak,) = [line for line in other.err.splitlines() if "LEAK" in line]
     assert f"{n_val} of the {n_val} validation images" in leak
     # A third generation still knows the patients of the first.
-    about = models.load(tmp_path / "other")["data"]
-    assert set(about["patients"]) == {r["patient"] for r in rows} and len(about["hashes"]) == len(rows)
+    traces = models.load(tmp_path / "other")["trained_on"]
+    assert set(traces["patients"]) == {r["patient"] for r in rows} and len(traces["hashes"]) == len(rows)
 
 
 def test_a_frozen_backbone_does_not_move_nor_do_its_statistics(demo, tmp_path):
