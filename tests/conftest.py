@@ -34,15 +34,8 @@ def surroundings(tmp_path, monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
 
 
-def run_process(*arguments, cwd, env=None, **kwargs) -> subprocess.CompletedProcess:
-    """Run one of the scripts as a user would: a process of its own, output captured as text."""
-    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
-    options = {"capture_output": True, "text": True, "timeout": 240, **kwargs}
-    return subprocess.run(command, check=False, cwd=cwd, env={**os.environ, **(env or {})}, **options)
-
-
 def run_script(script, *arguments, cwd, input="") -> subprocess.CompletedProcess:
-    """The same within this process: importing torch and timm takes longer than most of what is tested here."""
+    """Run one of the scripts in this process: importing torch and timm takes longer than most of what is tested."""
     module = importlib.import_module(script.removesuffix(".py"))
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
@@ -72,6 +65,6 @@ def run_folder(demo, tmp_path_factory) -> Path:
     """A finished run of the real training script on the demo set: two epochs at 64 pixels."""
     folder = tmp_path_factory.mktemp("runs") / "run"
     arguments = ("--data", demo, "--no-pretrained", "--epochs", "2", "--img-size", "64", "--batch-size", "16")
-    done = run_process("train.py", *arguments, "--output", folder, cwd=folder.parent)
+    done = run_script("train.py", *arguments, "--output", folder, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return folder

@@ -6,7 +6,6 @@ from conftest import run_script
 TRAIN = [
     ("--data nowhere", "nowhere does not exist"),
     ("--epochs 0", "--epochs: 0 is not in [1, inf]"),
-    ("--epochs x", "invalid int value"),
     ("--model mobilenetv3_smal_050 --no-pretrained", "mobilenetv3_small_050"),
     ("--device cuda:77 --no-pretrained", "--device cuda:77"),
     ("--weights none.pt", "none.pt does not exist"),
@@ -14,34 +13,26 @@ TRAIN = [
     ("--threshold best", "--threshold"),
     ("--model convnext_atto --no-pretrained --img-size 8", "does not take 8 x 8 pixels"),
     ("--resume nowhere", "no run to continue"),
-    ("--resume empty", "no run to continue"),
     ("--resume other --output x", "leave out --output"),
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--lear 1", "unrecognized arguments"),
-    ("--lr 1e39", "--lr: 1e39 is not in [0, 1e+30]"),
     ("--output=", "--output: must not be empty"),
     ("--weights other/metrics.json", "is not a .safetensors or torch weights file"),
-    ("--weights empty", "ckpt.pt does not exist"),
-    ("--model @@@ --no-pretrained", "timm has no model"),
     ("--model mobilenetv3_small --no-pretrained", "nearest: mobilenetv3_small_050"),
     ("--model hf-hub:nobody/nothing --no-pretrained", "can't be looked up"),
 ]
 DATA = [
     ("check nowhere", "nowhere does not exist"),
     ("check empty", "has no images in train/"),
-    ("demo empty --images 3", "--images"),
     ("demo other", "not an empty folder"),
 ]
 EVALUATE = [
     ("", "no runs/*/ckpt.pt found"),
     ("nowhere.pt", "nowhere.pt does not exist"),
-    ("runs/*/ckpt.pt", "does not exist"),
     ("empty", "ckpt.pt does not exist"),
-    ("other/metrics.json", "is damaged, or not a file of this suite"),
     ("missing.csv", "missing.csv"),
-    ("missing.csv --bootstrap -1", "--bootstrap: -1 is not in"),
     ("missing.csv --threshold 1.5", "--threshold: 1.5 is not in"),
     ("missing.csv --split all", "--split"),
 ]
@@ -49,12 +40,9 @@ PREDICT = [
     ("", "required: PATH"),
     ("x.png", "train a model first"),
     ("--ckpt none.pt x.png", "none.pt does not exist"),
-    ("--ckpt empty x.png", "ckpt.pt does not exist"),
     ("--ckpt a --ckpt b x.png", "--ckpt takes one checkpoint"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
     ("--json --csv x.png", "not allowed"),
-    ("--cam= x.png", "--cam: must not be empty"),
-    ("--thresh 1 x.png", "unrecognized arguments"),
 ]
 CASES = []
 for script, cases in (("train.py", TRAIN), ("data.py", DATA), ("evaluate.py", EVALUATE), ("predict.py", PREDICT)):

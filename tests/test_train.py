@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import resource
 import shutil
 import signal
@@ -32,12 +33,10 @@ def run_train(folder, *arguments, code=0):
     return SimpleNamespace(out=done.stdout, err=done.stderr, last=(done.stderr.splitlines() or [""])[-1])
 
 
-def start(*arguments, cwd) -> subprocess.Popen:
+def start(*arguments, cwd, **environment) -> subprocess.Popen:
     command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    # What a shell starts in the background ignores SIGINT, and would pass that on.
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    options["preexec_fn"] = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=cwd, **options)
+    return subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, **options)
 
 
 def wait_for_epoch(process, epoch):
@@ -54,9 +53,9 @@ def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())
 
 
-def rows_of(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+def rows_of(folder, split):
+    with open(folder / "splits.csv", newline="") as f:
+        return [row for row in csv.DictReader(f) if row["split"] == split]
 
 
 def are_equal(a: dict, b: dict) -> bool:
@@ -76,22 +75,19 @@ def without_times(folder) -> dict:
 
 
 def test_learning_rate_is_a_warm_up_and_a_cosine():
-    rates = [train.learning_rate(s, 100, 10, 2.0) for s in range(100)]
-    assert rates[0] == pytest.approx(0.2) and rates[9] == pytest.approx(2.0) and rates[10] == pytest.approx(2.0)
+    rates = [train.learning_rate(step, 100, 10, 2.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
     assert rates[55] == pytest.approx(1.0)
-    assert rates[99] < 0.001 and rates[9:] == sorted(rates[9:], reverse=True)
-    assert train.learning_rate(0, 10, 0, 1.0) == 1.0
+    assert rates[99] < 0.001
+    assert rates[9:] == sorted(rates[9:], reverse=True)
 
 
 @pytest.mark.parametrize(
     ("aurocs", "selected"),
     [
         ([], 0),
-        ([0.9], 1),
-        ([0.90, 0.95, 0.951], 3),
         ([0.90, 0.95, 0.951, 0.60], 3),
-        ([0.90, 0.95, 0.951, 0.60, 0.949], 5),  # within a standard error of the best: the longer trained
-        ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], 5),
+        ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], 5),  # within a standard error of the best: the longer trained
     ],
 )
 def test_selected_is_the_latest_epoch_within_a_standard_error_of_the_best(monkeypatch, aurocs, selected):
@@ -108,13 +104,13 @@ def test_the_loss_counts_classes_the_same_in_every_batch():
     assert float(loss) == pytest.approx((2 * each[0] + 0.5 * each[1] + 0.5 * each[2]) / 3)
 
 
-def learner_of(model, **options):
-    args = train.make_parser().parse_args([])
-    return train.make_learner(model, SimpleNamespace(**{**vars(args), **options}), torch.device("cpu"))
+def learner_of(model, *flags):
+    args = train.make_parser().parse_args(flags)
+    return train.make_learner(model, args, torch.device("cpu"))
 
 
 def test_layers_keep_their_own_share_of_the_rate():
-    learner = learner_of(models.build("vit_tiny_patch16_224", 2, 32), layer_decay=0.5)
+    learner = learner_of(models.build("vit_tiny_patch16_224", 2, 32), "--layer-decay", "0.5")
     loader = [(torch.ones(2, 1, 32, 32), torch.tensor([0, 1]))]
     train.train_epoch(learner, torch.ones(2), loader, [0.5], 0, torch.float32)
     rates = {group["lr"] for group in learner.optimizer.param_groups}
@@ -123,11 +119,9 @@ def test_layers_keep_their_own_share_of_the_rate():
 
 def test_weights_decay_and_norms_and_biases_do_not():
     learner = learner_of(models.build("mobilenetv3_small_050", 2, 32))
-    decays = {}
     for group in learner.optimizer.param_groups:
         for parameter in group["params"]:
-            decays.setdefault(parameter.ndim > 1, set()).add(group["weight_decay"])
-    assert decays == {True: {0.05}, False: {0.0}}
+            assert group["weight_decay"] == (0.05 if parameter.ndim > 1 else 0)
 
 
 def test_the_cpu_computes_in_float32_unless_asked():
@@ -146,17 +140,23 @@ def test_the_border_tells_nothing_of_the_class_after_weighting():
     weights, how = train.image_weights(labels, border)
     assert "tercile" in how
     terciles = np.searchsorted(np.quantile(border, (1 / 3, 2 / 3)), border)
-    share = [weights[(terciles == t) & (labels == 1)].sum() / weights[terciles == t].sum() for t in range(3)]
-    assert share == pytest.approx([0.5, 0.5, 0.5])
-    separated, how = train.image_weights(labels, labels * 10.0)  # a tercile lacks a class
+    for tercile in range(3):
+        here = weights[terciles == tercile]
+        positive = weights[(terciles == tercile) & (labels == 1)]
+        assert positive.sum() / here.sum() == pytest.approx(0.5)
+
+
+def test_without_a_class_in_each_tercile_the_classes_alone_weigh_the_same():
+    labels = np.array([0, 0, 0, 1])
+    weights, how = train.image_weights(labels, labels * 10.0)
     assert "tercile" not in how
-    assert separated[labels == 0].sum() == pytest.approx(separated[labels == 1].sum())
+    assert weights == pytest.approx([2 / 3, 2 / 3, 2 / 3, 2])
 
 
-def operating_point(z, labels, border=None, rule="0.5"):
-    """Of one logit an image, [copies, n]."""
-    z = np.atleast_2d(z)
-    return train.fit_operating_point(np.stack([-z / 2, z / 2], 2), np.asarray(labels), border, rule)
+def operating_point(z, labels):
+    """Of one logit for each image."""
+    logits = np.stack([-z / 2, z / 2], 1)
+    return train.fit_operating_point(logits[None], labels, None, "0.5")
 
 
 def test_platt_finds_slope_and_intercept_at_equal_prevalence():
@@ -165,8 +165,9 @@ def test_platt_finds_slope_and_intercept_at_equal_prevalence():
     labels = (rng.random(60_000) < 1 / (1 + np.exp(-truth))).astype(int)
     rare = np.flatnonzero((labels == 0) | (rng.random(60_000) < 0.25))  # the prevalence falls: the weights undo it
     found = operating_point(3 * truth[rare] + 1, labels[rare])
-    assert found["slope"] == pytest.approx(1 / 3, abs=0.01) and found["intercept"] == pytest.approx(-1 / 3, abs=0.05)
-    assert found["threshold"]["logit"] == 0 and found["threshold"]["value"] == 0.5
+    assert found["slope"] == pytest.approx(1 / 3, abs=0.01)
+    assert found["intercept"] == pytest.approx(-1 / 3, abs=0.05)
+    assert found["threshold"]["value"] == 0.5
 
 
 def test_separated_classes_get_a_finite_slope_and_no_better_than_chance_a_small_one(capsys):
@@ -178,19 +179,17 @@ def test_separated_classes_get_a_finite_slope_and_no_better_than_chance_a_small_
 
 def test_a_steep_calibration_keeps_its_cut():
     """The threshold is on the calibrated logit: as a probability it would be 1."""
-    rng = np.random.default_rng(1)
-    labels = np.repeat([0, 1], 50)
-    z = np.where(labels, 1000.0, 990.0) + rng.normal(0, 0.1, 100)
-    found = operating_point(z, labels, rule="youden")
-    checkpoint = {**found, "slope": 10.0, "intercept": -9000.0}
-    checkpoint["threshold"] = {**found["threshold"], "logit": 950.0}
-    logits = torch.tensor([[-497.0, 497.0], [-498.0, 498.0]], dtype=torch.float64)
-    assert models.decide(logits, checkpoint).predicted.tolist() == [0, 1]
+    is_positive = np.array([False, False, True, True])
+    z = np.array([949.0, 950.0, 951.0, 952.0])
+    cut = train.choose_cut("youden", is_positive, z, np.ones(4))
+    checkpoint = {"slope": 1.0, "intercept": 0.0, "threshold": {"logit": cut}}
+    logits = torch.from_numpy(np.stack([-z / 2, z / 2], 1))
+    assert models.decide(logits, checkpoint).predicted.tolist() == [0, 0, 1, 1]
 
 
 @pytest.mark.parametrize(
     ("rule", "cut"),
-    [("0.2", math.log(0.25)), ("youden", 1.5), ("sensitivity=0.75", 1.5), ("sensitivity=1", -0.5)],
+    [("0.2", math.log(0.25)), ("youden", 1.5), ("sensitivity=1", -0.5)],
 )
 def test_a_threshold_rule_chooses_half_way_between_two_images(rule, cut):
     z, labels = np.array([-2.0, -1, 0, 1, 2, 3, 4]), np.array([0, 0, 1, 0, 1, 1, 1])
@@ -210,10 +209,8 @@ def test_three_classes_get_a_slope_alone():
 # --- what it learns from ---
 
 
-@pytest.fixture(scope="module")
-def watched(demo, tmp_path_factory):
-    """Two epochs in the same order, and what went into each step: images, labels, class weights, rates."""
-    folder = tmp_path_factory.mktemp("watched")
+def train_watched(folder, *arguments):
+    """A run in the order of the folders, and what went into it: images, labels, class weights, rates."""
     seen = SimpleNamespace(x=[], y=[], class_weights=[], rates=[], folder=folder / "r")
     train_epoch, loss = train.train_epoch, train.weighted_loss
 
@@ -232,83 +229,78 @@ def watched(demo, tmp_path_factory):
         patch.setattr(train, "train_epoch", watch_epoch)
         patch.setattr(train, "weighted_loss", watch_loss)
         patch.setattr(data, "shuffle", lambda count, seed, epoch: torch.arange(count))
-        run_train(folder, "--data", demo, *SHORT, "--img-size", 64, "--epochs", 2, "--output", "r")
+        run_train(folder, *arguments, "--output", "r")
     return seen
+
+
+@pytest.fixture(scope="module")
+def watched(demo, tmp_path_factory):
+    return train_watched(tmp_path_factory.mktemp("watched"), "--data", demo, *SHORT, "--img-size", 64, "--epochs", 2)
 
 
 def test_each_epoch_sees_each_image_changed_in_another_way(watched):
     first, second = watched.x
-    assert first.shape[1:] == (1, 32, 32) or first.shape[1:] == (1, 64, 64)
-    assert first.shape[-1] == 32 * round(64 * 0.75 / 32)  # training at 3/4 of the size
-    assert all((a - b).abs().mean() > 0.02 for a, b in zip(first, second))
+    assert len(first) == 80
+    difference = (first - second).abs().mean((1, 2, 3))
+    assert difference.min() > 0.02
 
 
 def test_labels_are_the_folders_and_the_positive_class_is_the_last(watched):
-    rows = [r for r in rows_of(watched.folder / "splits.csv") if r["split"] == "train"]
-    expected = [int(r["class"] == "PNEUMONIA") for r in rows]
-    assert watched.y[0].tolist() == expected[: len(watched.y[0])] == watched.y[1].tolist()
+    expected = [int(row["class"] == "PNEUMONIA") for row in rows_of(watched.folder, "train")]
+    assert len(watched.y[0]) == 80
+    for labels in watched.y:
+        assert labels.tolist() == expected[: len(labels)]
     assert models.load(watched.folder)["classes"] == ["NORMAL", "PNEUMONIA"]
 
 
 def test_the_loss_gets_weights_that_make_the_classes_equal(watched):
-    rows = [r for r in rows_of(watched.folder / "splits.csv") if r["split"] == "train"]
-    n_positive = sum(r["class"] == "PNEUMONIA" for r in rows)
-    expected = [len(rows) / 2 / (len(rows) - n_positive), len(rows) / 2 / n_positive]
-    assert watched.class_weights[0].tolist() == pytest.approx(expected) and expected[0] > 1.5 * expected[1]
+    classes = [row["class"] for row in rows_of(watched.folder, "train")]
+    sizes = torch.tensor([classes.count("NORMAL"), classes.count("PNEUMONIA")])
+    assert sizes[1] > 1.5 * sizes[0]
+    torch.testing.assert_close(watched.class_weights[0], len(classes) / 2 / sizes)
 
 
 def test_the_rate_warms_up_to_its_peak_and_falls_to_almost_nothing(watched):
     rates = watched.rates
-    peak = rates.index(max(rates))
-    assert max(rates) == pytest.approx(0.003) and 0 < peak < len(rates) / 2
-    assert rates[0] <= 0.5 * max(rates) and rates[-1] < 0.1 * max(rates)
+    assert max(rates) == pytest.approx(0.003)
+    assert 0 < rates.index(max(rates)) < len(rates) / 2
+    assert rates[0] <= 0.5 * max(rates)
+    assert rates[-1] < 0.1 * max(rates)
 
 
 def test_validated_and_kept_are_the_averaged_weights(watched):
     state, checkpoint = state_of(watched.folder), models.load(watched.folder)
-    assert checkpoint["epoch"] == 2 and are_equal(checkpoint["state_dict"], state["average"])
-    moved = [(state["average"][k] - v).abs().mean() for k, v in state["model"].items() if v.is_floating_point()]
-    assert max(moved) > 1e-4  # the average lags behind
+    assert are_equal(checkpoint["state_dict"], state["average"])
+    assert not are_equal(state["average"], state["model"])  # the average lags behind
     start = models.build("mobilenetv3_small_050", 2, 64).state_dict()
     assert not torch.equal(state["average"]["bn1.running_mean"], start["bn1.running_mean"])
-    scores = evaluate_val(watched.folder)
-    assert scores["metrics"]["auroc"]["value"] == pytest.approx(state["history"][-1]["val_auroc"], abs=1e-12)
+    found = evaluate_run(watched.folder, "--split", "val")
+    assert found["auroc"]["value"] == pytest.approx(state["history"][-1]["val_auroc"], abs=1e-12)
 
 
-def evaluate_val(folder):
-    done = run_script("evaluate.py", folder, "--split", "val", "--bootstrap", 0, "--json", cwd=folder.parent)
+def evaluate_run(folder, *arguments):
+    done = run_script("evaluate.py", folder, "--bootstrap", 0, "--json", *arguments, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)["metrics"]
 
 
-def test_without_augmentation_training_sees_what_evaluation_sees(demo, tmp_path, monkeypatch):
-    seen = []
-    train_epoch = train.train_epoch
-
-    def watch(learner, class_weights, loader, *rest):
-        batches = list(loader)
-        seen.extend(x for x, _ in batches)
-        return train_epoch(learner, class_weights, batches, *rest)
-
-    monkeypatch.setattr(train, "train_epoch", watch)
-    monkeypatch.setattr(data, "shuffle", lambda count, seed, epoch: torch.arange(count))
-    run_train(tmp_path, "--data", demo, *SHORT, "--augment", "none", "--epochs", 1, "--output", "r")
-    checkpoint = models.load(tmp_path / "r")
-    for row, x in zip([r for r in rows_of(tmp_path / "r" / "splits.csv") if r["split"] == "train"], torch.cat(seen)):
+def test_without_augmentation_training_sees_what_evaluation_sees(demo, tmp_path):
+    seen = train_watched(tmp_path, "--data", demo, *SHORT, "--augment", "none", "--epochs", 1)
+    checkpoint = models.load(seen.folder)
+    for row, x in zip(rows_of(seen.folder, "train"), seen.x[0]):
         image, _ = data.read_image(demo / row["path"], 32)
-        torch.testing.assert_close(data.normalise(data.to_float(torch.from_numpy(image)[None]), checkpoint)[0], x)
+        expected = data.normalise(data.to_float(torch.from_numpy(image)[None]), checkpoint)
+        torch.testing.assert_close(expected[0], x)
 
 
 def test_it_learns_and_what_it_learnt_is_found_by_evaluation(tmp_path):
     """Labels inverted or shuffled anywhere between the folders and the report would show here."""
-    data.draw_demo(tmp_path / "d", images=400, seed=1)
-    recipe = ("--model", "resnet10t", "--no-pretrained", "--img-size", 64, "--batch-size", 16, "--epochs", 5)
-    recipe += ("--lr", 0.006)
+    data.draw_demo(tmp_path / "d", images=300, seed=1)
+    recipe = ("--model", "test_resnet", "--no-pretrained", "--img-size", 64, "--batch-size", 16, "--lr", 0.006)
     run_train(tmp_path, "--data", "d", *recipe, "--output", "r")
-    done = run_script("evaluate.py", "r", "--bootstrap", 0, "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    metrics = json.loads(done.stdout)["metrics"]
-    assert metrics["auroc"]["value"] > 0.9 and metrics["balanced_accuracy"]["value"] > 0.75
+    found = evaluate_run(tmp_path / "r")
+    assert found["auroc"]["value"] > 0.9
+    assert found["balanced_accuracy"]["value"] > 0.75
 
 
 def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
@@ -321,22 +313,22 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
     assert not are_equal(checkpoint["state_dict"], state_of(tmp_path / "r")["average"])
 
 
-def test_the_operating_point_rests_on_stressed_copies(demo, tmp_path, monkeypatch):
-    arguments = ("--data", demo, *SHORT, "--epochs", 1, "--output")
-    run_train(tmp_path, *arguments, "plain")
+def test_the_operating_point_rests_on_stressed_copies(run_folder, tmp_path, monkeypatch):
+    shutil.copytree(run_folder, tmp_path / "r")
+    (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration: --resume does only that
     ask = evaluate.ask
 
-    def right_under_stress(model, folder, index, *rest, **options):
+    def ask_better_under_stress(model, folder, index, *rest, **options):
         logits, border = ask(model, folder, index, *rest, **options)
         z = np.array([4.0 if folder.records[i].label == "PNEUMONIA" else -2.0 for i in index.tolist()])
-        return {**dict.fromkeys(logits, np.stack([-z / 2, z / 2], 1)), "clean": logits["clean"]}, border
+        right = np.stack([-z / 2, z / 2], 1)
+        return {**dict.fromkeys(logits, right), "clean": logits["clean"]}, border
 
-    monkeypatch.setattr(evaluate, "ask", right_under_stress)
-    run_train(tmp_path, *arguments, "right")
-    plain, right = models.load(tmp_path / "plain"), models.load(tmp_path / "right")
-    assert are_equal(plain["state_dict"], right["state_dict"])
-    assert abs(math.log(right["slope"] / plain["slope"])) > 1
-    assert "18 stressed copies" in plain["threshold"]["from"]
+    monkeypatch.setattr(evaluate, "ask", ask_better_under_stress)
+    run_train(tmp_path, "--resume", "r")
+    before, after = models.load(run_folder), models.load(tmp_path / "r")
+    assert abs(math.log(after["slope"] / before["slope"])) > 1
+    assert "18 stressed copies" in after["threshold"]["from"]
 
 
 # --- what a run writes ---
@@ -344,56 +336,39 @@ def test_the_operating_point_rests_on_stressed_copies(demo, tmp_path, monkeypatc
 
 def test_what_a_run_writes(run_folder):
     metrics = metrics_of(run_folder)
-    assert metrics["finished"] and [e["epoch"] for e in metrics["epochs"]] == [1, 2]
-    assert metrics["arguments"]["epochs"] == 2 and metrics["data"]["demo"] is True
-    assert metrics["origin"]["source"] == "random" and metrics["lengths"] == [2]
-    rows = rows_of(run_folder / "splits.csv")
-    assert list(rows[0]) == ["path", "class", "patient", "subtype", "split", "demo"]
-    assert len(rows) == sum(metrics["data"]["images"].values())
-    assert not any("test/" in r["path"] for r in rows)
-    checkpoint = models.load(run_folder / "ckpt.pt")
+    assert metrics["finished"] and metrics["data"]["demo"]
+    assert [epoch_log["epoch"] for epoch_log in metrics["epochs"]] == [1, 2]
+    checkpoint = models.load(run_folder)
+    assert checkpoint["finished"] and checkpoint["epochs"] == 2
+    assert checkpoint["data"] == metrics["data"]
     best = metrics["epochs"][metrics["best_epoch"] - 1]
-    assert checkpoint["epoch"] == metrics["best_epoch"] and checkpoint["finished"] and checkpoint["epochs"] == 2
     assert checkpoint["validation"]["val_auroc"] == best["val_auroc"]
-    assert checkpoint["data"] == metrics["data"] and metrics["data"]["demo"]
     for key, split in (("trained_on", "train"), ("chosen_on", "val")):
-        patients = [r["patient"] for r in rows if r["split"] == split]
-        traces = checkpoint[key]
-        assert set(traces["patients"]) == set(patients) and len(traces["hashes"]) == len(patients) > 0
+        patients = [row["patient"] for row in rows_of(run_folder, split)]
+        assert len(patients) == metrics["data"]["images"][split]
+        assert set(checkpoint[key]["patients"]) == set(patients)
+        assert len(checkpoint[key]["hashes"]) == len(patients)
 
 
-def test_the_split_depends_on_folds_and_fold_alone(demo, tmp_path):
-    held_out = []
-    for name, options in (("a", ("--seed", 1)), ("b", ("--seed", 2)), ("c", ("--fold", 1))):
-        run_train(tmp_path, "--data", demo, *SHORT, *options, "--folds", 5, "--epochs", 1, "--output", name)
-        held_out.append({r["path"] for r in rows_of(tmp_path / name / "splits.csv") if r["split"] == "val"})
-    assert held_out[0] == held_out[1] and not held_out[0] & held_out[2]
-    assert not are_equal(models.load(tmp_path / "a")["state_dict"], models.load(tmp_path / "b")["state_dict"])
-
-
-def test_the_positive_class_is_said_and_can_be_set(tmp_path):
-    for label in ("COVID", "NEUMONIA"):
-        (tmp_path / "d" / "train" / label).mkdir(parents=True)
-        for i in range(12):
-            image = np.random.default_rng([i, len(label)]).integers(0, 256, (32, 32), dtype=np.uint8)
-            Image.fromarray(image).save(tmp_path / "d" / "train" / label / f"{i}.png")
-    common = ("--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output")
-    guessed = run_train(tmp_path, *common, "guessed")
-    assert "positive class: NEUMONIA" in guessed.out and "guess" in guessed.err
-    asked = run_train(tmp_path, *common, "asked", "--positive", "COVID")
-    assert "positive class: COVID" in asked.out and "guess" not in asked.err
-    assert models.load(tmp_path / "asked")["classes"] == ["NEUMONIA", "COVID"]
+def test_the_seed_changes_the_weights_and_not_the_split(demo, tmp_path):
+    for seed in (1, 2):
+        run_train(tmp_path, "--data", demo, *SHORT, "--epochs", 1, "--seed", seed, "--output", f"seed{seed}")
+    first, second = tmp_path / "seed1", tmp_path / "seed2"
+    assert rows_of(first, "val") == rows_of(second, "val")
+    assert not are_equal(models.load(first)["state_dict"], models.load(second)["state_dict"])
 
 
 def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
     for label in "ABC":
         (tmp_path / "d" / "train" / label).mkdir(parents=True)
         for i in range(12):
-            image = np.random.default_rng([i, ord(label)]).integers(0, 256, (32, 32), dtype=np.uint8)
+            image = rng.integers(0, 256, (32, 32), dtype=np.uint8)
             Image.fromarray(image).save(tmp_path / "d" / "train" / label / f"{i}.png")
     monkeypatch.setattr(train, "finish_checkpoint", lambda *_: None)  # as if it were killed before
     run_train(tmp_path, "--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output", "r")
-    assert models.load(tmp_path / "r")["threshold"]["value"] is None
+    checkpoint = models.load(tmp_path / "r")
+    assert checkpoint["threshold"]["value"] is None
     done = run_script("predict.py", "--ckpt", "r", "--cam", "maps", "d/train/A/0.png", cwd=tmp_path)
     assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
 
@@ -402,13 +377,12 @@ def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, t
     common = ("--data", demo, *SHORT[1:], "--img-size", 64, "--epochs", 1, "--weights", run_folder)
     assert "LEAK" not in run_train(tmp_path, *common, "--output", "same").err
     other = run_train(tmp_path, *common, "--fold", 3, "--output", "other")
-    rows = rows_of(tmp_path / "other" / "splits.csv")
-    n_val = sum(r["split"] == "val" for r in rows)
-    (leak,) = [line for line in other.err.splitlines() if "LEAK" in line]
-    assert f"{n_val} of the {n_val} validation images" in leak
+    validation = rows_of(tmp_path / "other", "val")
+    n = len(validation)
+    assert f"LEAK: the run of --weights is trained on {n} of the {n} validation images" in other.err
     # A third generation still knows the patients of the first.
     traces = models.load(tmp_path / "other")["trained_on"]
-    assert set(traces["patients"]) == {r["patient"] for r in rows} and len(traces["hashes"]) == len(rows)
+    assert {row["patient"] for row in validation} <= set(traces["patients"])
 
 
 def test_a_frozen_backbone_does_not_move_nor_do_its_statistics(demo, tmp_path):
@@ -420,7 +394,7 @@ def test_a_frozen_backbone_does_not_move_nor_do_its_statistics(demo, tmp_path):
     assert changed == {"classifier.weight", "classifier.bias"}
 
 
-def test_copies_of_training_images_in_an_own_validation_folder_are_said(demo, tmp_path):
+def test_copies_of_training_images_in_a_validation_folder_are_reported(demo, tmp_path):
     shutil.copytree(demo, tmp_path / "d")
     for i, path in enumerate(sorted((tmp_path / "d" / "train").rglob("*.jpeg"))):
         for j in range(2):
@@ -428,21 +402,7 @@ def test_copies_of_training_images_in_an_own_validation_folder_are_said(demo, tm
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes() + bytes(j + 1))  # other bytes, the same radiograph
     done = run_train(tmp_path, "--data", "d", *SHORT, "--epochs", 1, "--output", "r")
-    (leak,) = [line for line in done.err.splitlines() if "LEAK" in line]
-    assert "this run is trained on 192 of the 192 validation images" in leak
-
-
-def test_two_runs_in_one_second_get_two_folders(demo, tmp_path, monkeypatch):
-    class Clock(train.datetime):
-        @classmethod
-        def now(cls):
-            return cls(2026, 1, 1)
-
-    monkeypatch.setattr(train, "datetime", Clock)
-    for _ in range(2):
-        run_train(tmp_path, "--data", demo, *SHORT, "--epochs", 1)
-    found = sorted(path.name for path in (tmp_path / "runs").iterdir())
-    assert found == ["20260101-000000-mobilenetv3_small_050", "20260101-000000-mobilenetv3_small_050-2"]
+    assert "LEAK: this run is trained on 192 of the 192 validation images" in done.err
 
 
 # --- interruption and resume ---
@@ -450,117 +410,84 @@ def test_two_runs_in_one_second_get_two_folders(demo, tmp_path, monkeypatch):
 
 def test_a_killed_run_ends_like_one_that_was_not(demo, tmp_path):
     """SIGKILL while training; then --resume: the same bits everywhere as a run with the same arguments."""
-    arguments = ("--data", demo, *SHORT, "--epochs", 4)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    arguments = ("--data", demo, *SHORT, "--epochs", 3)
     run_train(tmp_path, *arguments, "--output", "whole")
     process = start(*arguments, "--output", "cut", cwd=tmp_path)
-    wait_for_epoch(process, 2)
+    wait_for_epoch(process, 1)
+    process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     in_use = run_train(tmp_path, "--resume", "cut", code=2)
-    assert "another process is training in cut" in in_use.last
     process.kill()
     process.communicate()
-    (tmp_path / "cut" / ".last.pt.1.tmp").write_bytes(b"half")  # as if killed while saving
-    assert len(metrics_of(tmp_path / "cut")["epochs"]) < 4
-    assert models.load(tmp_path / "cut")["finished"] is False
-    (tmp_path / "cut" / "report.md").write_text("of the half-trained model")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert "another process is training in cut" in in_use.last
+    assert len(metrics_of(cut)["epochs"]) < 3
+    assert models.load(cut)["finished"] is False
+    (cut / ".last.pt.1.tmp").write_bytes(b"half")  # as if killed while saving
+    (cut / "report.md").write_text("of the half-trained model")
     run_train(tmp_path, "--resume", "cut")
-    again = run_train(tmp_path, "--resume", "cut")  # a finished run stays as it is
+    assert not list(cut.glob(".*.tmp"))
+    assert (cut / "report.md.old").read_text() == "of the half-trained model"
+    again = run_train(tmp_path, "--resume", "cut")
     assert "cut is finished; --epochs N" in again.out
     assert without_times(whole) == without_times(cut)
-    for name in ("ckpt.pt", "splits.csv"):
-        assert (whole / name).read_bytes() == (cut / name).read_bytes()
+    assert (whole / "ckpt.pt").read_bytes() == (cut / "ckpt.pt").read_bytes()
     assert are_equal(state_of(whole)["model"], state_of(cut)["model"])
-    assert not list(cut.glob(".*.tmp")) and not (cut / "report.md").exists()
-    assert (cut / "report.md.old").read_text() == "of the half-trained model"
 
 
-def change_an_image(root):
+def change_an_image(checkpoint, root):
     path = next((root / "train" / "NORMAL").iterdir())
     Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
-
-
-def alter_the_checkpoint(**fields):
-    def alter(root):
-        path = root.parent / "run" / "ckpt.pt"
-        checkpoint = models.load(path)
-        arguments = {**checkpoint["arguments"], **fields.pop("arguments", {})}
-        models.save({**checkpoint, "arguments": arguments, **fields}, path)
-
-    return alter
-
-
-def truncate_the_checkpoint(root):
-    path = root.parent / "run" / "ckpt.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-
-
-def alter_the_state(root):
-    path = root.parent / "run" / "last.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (change_an_image, "not those that the run"),
-        (alter_the_checkpoint(epoch=0), "does not belong to"),
-        (alter_the_checkpoint(arguments={"seed": 1}), "does not belong to"),
-        (truncate_the_checkpoint, "ckpt.pt is damaged"),
-        (lambda root: (root.parent / "run" / "ckpt.pt").unlink(), "ckpt.pt does not exist"),
-        (alter_the_state, "last.pt is damaged"),
+        (lambda checkpoint, root: checkpoint.update(epoch=0), "does not belong to"),
+        (lambda checkpoint, root: checkpoint["arguments"].update(seed=1), "does not belong to"),
     ],
 )
-def test_a_run_continues_with_its_own_data_and_files_alone(run_folder, demo, tmp_path, change, message):
+def test_a_run_continues_with_its_own_images_and_checkpoint_alone(run_folder, demo, tmp_path, change, message):
     shutil.copytree(run_folder, tmp_path / "run")
     shutil.copytree(demo, tmp_path / "moved")
-    change(tmp_path / "moved")
-    before = (tmp_path / "run" / "last.pt").read_bytes()
+    checkpoint = models.load(tmp_path / "run")
+    change(checkpoint, tmp_path / "moved")
+    models.save(checkpoint, tmp_path / "run" / "ckpt.pt")
     refused = run_train(tmp_path, "--resume", "run", "--data", "moved", "--epochs", 3, code=2)
-    assert message in refused.last and (tmp_path / "run" / "last.pt").read_bytes() == before
+    assert message in refused.last
 
 
-def test_resume_has_the_runs_arguments_and_takes_moved_data_and_more_epochs(run_folder, demo, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--resume", "run", "--seed", "5"), "--seed 5 contradicts the run in run, which has 0"),
+        (("--resume", "run", "--epochs", "1"), "has made 2 epochs already"),
+        (("--no-pretrained", "--output", "run"), "use --resume run to continue it"),
+    ],
+)
+def test_a_run_is_neither_changed_nor_overwritten(run_folder, tmp_path, arguments, message):
     shutil.copytree(run_folder, tmp_path / "run")
+    refused = run_train(tmp_path, *arguments, code=2)
+    assert message in refused.last
+    for name in ("last.pt", "ckpt.pt", "metrics.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (run_folder / name).read_bytes()
+
+
+def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path, monkeypatch):
+    """More epochs and moved data, asked for once, are known from then on; metrics.json is written and never read."""
+    shutil.copytree(run_folder, tmp_path / "a run")
     shutil.copytree(demo, tmp_path / "moved")
-    for contradiction in (("--seed", "5"), ("--batch-size", "8"), ("--model", "resnet18"), ("--no-balance",)):
-        refused = run_train(tmp_path, "--resume", "run", *contradiction, code=2)
-        assert contradiction[0].removeprefix("--no-") in refused.last and len(refused.err.splitlines()) == 1
-    fewer = run_train(tmp_path, "--resume", "run", "--epochs", "1", "--data", "moved", code=2)
-    assert "has made 2 epochs already" in fewer.last
-    done = run_train(tmp_path, "--resume", "run", "--epochs", "3", "--data", "moved")
-    assert "follow the schedule of the new length" in done.err
-    assert metrics_of(tmp_path / "run")["lengths"] == [2, 3] == models.load(tmp_path / "run")["lengths"]
-    before = (tmp_path / "run" / "ckpt.pt").read_bytes()
-    refused = run_train(tmp_path, "--data", demo, *SHORT, "--output", "run", code=2)
-    assert "--resume run" in refused.last and (tmp_path / "run" / "ckpt.pt").read_bytes() == before
-
-
-def test_an_interrupted_extension_continues_by_itself(run_folder, tmp_path, monkeypatch):
-    """More epochs, asked for once, are known from then on; metrics.json is written and never read."""
-    shutil.copytree(run_folder, tmp_path / "run")
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_epoch", interrupt)
-        done = run_train(tmp_path, "--resume", "run", "--epochs", 3, code=130)
-    assert done.last == "interrupted; continue with: python train.py --resume run"
-    assert metrics_of(tmp_path / "run")["finished"] is False
-    (tmp_path / "run" / "metrics.json").write_text("{}")
-    run_train(tmp_path, "--resume", "run")
-    assert len(metrics_of(tmp_path / "run")["epochs"]) == 3 and metrics_of(tmp_path / "run")["finished"]
-
-
-def test_a_terminated_run_says_how_to_continue(demo, tmp_path):
-    process = start("--data", demo, *SHORT, "--epochs", 500, "--output", "a run", cwd=tmp_path)
-    wait_for_epoch(process, 1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 143 and "Traceback" not in err
-    assert err.splitlines()[-1] == "interrupted; continue with: python train.py --resume 'a run'"
+        patch.setattr(train, "train_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        done = run_train(tmp_path, "--resume", "a run", "--epochs", 3, "--data", "moved", code=143)
+    assert "follow the schedule of the new length" in done.err and "Traceback" not in done.err
+    assert done.last == "interrupted; continue with: python train.py --resume 'a run'"
+    (tmp_path / "a run" / "metrics.json").write_text("{}")
+    run_train(tmp_path, "--resume", "a run")
+    metrics = metrics_of(tmp_path / "a run")
+    assert metrics["finished"]
+    assert metrics["lengths"] == [2, 3] == models.load(tmp_path / "a run")["lengths"]
+    assert metrics["data"]["root"] == str(tmp_path / "moved")
 
 
 def test_a_full_disk_loses_nothing(run_folder, tmp_path):
@@ -589,24 +516,25 @@ def test_a_loss_that_is_not_finite_is_named(demo, tmp_path):
 def test_two_processes_see_what_one_sees(demo, tmp_path):
     """One image more or less would change the losses; gradients that are not shared would change the weights."""
     # A model whose output for an image does not depend on the others of its batch: the losses must agree closely.
-    arguments = ["--data", demo, "--model", "convnext_atto", "--no-pretrained", "--augment", "none", "--device", "cpu"]
+    arguments = ["--data", demo, "--model", "test_convnext", "--no-pretrained", "--augment", "none", "--device", "cpu"]
     arguments += ["--img-size", 32, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-4]
     run_train(tmp_path, *arguments, "--batch-size", 16, "--output", "one")
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    command += map(str, [ROOT / "train.py", *arguments, "--batch-size", 8, "--output", "two"])
-    two = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert two.returncode == 0, two.stderr
-    a, b = metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two")
-    assert a["data"] == b["data"]
-    assert (tmp_path / "one" / "splits.csv").read_bytes() == (tmp_path / "two" / "splits.csv").read_bytes()
+        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
+    arguments += ["--batch-size", 8, "--output", "two"]
+    processes = [start(*arguments, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    for process in processes:
+        _, err = process.communicate(timeout=240)
+        assert process.returncode == 0, err
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert (one / "splits.csv").read_bytes() == (two / "splits.csv").read_bytes()
+    (expected,), (found,) = metrics_of(one)["epochs"], metrics_of(two)["epochs"]
     for loss in ("val_loss", "train_loss"):
-        assert math.isclose(a["epochs"][0][loss], b["epochs"][0][loss], rel_tol=1e-5)
-    one, two = state_of(tmp_path / "one")["model"], state_of(tmp_path / "two")["model"]
+        assert found[loss] == pytest.approx(expected[loss], rel=1e-5)
     # Every step moves each weight by about the rate, 1e-4, unless the gradient has another direction.
-    apart = torch.cat([(one[k] - two[k]).abs().flatten() for k in one])
+    a, b = state_of(one)["model"], state_of(two)["model"]
+    apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
     assert apart.mean() < 2e-6
     refused = run_train(tmp_path, "--resume", "two", code=2)
     assert "was started with 2 processes, not 1" in refused.last
@@ -614,7 +542,9 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
 
 def test_help_is_grouped_and_short():
     parser = train.make_parser()
-    flags = [a for a in parser._actions if a.option_strings]
-    assert len(flags) <= 28 and all(a.type is not bool for a in flags)
+    flags = [action for action in parser._actions if action.option_strings]
+    assert len(flags) <= 28
     text = parser.format_help()
-    assert all(f"\n{group}:" in text for group in ("data", "model", "recipe", "run")) and "(default: 64)" in text
+    assert "(default: 64)" in text
+    for group in ("data", "model", "recipe", "run"):
+        assert f"\n{group}:" in text
