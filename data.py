@@ -11,6 +11,7 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import http.client
@@ -76,6 +77,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        for near in difflib.get_close_matches(word, self._option_string_actions, n=1):
+            message += f"; did you mean {near}?"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -175,7 +179,8 @@ def replacing(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:  # the error of a full disk does not name the file
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
+        written = f"{temporary.stat().st_size:,} bytes written" if temporary.exists() else "nothing written"
+        raise OSError(e.errno, f"{e.strerror or e}, {written}", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -741,6 +746,7 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
+    frames: int = 1  # the first is used
     hash: bytes = b""  # see difference_hash; only if asked for
     error: str = ""  # why the file can't be used; all else is as above then
 
@@ -800,6 +806,8 @@ def _read(source, size, hashed):
         image = Image.open(source, formats=list(FORMATS)) if is_file else source
         info = ImageInfo(*image.size, image.mode)
         _require_pixels(info)
+        with contextlib.suppress(Exception):  # damage behind the first frame does not matter
+            info.frames = getattr(image, "n_frames", 1)
     is_deep = image.mode[0] in "IF"
     if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
@@ -912,6 +920,7 @@ def _open_dicom(file):
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
+    info.frames = int(dataset.get("NumberOfFrames") or 1)
     _require_pixels(info)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # it takes as much memory again

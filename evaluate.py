@@ -573,6 +573,8 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():
         remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
+    if s.checkpoint is None and np.isin(expit(s.calibrated_logits[:, -1]).round(12), (0, 1)).all():
+        remarks.append("all probabilities are 0 or 1: are these predicted classes?")
     if auroc_interval and auroc_interval[1] < 0.5:
         remarks.append("the AUROC is below chance: is the positive class the other one?")
     return remarks
@@ -820,7 +822,8 @@ def align(s: Scored, first: Scored) -> Scored:
     """
     both = f"{', '.join(s.sources)} and {', '.join(first.sources)}"
     if s.classes != first.classes:
-        raise UserError(f"{both} have different classes ({s.classes} and {first.classes}): they can't be compared")
+        classes = " and ".join(", ".join(one.classes) for one in (s, first))
+        raise UserError(f"{both} have different classes ({classes}): they can't be compared")
     labels, others = ({(r.path, r.label) for r in one.records} for one in (s, first))
     if labels != others:
         path, _ = min(labels ^ others)
@@ -1180,29 +1183,6 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
 # --- command line ---
 
 
-def make_parser() -> data.Parser:
-    parser = data.Parser(prog="evaluate.py", description="Score checkpoints, or the predictions of other programs.")
-    add, text = parser.add_argument, data.non_empty
-    help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
-    add("inputs", nargs="*", metavar="FILE", help=help)
-    add("--split", choices=("test", "val", "train"), default="test", help="images to score")
-    help = "another folder with the same classes, or the run's own if it was moved; writes files only with --output"
-    add("--data", type=text, metavar="DIR", help=help)
-    add("--positive", metavar="CLASS", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
-    help = "threshold to use instead of the stored one; writes files only with --output"
-    add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
-    help = "also score copies with another exposure, geometry, sharpness, noise, or border"
-    add("--stress", action="store_true", help=help)
-    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
-    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")
-    add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
-    help = "folder for the files (default: beside the checkpoint or CSV; for a comparison, no files)"
-    add("--output", type=text, metavar="DIR", help=help)
-    add("--json", action="store_true", help="print only JSON")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
-    return parser
-
-
 def find_inputs(patterns: list[str]) -> list[str]:
     """The inputs, including matches of patterns that the shell did not expand; or else the newest run."""
     inputs = []
@@ -1318,7 +1298,25 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = make_parser()
+    parser = data.Parser(prog="evaluate.py", description="Score checkpoints, or the predictions of other programs.")
+    add, text = parser.add_argument, data.non_empty
+    help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
+    add("inputs", nargs="*", metavar="FILE", help=help)
+    add("--split", choices=("test", "val", "train"), default="test", help="images to score")
+    help = "another folder with the same classes, or the run's own if it was moved; writes files only with --output"
+    add("--data", type=text, metavar="DIR", help=help)
+    add("--positive", metavar="CLASS", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
+    help = "threshold to use instead of the stored one; writes files only with --output"
+    add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
+    help = "also score copies with another exposure, geometry, sharpness, noise, or border"
+    add("--stress", action="store_true", help=help)
+    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
+    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")
+    add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
+    help = "folder for the files (default: beside the checkpoint or CSV; for a comparison, no files)"
+    add("--output", type=text, metavar="DIR", help=help)
+    add("--json", action="store_true", help="print only JSON")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     data.run_script(parser, lambda: evaluate(args))
 

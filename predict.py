@@ -191,6 +191,7 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
         "under 64 pixels": min(info.width, info.height) < SMALL,
         "lateral view": info.view in data.LATERAL,  # models learn from frontal ones
         "mask or drawing": info.is_mask,
+        "first of several frames": info.frames > 1,
         "unlike training images": unlike > 1,
     }
     return [flag for flag, is_set in flags.items() if is_set]

@@ -11,6 +11,7 @@ command line.
 
 import argparse
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -572,6 +573,14 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     return dist.get_rank(), world, device
 
 
+def keep_memory() -> None:
+    """Make glibc keep the memory that tensors free; otherwise a step on the CPU spends 15 to 30 % on page faults."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
 def broadcast(value):
     """The first process's value, in every process."""
     if not dist.is_initialized():
@@ -604,6 +613,7 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tupl
 
 def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
+    keep_memory()
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
     if is_first and args.output is not None and state is None:
@@ -804,7 +814,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
         try:
             state = models.load(Path(folder, "last.pt"), STATE_FORMAT)
         except UserError as e:
-            parser.error(f"--resume {folder}: no run to continue ({e})")
+            parser.error(f"--resume {folder}: no run to continue ({e}); start a new one with another --output")
         parser.set_defaults(**state["arguments"])
     args = parser.parse_args()
     if state is not None:
