@@ -766,6 +766,15 @@ def load(root, size=16):
     return data.read_folder(root, False, size)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
+def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
+    root = tree(tmp_path / "d")
+    for name in ("pipe", "pipe.png"):
+        os.mkfifo(root / "train" / "NORMAL" / name)
+    (left_out,) = load(root).left_out.values()
+    assert left_out == {"path": "train/NORMAL/pipe.png", "reason": "not a regular file"}
+
+
 def decoded(root):
     records = data.scan(root, "train")
     return np.stack([data.read_image(root / r.path, 16)[0] for r in records])

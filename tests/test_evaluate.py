@@ -351,6 +351,7 @@ def test_tables_of_other_programs_are_read(tmp_path):
         (60, [0.7, 0.9], "is this the confidence of the predicted class?"),
         (60, [0.9, 0.1], "is the positive class the other one?"),
         (60, [0.1, 0.9], "intervals treat images as independent"),
+        (60, [0, 1], "are these predicted classes?"),
         (48, [0.1, 0.9], "few images (48, 24 of 0)"),
     ],
 )

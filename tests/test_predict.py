@@ -123,6 +123,16 @@ def test_a_lateral_view_is_flagged():
     assert predict.find_flags(image, info, 0.5) == ["lateral view"]
 
 
+def test_the_first_of_several_frames_is_used_and_flagged(run_folder, tmp_path):
+    rng = np.random.default_rng(0)
+    first, second = (Image.fromarray(rng.integers(0, 256, (80, 80), dtype=np.uint8)) for _ in range(2))
+    first.save(tmp_path / "one.tif")
+    first.save(tmp_path / "two.tif", save_all=True, append_images=[second])
+    one, two = predict.predict([tmp_path / "one.tif", tmp_path / "two.tif"], run_folder)
+    assert one["probability"] == two["probability"]
+    assert set(two["flags"]) - set(one["flags"]) == {"first of several frames"}
+
+
 # --- order, batches, threads ---
 
 
