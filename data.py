@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import difflib
+import errno
 import functools
 import hashlib
 import http.client
@@ -77,13 +78,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
-        word = message.removeprefix("unrecognized arguments: ").split()[0]
-        for near in difflib.get_close_matches(word, self._option_string_actions, n=1):
-            message += f"; did you mean {near}?"
+        _, _, unknown = message.partition("unrecognized arguments: --")
+        for near in difflib.get_close_matches(f"--{unknown.partition(' ')[0]}", self._option_string_actions, n=1):
+            message += f"; did you mean {near}?" if unknown else ""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, advise=lambda: "nothing half-written is left") -> None:
+def run_script(parser: Parser, work, advise=lambda: "no partial files were left") -> None:
     """Run work() and exit with its code, or with one line and 2 for a user's mistake, 1 for a closed output pipe, 130
     for Ctrl-C, 143 for SIGTERM.
 
@@ -164,8 +165,8 @@ def command_line(*words) -> str:
 
 
 def count(n: int, noun: str) -> str:
-    """A number with its noun: "no file", "1 file", "2 files"."""
-    return f"{n or 'no'} {noun}{'s' * (n > 1)}"
+    """A number with its noun: "no files", "1 file", "2 files"."""
+    return f"{n or 'no'} {noun}{'s' * (n != 1)}"
 
 
 @contextlib.contextmanager
@@ -179,8 +180,10 @@ def replacing(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:  # the error of a full disk does not name the file
-        written = f"{temporary.stat().st_size:,} bytes written" if temporary.exists() else "nothing written"
-        raise OSError(e.errno, f"{e.strerror or e}, {written}", str(path)) from None
+        reason = e.strerror or str(e)
+        if e.errno in (errno.ENOSPC, errno.EFBIG):
+            reason += f", {temporary.stat().st_size:,} bytes written"
+        raise OSError(e.errno, reason, str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -250,7 +253,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             if any(row.values()):
                 rows.append(row)
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise UserError(f"{path} can't be read ({e}); save it as CSV in UTF-8, each quotation mark closed") from None
+        raise UserError(f"{path} can't be read ({e}); save it as a UTF-8 CSV with balanced quotes") from None
     return rows
 
 
@@ -291,8 +294,6 @@ MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?
 # A DICOM file with its preamble, or one without: that begins with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
-# Columns that are not subgroups: those above, and those of test.csv.
-NO_GROUPS = {*TABLE_COLUMNS, "path", "logit", "calibrated_logit", "probability", "prediction", "demo"}
 
 
 @dataclass(slots=True)
@@ -437,7 +438,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
             values = [line[column] for line in lines if line[column]]
             if len(values) >= 20 and len(set(values)) > len(values) / 2 and None in map(as_number, values):
                 identifiers.append(column)
-        say(f"{table}: ignored columns of identifiers, which differ between most images", identifiers)
+        say(f"{table}: ignored identifier columns: most images have different values", identifiers)
         has_labels = "label" in columns
         if "split" in columns and not has_labels:
             say(f"{table} has a column split but no column label: the folders decide the split")
@@ -509,7 +510,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             found.append((path, row))
             in_path = labels.intersection(path.lower().split("/"))
             if in_path and row["label"].lower() not in in_path:
-                odd["metadata.csv and the folder differ in the label; metadata.csv is used"].append(path)
+                odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
     for message, paths in odd.items():
@@ -518,7 +519,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     n_val = sum(row["split"] == "val" for _, row in found)
     is_small = 0 < n_val < 100  # the best-known copy has 16: too few to choose a model
     if is_small:
-        say(f"{root}/val has only {count(n_val, 'image')}: they are used for training, validation is drawn by patient")
+        say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is split off by patient")
     found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
     records = []
     for path, row in found:
@@ -526,7 +527,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
         info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is reported by decoding
         stamp = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
-        records.append(make_record(path, its_split, row, _examine_header(file), stamp))
+        records.append(make_record(path, its_split, row, TABLE_COLUMNS, _examine_header(file), stamp))
     known = {}  # the classes of train, or of the only split
     for name in splits:
         part = [r for r in records if r.split == name]
@@ -535,27 +536,27 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     return records
 
 
-def make_record(path: str, split: str, row: dict[str, str], in_header: str = "", stamp: str = "") -> Record:
-    """A record of a row of metadata.csv or of a table of predictions, with a label.
+def make_record(path: str, split: str, row: dict[str, str], known, in_header: str = "", stamp: str = "") -> Record:
+    """A record of a row of metadata.csv or of a table of predictions, with a label; columns not in known are groups.
 
-    The patient is the row's, else in_header, else that of the file's name, else the path.
+    The patient is the row's, else in_header, else from the file's name, else the path.
     """
     in_name, subtype, series = identify(posixpath.basename(path))
-    known = [patient for patient in (row.get("patient", ""), in_header) if not MISSING.fullmatch(normal_form(patient))]
+    given = [patient for patient in (row.get("patient", ""), in_header) if not MISSING.fullmatch(normal_form(patient))]
     return Record(
         path=path,
         label=row["label"],
         split=split,
-        patient=[*known, in_name or path][0],
+        patient=[*given, in_name or path][0],
         subtype=row.get("subtype") or subtype,
         series=series,
         stamp=stamp,
-        groups={column: cell for column, cell in row.items() if column not in NO_GROUPS},
+        groups={column: cell for column, cell in row.items() if column not in known},
     )
 
 
 def _examine_header(file):
-    """A hash of the patient in a DICOM header, the only thing of it that is ever written; else an empty text."""
+    """A hash of the patient in a DICOM header, the only part ever written; "" if there is none."""
     patient = ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
@@ -620,7 +621,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     for patient in sorted(images):
         spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
-    say(f"images of unknown patients, each counted as a patient, among {len(records)}", unknown)
+    say(f"images without a patient id (each counts as a patient), of {len(records)}", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
     say("patients with more than 5 % of all images; placeholders?", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
@@ -629,7 +630,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     for names in spellings.values():
         if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1:
             alike.append(" = ".join(names))
-    say("patients spelled differently on both sides of a split; use one spelling", alike)
+    say("patient ids spelled differently across splits; use one spelling", alike)
 
 
 def sort_classes(labels, asked: str | None) -> list[str]:
@@ -639,7 +640,7 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     """
     classes = sorted(set(labels))
     if asked is not None and len(classes) != 2:
-        raise UserError(f"--positive is for two classes; here there are {', '.join(classes)}")
+        raise UserError(f"--positive needs exactly two classes, not {', '.join(classes)}")
     if asked is not None and asked not in classes:
         raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
 
@@ -649,7 +650,7 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     positive = max(classes, key=rank)
     others = [name for name in classes if name != positive]
     if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
-        warn(f"the positive class is a guess: {positive}, not {others[0]}; name it with --positive CLASS")
+        warn(f"guessing that {positive} is positive, not {others[0]}; set it with --positive CLASS")
     return [*others, positive]
 
 
@@ -732,6 +733,7 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file's name, P
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
+DEPTHS = [2**bits - 1 for bits in range(8, 16)]  # the largest samples of 8 to 15 bits
 EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the sample types
 
 
@@ -746,9 +748,9 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
-    frames: int = 1  # the first is used
+    has_more_frames: bool = False  # than the first, which is used
     hash: bytes = b""  # see difference_hash; only if asked for
-    error: str = ""  # why the file can't be used; all else is as above then
+    error: str = ""  # why the file can't be used; all else is the default then
 
 
 class _ImageError(Exception):
@@ -806,13 +808,12 @@ def _read(source, size, hashed):
         image = Image.open(source, formats=list(FORMATS)) if is_file else source
         info = ImageInfo(*image.size, image.mode)
         _require_pixels(info)
-        with contextlib.suppress(Exception):  # damage behind the first frame does not matter
-            info.frames = getattr(image, "n_frames", 1)
+        info.has_more_frames = is_file and getattr(image, "is_animated", False)
     is_deep = image.mode[0] in "IF"
     if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
-        raise _ImageError("16 bits a channel can't be read in colour or with transparency; save it as grey")
+        raise _ImageError("16-bit colour or transparency can't be read; save it as greyscale")
     image.load()
     if is_deep:
         black, white = stated_range(image)  # now, since a rotated copy loses the file's tags
@@ -860,11 +861,9 @@ def stated_range(image: Image.Image) -> tuple[float, float]:
             white = 65535.0
         elif tags.get(258) == (12,):  # BitsPerSample
             white = 4095.0
-        elif largest in [
-            2**bits - 1 for bits in range(8, 16)
-        ]:  # another number is not a depth but the brightest pixel's
+        elif largest in DEPTHS:  # another number is not a depth but the brightest pixel's
             white = float(largest)
-    if tags.get(262) == 0:  # white is zero, which Pillow sees to for 8 bits only
+    if tags.get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
         return white, black
     return black, white
 
@@ -920,17 +919,17 @@ def _open_dicom(file):
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
     info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
-    info.frames = int(dataset.get("NumberOfFrames") or 1)
+    info.has_more_frames = int(dataset.get("NumberOfFrames") or 1) > 1
     _require_pixels(info)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # it takes as much memory again
     if values.ndim == 3:
-        return Image.fromarray(values), info  # pydicom makes RGB of YBR
+        return Image.fromarray(values), info  # pydicom converts YBR
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
-        raise _ImageError(f"DICOM pixels of kind {info.mode}, {bits} of {8 * size} bits up to bit {high_bit}")
+        raise _ImageError(f"unsupported DICOM pixels: {info.mode}, {bits} of {8 * size} bits, high bit {high_bit}")
 
-    # Tables and window are applied to every possible sample value, and the picture looks its levels up there. A
+    # Tables and window are applied to every possible sample value, and the pixels are looked up there. A
     # negative sample counts from the end, where its bits are as an unsigned number.
     stored = np.arange(256**size).astype(values.dtype).astype(int)
     padding = dataset.get("PixelPaddingValue")
@@ -1007,7 +1006,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     depths = Counter(note["depth"] for note in notes if not note["reason"])
     if len(depths) > 1:
         mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
-        warn(f"images of several depths, each scaled from its own black to white; see python data.py check: {mixed}")
+        warn(f"mixed bit depths, each scaled from its own black to white (see python data.py check): {mixed}")
     hashes = _hashes(notes)
     copies = copy_groups(hashes)
     labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
@@ -1140,8 +1139,8 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0)
     """A window of the image as size x size pixels, bilinearly; outside of the image its edge is repeated.
 
     Args:
-        width, height: of the window, in parts of the image's sides; above 1 it zooms out.
-        right, down: how far its centre is from the image's, in parts of the image's sides.
+        width, height: of the window, relative to the image's sides; above 1 it zooms out.
+        right, down: how far its centre is from the image's, relative to the image's sides.
         turn: degrees by which the window is turned clockwise about its centre; the picture turns the other way.
     """
     centres = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # of pixels; the image goes from -1 to 1
@@ -1159,7 +1158,7 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0)
 
 
 def flip(x: Tensor, chosen: Tensor) -> Tensor:
-    """Left and right exchanged where chosen, bool [n]."""
+    """Mirror the images where chosen, bool [n]."""
     x[chosen] = x[chosen].flip(3)
     return x
 
@@ -1187,7 +1186,7 @@ def lower_resolution(x: Tensor, factor: float) -> Tensor:
 
 
 def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
-    """Replace a ring, its width in parts of the sides, by that of others (float32 like x), or of the previous image.
+    """Replace a ring, its width relative to the sides, by that of others (float32 like x), or of the previous image.
 
     The border shows the device and the technique, not the lungs; once exchanged, it is unrelated to the label (cut and
     paste as in CutMix, Yun et al. 2019, but with the label of the lungs).
@@ -1433,7 +1432,7 @@ KINDS = (  # class, subtype, and file names as in the best-known and in the newe
 def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     """Write a synthetic set: crude chest phantoms of patients with two images each, in varied sizes.
 
-    One patient in five is for test; two in three have a pneumonia: focal consolidation (bacterial) or diffuse streaks
+    One patient in five is for test; two in three have pneumonia: focal consolidation (bacterial) or diffuse streaks
     (viral). All but the pattern in the lungs is drawn without regard to the class. Every pixel is a function of the
     seed. demo.json marks the set.
 
@@ -1518,13 +1517,14 @@ def _smooth(rng, bumps):
 
 LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # endings of compressed pictures
 LATERAL = ("LL", "RL", "LATERAL")
-MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")  # the last: mean, deviation
+# Sizes before EXIF rotation; mean and standard deviation of the grey levels at DEFAULT_SIZE.
+MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")
 
 
 def check(root: Path) -> dict:
     """Check a data folder: counts, shapes, what makes results invalid, and what a model could learn instead.
 
-    Images are read through the cache that training uses, so that a second start is fast.
+    Images are read through the cache that training uses, at DEFAULT_SIZE, so a second run is fast.
 
     Returns:
         dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and [5th
@@ -1532,7 +1532,7 @@ def check(root: Path) -> dict:
         warnings: for each message the list of what it is about, or None.
 
     Raises:
-        UserError: the folder has no images, or scan refuses it.
+        UserError: the folder has no images, or see scan and load_images.
     """
     problems, warnings = {}, {}
     add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
@@ -1561,12 +1561,14 @@ def check(root: Path) -> dict:
             note |= {"record": record, "image": image}
             usable.append(note)
             folders[f"{record.split}/{record.label}"].append(note)
-        if name == "train":
+        if name == "train" and usable:
             audit = _audit(usable[:: 1 + len(usable) // 20_000])  # more would add nothing, but take time and memory
     labels = {r.label for r in records}
     add_problem("only one class", list(labels) if len(labels) < 2 else [])
     for split in dict.fromkeys(r.split for r in records):
-        add_problem(f"{split} has no readable image of", sorted(x for x in labels if f"{split}/{x}" not in folders))
+        add_problem(
+            f"classes without a readable image in {split}", sorted(x for x in labels if f"{split}/{x}" not in folders)
+        )
     remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
     remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
     notes = list(itertools.chain(*folders.values()))
@@ -1589,8 +1591,8 @@ def check(root: Path) -> dict:
                 found.append(" = ".join(r.path for r in group))
                 break
     add_problem("copies across splits", copies["split"])
-    add_problem("copies under several labels", copies["label"])
-    remark("copies under several patients, counted as one", copies["patient"])
+    add_problem("copies whose labels differ", copies["label"])
+    remark("copies whose patients differ, counted as one", copies["patient"])
     return {
         "root": str(root),
         "demo": is_demo(root),
@@ -1635,7 +1637,10 @@ def _audit(notes):
     modes = np.unique([note["mode"] for note in notes], return_inverse=True)[1]
     file = np.array([[*note["measures"][:4], note["depth"], mode] for note, mode in zip(notes, modes)])
     file[[not LOSSY.fullmatch(note["record"].path) for note in notes], 3] = 0  # lossless: it depends on the picture
-    borders = [border_features(torch.from_numpy(note["image"])[None]) for note in notes]
+    borders = []
+    for start in range(0, len(notes), 500):
+        images = np.stack([note["image"] for note in notes[start : start + 500]])
+        borders.append(border_features(torch.from_numpy(images)))
     sources = {
         "the border alone, without any lung,": torch.cat(borders).numpy(),
         "the file alone (size, bytes per pixel, mode, depth)": file,
@@ -1666,7 +1671,7 @@ def print_check(report: dict) -> None:
         cells = [" ".join(f"{x:.4g}" for x in value) for value in values]
         print(f"{row:19}", *(f"{cell:>20}" for cell in cells))
     print("\nThree numbers: 5th percentile, median, 95th. Where they differ between classes, a model can")
-    print("mistake that for the disease. An image of an unknown patient counts as one. --json lists all findings.\n")
+    print("mistake that for the disease. Unknown patients count once per image. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
@@ -1703,7 +1708,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
             os.replace(unpacked / "chest_xray", target)
         except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
             raise UserError(
-                f"the download failed or is damaged ({e!r}); try again, or by hand: fetch {url} (or on Kaggle "
+                f"the download failed or is damaged ({e!r}); try again, or fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
         finally:

@@ -144,15 +144,15 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     Raises:
         UserError: no such split, other classes, moved or changed data, or logits that are not finite.
     """
-    seen = checkpoint["data"]
-    if not args.data and not os.path.exists(seen["root"]):
-        raise UserError(f"{seen['root']}, the data of {path}, was moved or removed; name its new place with --data DIR")
-    root = data.find_root(args.data or seen["root"])
+    own_data = checkpoint["data"]
+    if not args.data and not os.path.exists(own_data["root"]):
+        raise UserError(f"{own_data['root']}, the data folder of {path}, is missing; give its new path with --data DIR")
+    root = data.find_root(args.data or own_data["root"])
     folder = data.read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], str(root))
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
-        if not args.data and folder.fingerprint != seen["fingerprint"]:
+        if not args.data and folder.fingerprint != own_data["fingerprint"]:
             raise UserError(f"{path} was not trained on the images in {root}; name their folder with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
@@ -170,9 +170,8 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
     leaks = Counter()
-    for use in ("trained_on", "chosen_on")[
-        : 1 + (args.split != "val")
-    ]:  # every model is chosen on its validation images
+    # Every model is chosen on its validation images.
+    for use in ["trained_on"] if args.split == "val" else ["trained_on", "chosen_on"]:
         is_seen, patients = data.seen_before(records, folder.hashes[index], checkpoint[use])
         leaks |= {f"{use}_images": int(is_seen.sum()), f"{use}_patients": len(patients)}
     scored = Scored(
@@ -185,7 +184,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         **decide(clean, checkpoint),
         about={
             "root": str(root),
-            "demo": data.is_demo(root) or seen["demo"],
+            "demo": data.is_demo(root) or own_data["demo"],
             "fingerprint": folder.fingerprint,
             "copies": len(index) - len(np.unique(folder.copies[index])),
             "left_out": left_out,
@@ -210,7 +209,7 @@ def ask(
         None without a border classifier.
     """
     records = [folder.records[i] for i in index.tolist()]
-    partners = data.draw_partners(records)
+    partners = data.draw_partners(records) if stress else None
     logits, border = defaultdict(list), []
     for start in range(0, len(index), 64):
         batch = slice(start, start + 64)
@@ -229,6 +228,7 @@ def ask(
 
 NEEDED = ("path", "label", "probability")
 CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
+NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are not subgroups
 
 
 def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
@@ -252,7 +252,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     records, probabilities, exact = [], [], []
     for row in rows:
-        records.append(data.make_record(row["path"], "predictions", row))
+        records.append(data.make_record(row["path"], "predictions", row, NO_GROUPS))
         given = row["probability"]
         probability = data.as_number(given)
         if probability is None or not 0 <= probability <= 1:
@@ -301,7 +301,7 @@ def pool(runs: list[Scored]) -> Scored:
             together[name] = np.concatenate([getattr(s, name) for s in runs])
     threshold = first.threshold
     if any(s.threshold != threshold for s in runs):
-        threshold = {"value": None, "logit": None, "rule": "each run its own", "from": "validation"}
+        threshold = {"value": None, "logit": None, "rule": "one per run", "from": "validation"}
     about = dict(first.about)
     for name in ("copies", "left_out", "leaks"):
         about[name] = functools.reduce(operator.add, [s.about[name] for s in runs])
@@ -472,7 +472,7 @@ def macro_auroc(labels: ndarray, calibrated_logits: ndarray) -> float:
 
 # --- intervals ---
 #
-# An array of draws begins with the estimate itself: in its first element every image counts once, each other is a draw.
+# An array of draws begins with the estimate itself: in its first element every image counts once; the rest are draws.
 
 
 @dataclass(frozen=True)
@@ -568,7 +568,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
             remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
-        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): figures are rough")
+        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): results are rough")
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():
@@ -576,7 +576,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
     if s.checkpoint is None and np.isin(expit(s.calibrated_logits[:, -1]).round(12), (0, 1)).all():
         remarks.append("all probabilities are 0 or 1: are these predicted classes?")
     if auroc_interval and auroc_interval[1] < 0.5:
-        remarks.append("the AUROC is below chance: is the positive class the other one?")
+        remarks.append("the AUROC is below chance: are the classes swapped?")
     return remarks
 
 
@@ -609,6 +609,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     if s.checkpoint:
         large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
         training = {name: value for name, value in s.checkpoint.items() if name not in large}
+        training["data"] = {name: value for name, value in training["data"].items() if name != "left_out"}
     sources = [source for run in runs for source in run.sources]
     remarks = [line for run in runs for line in find_remarks(run, metrics["auroc"]["ci95"])]
     sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
@@ -732,7 +733,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     for column, values in columns.items():
         names = sorted(set(values) - {""}, key=lambda name: re.split(r"(\d+)", name))
         if len(names) > max(10, len(values) / 2):
-            warn(f"column {column} gives no subgroups: it differs between most images")
+            warn(f"column {column} gives no subgroups: most images have different values")
             continue
         for name in names:
             groups[f"{column}: {name}"] = group_estimates(a, np.array(values) == name, bootstrap)
@@ -827,7 +828,7 @@ def align(s: Scored, first: Scored) -> Scored:
     labels, others = ({(r.path, r.label) for r in one.records} for one in (s, first))
     if labels != others:
         path, _ = min(labels ^ others)
-        raise UserError(f"{both} do not score the same images with the same labels; one that differs is {path}")
+        raise UserError(f"{both} have different images or labels, for example {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
         raise UserError(f"{both} scored different images with the same names: name one folder with --data")
     patients = dict(zip((r.path for r in first.records), first.patient_index))
@@ -847,7 +848,7 @@ def difference(mine: ndarray, reference: ndarray) -> dict:
 
 
 def holm(p: list[float | None]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979); NaN where they are None, which all are or none."""
+    """p-values adjusted for their number (Holm 1979); NaN where they are None (all are, or none is)."""
     p = np.array(p, float)
     order = np.argsort(p)
     adjusted = np.empty_like(p)
@@ -966,7 +967,7 @@ def report_document(r: dict, lists: dict[str, list[str]]) -> str:
         matrix = [[matrix["tn"], matrix["fp"]], [matrix["fn"], matrix["tp"]]]
     if "prevalence" in stored and 0 < d["prevalence"] < 1:
         facts.append(
-            "the probability is for equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to its logit "
+            "probabilities assume equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to its logit "
             f"(here {logit(d['prevalence']):+.3f}, which is also the calibration intercept to expect)"
         )
     if "shortcut" in r:
@@ -986,7 +987,7 @@ def report_document(r: dict, lists: dict[str, list[str]]) -> str:
         "images whose border suggests the wrong class": r.get("shortcut", {}).get("groups"),
         "stress": r.get("stress"),
         "confusion matrix": {f"true {name}": dict(zip(called, row)) for name, row in zip(r["classes"], matrix)},
-        f"most confident mistakes, by the probability of {r.get('positive', 'the predicted class')}": r["failures"],
+        f"most confident mistakes, with the probability of {r.get('positive', 'the predicted class')}": r["failures"],
     }
     return render(r, facts, tables, lists)
 
@@ -1010,10 +1011,10 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     lines = [
         f"source of data: {d['root']}, fingerprint {d['fingerprint']} (SHA-256 over files, paths, labels and splits)",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
-        f"copies: {count(d['copies'], 'scored image')} the same as another; copies count as one patient",
+        f"copies: {count(d['copies'], 'scored image')} matching another; copies count as one patient",
         f"unknown patient: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",
-        "intervals of 0 and 1: Clopper and Pearson, of as many patients as the metric counts",
+        "intervals at 0 and 1: Clopper and Pearson, for the number of patients in the metric",
         f"SHA-256 of the file {r['checkpoint']}: {r['sha256']}",
     ]
     if t:
@@ -1031,14 +1032,14 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
         lines.append(f"cross-validation of {r['folds']} runs, one of which is described here")
     lines += [
         f"this report: {made['command']}, on {made['date']}, by code {made['environment']['git_commit']}",
-        "limits: measured on these images alone; other hospitals, devices and ages were not",
+        "limits: measured on these images only, not on other hospitals, devices or ages",
         "use: research; not for diagnosis",
     ]
-    captions = [f"{name}: {y} over {x}; {note}" for name, (x, y, note) in PANELS.items()]
+    captions = [f"{name}: {y} vs {x}; {note}" for name, (x, y, note) in PANELS.items()]
     lists = {"pictures": [*(f"![{name}]({name})" for name in pictures), *captions]} if pictures else {}
-    lists["words"] = GLOSSARY
+    lists["terms"] = GLOSSARY
     lists["about this study (after TRIPOD+AI 2024 and STARD-AI 2025)"] = lines
-    lists["for a person to write"] = TO_WRITE
+    lists["to fill in by hand"] = TO_WRITE
     return lists
 
 
@@ -1063,7 +1064,7 @@ def comparison_document(c: dict) -> str:
     facts += [
         "sorted by AUROC: the best of several models looks better than it is",
         "p (Holm): of the difference of AUROC, adjusted for the number of models",
-        "several runs of a model: their mean and standard deviation (sd); intervals cover patients and runs",
+        "several runs of a model: mean and standard deviation (sd); intervals resample patients and runs",
     ]
     return render(c, facts, {"models": rows}, {})
 

@@ -226,7 +226,7 @@ def answers(address: str) -> bool:
 
 
 def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with weights of a file: every tensor must fit. The head is new unless a run has these classes.
+    """build_pretrained with weights of a file: every tensor must fit. The head is new unless a run has the same classes.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -355,7 +355,7 @@ def seal(archive: zipfile.ZipFile) -> str:
 
 
 def load(path: str | Path, kind: str = FORMAT) -> dict:
-    """Read a file of save onto the CPU, and verify its seal; for a run's folder, the checkpoint in it.
+    """Load a saved file onto the CPU, and verify its seal; for a run's folder, the checkpoint in it.
 
     kind: the format that it must have.
 
@@ -378,7 +378,7 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
     if found != kind:
         raise UserError(f"{path} is not a {kind} of this suite")
     if version != FORMAT_VERSION:
-        raise UserError(f"{path} has format version {version}, this code reads {FORMAT_VERSION}: train again")
+        raise UserError(f"{path} has format version {version}; this code reads {FORMAT_VERSION}: train again")
     if not is_intact:
         raise UserError(f"{path} was altered or damaged after it was written")
     return content
@@ -451,7 +451,7 @@ class Decision:
 def decide(logits: Tensor, checkpoint: dict) -> Decision:
     """The decision rule of training, evaluation and prediction.
 
-    Two classes: the last one from the threshold on. More: the most probable one.
+    Two classes: the last one at the threshold or above. More: the most probable one.
 
     Args:
         logits: float64 [n, classes]. checkpoint: its slope, intercept and threshold are used.
@@ -587,7 +587,7 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
     A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: a network trained for a
     diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
     """
-    # Mirrored images are included: they are not unlike.
+    # Include mirrored images, so that they are not flagged.
     features = torch.cat([image_features(both) for batch in train_batches for both in (batch, batch.flip(2))]).double()
     scale = features.std(0).clamp(min=1e-4)
     standardised = (features - features.mean(0)) / scale
@@ -603,7 +603,7 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
 def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above check["cut"] an image is unlike the training images.
 
-    The distance of the features. If that of the flipped image is smaller, the image is probably upside down, and the
+    The distance of the features. If the flipped image's is smaller, the image is probably upside down, and the
     distance is multiplied by the ratio of the two.
     """
     both = [image_features(images), image_features(images.flip(1))]

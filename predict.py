@@ -120,7 +120,7 @@ def open_classifier(checkpoint: str | Path | None, device: str) -> Classifier:
 
 
 @functools.lru_cache(maxsize=2)
-def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # changed: a new time, a new model
+def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # changed: reload if it differs
     checkpoint = models.load(path)
     device = models.pick_device(device)
     model = models.from_checkpoint(checkpoint, device)
@@ -191,7 +191,7 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
         "under 64 pixels": min(info.width, info.height) < SMALL,
         "lateral view": info.view in data.LATERAL,  # models learn from frontal ones
         "mask or drawing": info.is_mask,
-        "first of several frames": info.frames > 1,
+        "first of several frames": info.has_more_frames,
         "unlike training images": unlike > 1,
     }
     return [flag for flag, is_set in flags.items() if is_set]
@@ -216,7 +216,7 @@ FONTS = (  # that cover many scripts, by their names on Linux, macOS and Windows
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """The radiograph in RGB with its heat map over it: the higher, the more opaque, and nothing under LOW.
+    """The radiograph in RGB with its heat map over it: more opaque where higher, clear below LOW.
 
     Args:
         image: uint8 [height, width]. heat: float32 in [0, 1], of any size.
@@ -357,7 +357,7 @@ def print_predictions(args: argparse.Namespace) -> int:
         is_among_inputs = any(maps.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs)
         has_images = any(data.is_image(path) and not path.name.endswith(MAP_END) for path in maps.glob("*"))
         if is_among_inputs or has_images:
-            raise UserError(f"--cam {maps} has images or is in a folder of the inputs: maps would be mixed with images")
+            raise UserError(f"--cam {maps} has images or is inside an input folder: maps and images would be mixed")
         maps.mkdir(parents=True, exist_ok=True)
     one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
     rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)

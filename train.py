@@ -2,7 +2,7 @@
 
 python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
 python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
-python train.py --resume runs/20260101-120000-resnet18           # continue after an interruption, to the bit
+python train.py --resume runs/20260101-120000-resnet18           # resume after an interruption, bit for bit
 torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
 
 Sections: schedule and selection; data; learner and epoch; operating point; the run's files; the run;
@@ -144,7 +144,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
             raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
     if sum(sizes) < evaluate.FEW_IMAGES or min(sizes) < evaluate.FEW_OF_A_CLASS:
         images = count(sum(sizes), "validation image")
-        warn(f"only {images}, {min(sizes)} of a class: too few to choose an epoch or a threshold")
+        warn(f"only {images}, {min(sizes)} in one class: too few to choose an epoch or a threshold")
     return TrainingSet(root, folder, folder.images, labels, index["train"], index["val"], classes)
 
 
@@ -154,12 +154,12 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
     parent: traces of that run's training images.
     """
     records, hashes = d.records(d.val), d.folder.hashes[d.val]
-    for source, seen in (("this run", d.traces(d.train)), ("the run of --weights", parent)):
+    for source, seen in (("this run", d.traces(d.train)), ("the --weights run", parent)):
         is_seen, patients = data.seen_before(records, hashes, seen) if seen else (np.zeros(1, bool), set())
         if is_seen.any() or patients:
             warn(
-                f"LEAK: {source} is trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
-                f"{len(patients)} of their patients: validation, and all that is chosen by it, looks better than it is"
+                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
+                f"{len(patients)} of their patients: validation results, and choices based on them, are too optimistic"
             )
 
 
@@ -317,7 +317,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 # these and their stressed copies, weighted so that the border of the film is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
-UNFINISHED = "no calibration before the run ends"  # where the threshold of a checkpoint comes from until then
+UNFINISHED = "the default of an unfinished run"  # where the threshold of a checkpoint comes from until then
 
 
 def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
@@ -329,12 +329,12 @@ def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarr
     Args:
         labels: int64 [n]. border_logits: float64 [n], see models.border_logit.
     """
-    cells, how = labels, "classes weigh the same"
+    cells, how = labels, "equal class weights"
     if border_logits is not None:
         terciles = np.searchsorted(np.quantile(border_logits, (1 / 3, 2 / 3)), border_logits)
         n_classes = labels.max() + 1
         if len(np.unique(terciles * n_classes + labels)) == 3 * len(np.unique(labels)):
-            cells, how = terciles * n_classes + labels, f"{how}, in each tercile of the border classifier too"
+            cells, how = terciles * n_classes + labels, f"{how}, also within each tercile of the border logit"
     return compute_sample_weight("balanced", cells), how
 
 
@@ -378,7 +378,7 @@ def fit_operating_point(
 
 
 def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
-    """A threshold on the calibrated logit z: positive from there on; half-way between two images.
+    """A threshold on the calibrated logit z: positive at or above it; halfway between two images.
 
     rule: youden (the largest sensitivity + specificity), sensitivity=X (the highest threshold that reaches X), or a
     fixed probability.
@@ -493,7 +493,7 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
 def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
     """Raise UserError if the state is from other data, another number of processes, or another run than ckpt.pt."""
     if state["fingerprint"] != d.folder.fingerprint:
-        raise UserError(f"the images are not those that the run in {folder} was started with; start a new run")
+        raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
     history = state["history"]
@@ -505,9 +505,9 @@ def check_state(state: dict, folder: Path, args: argparse.Namespace, d: Training
     if is_older or fixed(checkpoint["arguments"]) != fixed(state["arguments"]):
         raise UserError(f"{folder}/ckpt.pt does not belong to {folder}/last.pt: start a new run")
     if args.epochs < len(history):
-        raise UserError(f"the run has made {count(len(history), 'epoch')} already: --epochs can't be fewer")
+        raise UserError(f"the run has already done {count(len(history), 'epoch')}; --epochs can't be less")
     if args.epochs != state["arguments"]["epochs"]:
-        warn("another number of epochs: the remaining epochs follow the schedule of the new length")
+        warn("--epochs changed: the remaining epochs follow the schedule of the new length")
 
 
 def make_checkpoint(
@@ -574,7 +574,10 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
 
 
 def keep_memory() -> None:
-    """Make glibc keep the memory that tensors free; otherwise a step on the CPU spends 15 to 30 % on page faults."""
+    """Make glibc keep the memory that tensors free, to the end of the process.
+
+    Otherwise a training step on the CPU spends 15 to 30 % of its time on page faults.
+    """
     with contextlib.suppress(AttributeError, OSError, TypeError):  # other systems have no mallopt
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped by itself
@@ -601,7 +604,7 @@ def first_process_first(rank: int):
 
 
 def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
-    """A model, its weights' origin, and traces of the images that the run which they come from was trained on."""
+    """A model, its weights' origin, and traces of what these weights were trained on."""
     torch.manual_seed(args.seed)
     # A resumed run brings its own weights, so that none are fetched.
     weights, pretrained = (args.weights, args.pretrained) if args.resume is None else (None, False)
@@ -613,7 +616,6 @@ def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tupl
 
 def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
-    keep_memory()
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
     if is_first and args.output is not None and state is None:
@@ -661,6 +663,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         warn_overlap(d, parent)
         print_start(args, origin["note"], d, model, crop, size, device, dtype)
 
+    if device.type == "cpu":
+        keep_memory()
     for epoch in range(len(history) + 1, args.epochs + 1):
         start = time.perf_counter()
         torch.manual_seed(data.seed_from(args.seed, epoch, rank))  # for dropout and the like
@@ -752,8 +756,8 @@ def make_parser() -> data.Parser:
     add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
     add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's own)")
     add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
-    add("--folds", type=number(int, 2, 1000), default=10, help="parts of the patients, one of them for validation")
-    add("--fold", type=number(int, 0, 999), default=0, help="the part for validation: 0 to folds - 1")
+    add("--folds", type=number(int, 2, 1000), default=10, help="number of patient folds; one is for validation")
+    add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
     group = parser.add_argument_group("model")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--model", type=text, default="mobilenetv3_small_050", help="any timm classification model")
@@ -770,14 +774,14 @@ def make_parser() -> data.Parser:
     help = "learning-rate factor per layer, downwards"
     add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help=help)
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, before the cosine")
-    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="average of the weights; 0: none")
+    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="for the average of the weights; 0: none")
     add("--balance", action=yes_no, default=True, help="weight the classes equally in the loss")
     add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
-    help = "probability from which an image is positive; or youden, or sensitivity=0.95, chosen on validation"
+    help = "lowest probability that counts as positive; or youden, or sensitivity=0.95, chosen on validation"
     add("--threshold", type=threshold_rule, default="0.5", metavar="RULE", help=help)
     add = parser.add_argument_group("run").add_argument
     add("--output", type=text, metavar="DIR", help="run folder (default: runs/DATE-TIME-MODEL)")
-    add("--resume", type=text, metavar="DIR", help="continue this run; may change --data, --epochs, --device")
+    add("--resume", type=text, metavar="DIR", help="continue a run; can change --data, --epochs, --device")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 on CUDA")
@@ -819,7 +823,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
     args = parser.parse_args()
     if state is not None:
         if vars(args).keys() != state["arguments"].keys() | {"output", "resume"}:
-            parser.error(f"the run in {folder} is of another version of this code")
+            parser.error(f"the run in {folder} is from another version of this code")
         for name, value in fixed(state["arguments"]).items():
             if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
@@ -834,7 +838,7 @@ def how_to_continue(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
     if args.output is not None and Path(args.output, "last.pt").exists():
         return f"continue with: {data.command_line('python', 'train.py', '--resume', args.output)}"
-    return "nothing was saved yet"
+    return "nothing saved yet"
 
 
 def main() -> None:

@@ -242,7 +242,7 @@ def test_a_table_names_patients_subtypes_and_groups(tmp_path, capsys):
     assert "has no row for these images: 1 (train/B/IM-0007-1.png)" in said
 
 
-def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_said(tmp_path, capsys):
+def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(tmp_path, capsys):
     touch(tmp_path, "x/1.png", "x/2.png", "x/3.png", "x/4.png", "B/5.png", "x/6.png")
     rows = "x/1.png,A,Train\nx/2.png,B,TRAIN\nx/3.png,A,Test\nB/5,A,train\nx/6.png,na,train\n"
     records = data.scan(table(tmp_path, "file_name,label,split\n" + rows))
@@ -251,7 +251,7 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_said(tmp_
     assert [r.split for r in records] == ["train", "train", "train", "test"]
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
-    assert "the folder differ in the label; metadata.csv is used: 1 (B/5.png)" in said
+    assert "the folder disagree on the label; using metadata.csv: 1 (B/5.png)" in said
     assert "without a label or in no class folder: 1 (x/6.png)" in said
 
 
@@ -265,7 +265,7 @@ def test_a_table_in_the_folder_of_a_split_decides_its_split(tmp_path):
 BAD_METADATA = {
     "has the column split twice": "file_name,split,Split\nx/1.png,train,test\n",
     "row 2 has more cells": "file_name,split\nx/1.png,upper lobe, train\n",
-    "save it as CSV in UTF-8": b"file_name,split\nx\xff.png,A\n",
+    "save it as a UTF-8 CSV": b"file_name,split\nx\xff.png,A\n",
     "no column file_name; its columns are path, label": "path,label\nx,A\n",
     "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
     "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
@@ -283,14 +283,14 @@ def test_metadata_that_cannot_be_used_is_an_error(tmp_path, message):
 
 
 @pytest.mark.parametrize(("n", "groups"), [(20, ["age", "place"]), (19, ["date", "age", "place"])])
-def test_a_column_of_identifiers_is_no_group_and_named(tmp_path, capsys, n, groups):
+def test_identifier_columns_are_named_and_not_grouped(tmp_path, capsys, n, groups):
     lines = ["file_name,date,age,place"]
     for i in range(n):
         touch(tmp_path, f"train/A/{i}.png")
         lines.append(f"train/A/{i}.png,2015-03-{i:02},{40 + i:03}Y,ward {i % 3}")  # ages differ too, but are numbers
     records = data.scan(table(tmp_path, "\n".join(lines)))
     assert list(records[0].groups) == groups
-    assert ("columns of identifiers" in capsys.readouterr().err) == ("date" not in groups)
+    assert ("identifier columns" in capsys.readouterr().err) == ("date" not in groups)
 
 
 @pytest.mark.parametrize("word", ["", "000", "Unknown"])
@@ -378,7 +378,7 @@ def test_shared_patients_are_an_error(tmp_path):
 
 
 ODD_PATIENTS = {
-    "images of unknown patients, each counted as a patient, among 2: 1 (train/A/1)": records_of("p", "train/A/1"),
+    "images without a patient id (each counts as a patient), of 2: 1 (train/A/1)": records_of("p", "train/A/1"),
     "more than 5 % of all images; placeholders?: 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
     "use one spelling: 1 (00017b = 17B.0)": [*records_of("00017b", "8"), *records_of("17B.0", "x8", split="test")],
@@ -386,7 +386,7 @@ ODD_PATIENTS = {
 
 
 @pytest.mark.parametrize("message", ODD_PATIENTS)
-def test_odd_patients_are_said(capsys, message):
+def test_odd_patients_are_reported(capsys, message):
     data.remark_patients(ODD_PATIENTS[message])
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
@@ -404,12 +404,12 @@ POSITIVE = {  # classes, what is asked for, the order, whether it is a guess tha
 def test_the_positive_class_is_last(capsys, case):
     names, asked, order, is_guess = POSITIVE[case]
     assert data.sort_classes(names.split(), asked) == order.split()
-    assert ("the positive class is a guess" in capsys.readouterr().err) == is_guess
-    with pytest.raises(data.UserError, match="--positive X is not one of|--positive is for two classes"):
+    assert ("guessing that" in capsys.readouterr().err) == is_guess
+    with pytest.raises(data.UserError, match="--positive X is not one of|--positive needs exactly two classes"):
         data.sort_classes(names.split(), "X")
 
 
-def test_a_class_of_few_patients_is_said_or_refused(capsys):
+def test_a_class_of_few_patients_is_reported_or_refused(capsys):
     records = [*records_of("p", "q", "r", label="A"), *records_of("s", "s", "t", label="B")]
     deal(records, 3)
     assert "class B has 2 patients for 3 folds" in capsys.readouterr().err
@@ -913,7 +913,7 @@ OPERATIONS = {  # operation, parameters, the same by torchvision, where it is co
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_equals_that_of_torchvision(name):
+def test_operations_match_torchvision(name):
     operation, parameters, reference, where = OPERATIONS[name]
     changed = operation(X.clone(), **parameters)
     torch.testing.assert_close(changed[where], reference(X)[where], atol=1e-4, rtol=0)
@@ -980,7 +980,7 @@ def test_what_an_image_becomes_does_not_depend_on_its_batch():
         torch.testing.assert_close(alone, together[i : i + 1], atol=1e-6, rtol=0)
 
 
-def test_another_operation_changes_no_others_numbers():
+def test_adding_an_operation_keeps_the_numbers_of_the_others():
     medium = data.preset("medium", 32)
     robust = data.preset("robust", 32)  # has one more before and one more after
     assert [operation for operation, _ in robust[1:-1]] == [operation for operation, _ in medium]
@@ -1071,7 +1071,7 @@ def test_stress_blurs_and_adds_noise_and_exchanges_the_border(stressed):
     assert (exchanged[:16] == 7).all() and (exchanged[:, -16:] == 7).all()
 
 
-def test_the_noise_of_stress_is_an_images_own_whatever_lies_beside_it(stressed):
+def test_the_noise_of_stress_depends_on_the_image_alone(stressed):
     alone = dict(data.stress(HALVES[1:], None, ["b.png"]))
     assert "border exchanged" not in alone  # there are no partners
     first, second = stressed["noise 0.05"]
@@ -1217,7 +1217,7 @@ def test_the_audit_finds_what_marks_one_class(tmp_path, case):
         assert (row["auroc"] > 0.95) == is_marked
 
 
-def test_the_error_of_an_auroc_is_that_of_hanley_and_mcneil():
+def test_the_error_of_an_auroc_matches_hanley_and_mcneil():
     assert data.auroc_error(0.8, 50, 100) == pytest.approx(0.04125, abs=1e-5)
 
 
@@ -1237,8 +1237,8 @@ def test_check_counts_and_measures(tmp_path):
 NORMAL = "train/NORMAL/IM-1-0001.png"
 FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
     "same patient": ("train/NORMAL/IM-1-0002.png", None, ""),
-    "other patient": ("train/NORMAL/IM-9-0001.png", "warnings", "copies under several patients, counted as one"),
-    "other class": ("train/PNEUMONIA/IM-1-0001.png", "problems", "copies under several labels"),
+    "other patient": ("train/NORMAL/IM-9-0001.png", "warnings", "copies whose patients differ, counted as one"),
+    "other class": ("train/PNEUMONIA/IM-1-0001.png", "problems", "copies whose labels differ"),
     "other split": ("test/NORMAL/IM-9-0001.png", "problems", "copies across splits"),
     "shared patient": ("test/NORMAL/IM-1-0002.png", "problems", "patients in both train and test"),
 }
@@ -1261,11 +1261,11 @@ def test_check_finds_copies_and_leaks(tmp_path, case):
 
 
 FOUND = (
-    "PROBLEM: test has no readable image of: 2 (NORMAL, PNEUMONIA)",
+    "PROBLEM: classes without a readable image in test: 2 (NORMAL, PNEUMONIA)",
     "WARNING: left out as masks or annotations, by their names: 1 (train/NORMAL/1_mask.png)",
     "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
     "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
-    "WARNING: images of unknown patients, each counted as a patient, among 9: 3",
+    "WARNING: images without a patient id (each counts as a patient), of 9: 3",
     "fingerprint of train: ",
     "fingerprint of test: ",
 )

@@ -1,5 +1,7 @@
 """What a user can do wrong, for all scripts in one table: one line on stderr, exit code 2, no traceback."""
 
+import shlex
+
 import pytest
 from conftest import run_script
 
@@ -18,6 +20,7 @@ TRAIN = [
     ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
+    ("''", "unrecognized arguments:"),
     ("--output=", "--output: must not be empty"),
     ("--weights other/metrics.json", "is not a .safetensors or torch weights file"),
     ("--model mobilenetv3_small --no-pretrained", "nearest: mobilenetv3_small_050"),
@@ -61,12 +64,13 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize(("script", "arguments", "message"), CASES)
 def test_user_errors_are_one_line_and_exit_code_2(script, arguments, message, demo, folder):
-    words = arguments.split()
+    words = shlex.split(arguments)
     if script == "train.py" and "--data" not in words:
         words = ["--data", demo, "--img-size", 32, *words]
     done = run_script(script, *words, cwd=folder)
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING:")]
     assert message in errors[-1] and len(errors[-1]) < 330, done.stderr
+    assert ("did you mean" in message) == ("did you mean" in errors[-1])
     usage = [line for line in errors[:-1] if not line.startswith(("usage:", " "))]
     assert not usage, done.stderr

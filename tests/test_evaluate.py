@@ -317,7 +317,7 @@ def test_numbers_and_ages_are_shown_as_ranges(tmp_path):
     assert sizes == {"age: 0.5 to 7": 2, "age: 25 to 40": 2, "age: 58 to 60": 2}
 
 
-def test_a_column_in_which_most_images_differ_is_no_subgroup(tmp_path):
+def test_a_mostly_unique_column_is_not_a_subgroup(tmp_path):
     accession = [f"A{i}" for i in range(30)]
     site = ["a", "b"] * 15
     write_csv(tmp_path / "p.csv", to_rows([0, 1] * 15, [0.3] * 30, accession=accession, site=site))
@@ -339,7 +339,7 @@ def test_tables_of_other_programs_are_read(tmp_path):
     text = "Path; LABEL;Probability ;site\n a\\b.png;ill;0,75;x\n c.png; healthy;0,25;\n"
     (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     found, err = evaluate_files(tmp_path, "p.csv", "--bootstrap", 0, "--threshold", 0.8)
-    assert "the positive class is a guess: ill, not healthy" in err
+    assert "guessing that ill is positive, not healthy" in err
     assert found["positive"] == "ill"
     assert found["failures"]["a/b.png"]["probability"] == pytest.approx(0.75)
     assert found["subgroups"]["site: x"]["images"] == 1
@@ -349,13 +349,13 @@ def test_tables_of_other_programs_are_read(tmp_path):
     ("n", "probabilities", "expected"),
     [
         (60, [0.7, 0.9], "is this the confidence of the predicted class?"),
-        (60, [0.9, 0.1], "is the positive class the other one?"),
+        (60, [0.9, 0.1], "are the classes swapped?"),
         (60, [0.1, 0.9], "intervals treat images as independent"),
         (60, [0, 1], "are these predicted classes?"),
         (48, [0.1, 0.9], "few images (48, 24 of 0)"),
     ],
 )
-def test_what_makes_figures_misleading_is_said_at_the_head_of_the_report(tmp_path, n, probabilities, expected):
+def test_what_makes_figures_misleading_is_reported_at_the_head_of_the_report(tmp_path, n, probabilities, expected):
     write_csv(tmp_path / "p.csv", to_rows([0, 1] * (n // 2), probabilities * (n // 2)))
     done = run_script("evaluate.py", "p.csv", "--bootstrap", 50, cwd=tmp_path)
     card = (tmp_path / "p.scored.md").read_text()
@@ -439,12 +439,12 @@ def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
     assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
 
 
-def test_predictions_for_other_labels_can_not_be_compared(rivals):
+def test_predictions_for_other_labels_cannot_be_compared(rivals):
     rows = read_csv(rivals / "good.csv")
     rows[0]["label"], rows[1]["label"] = rows[1]["label"], rows[0]["label"]
     write_csv(rivals / "odd.csv", rows)
     _, err = evaluate_files(rivals, "good.csv", "odd.csv", code=2)
-    assert "odd.csv and good.csv do not score the same images" in err.splitlines()[-1]
+    assert "odd.csv and good.csv have different images or labels" in err.splitlines()[-1]
 
 
 # --- runs ---
@@ -585,7 +585,7 @@ def test_the_shortcut_is_reported_beside_the_model(evaluated, border):
     assert "AUROC of the image border alone" in evaluated.out
 
 
-def test_another_threshold_and_other_images_replace_no_report(run, evaluated, demo, tmp_path):
+def test_other_thresholds_and_images_overwrite_no_report(run, evaluated, demo, tmp_path):
     shutil.copytree(demo, tmp_path / "new")
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     for words in (("--data", tmp_path / "new"), ("--threshold", 0.25)):
@@ -627,7 +627,7 @@ def test_leaks_are_found_in_another_folder_and_are_at_the_head_of_the_card(run, 
         assert line in head
 
 
-def test_copies_count_as_one_patient_and_contradicting_labels_are_said(run, demo, tmp_path):
+def test_copies_count_as_one_patient_and_contradicting_labels_are_reported(run, demo, tmp_path):
     shutil.copytree(demo, tmp_path / "d")
     normals = tmp_path / "d" / "test" / "NORMAL"
     first, second = sorted(normals.glob("IM-*0001.jpeg"))[:2]
@@ -692,11 +692,11 @@ def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
     y = is_pneumonia(rows)
     assert metrics["auroc"] == pytest.approx(sk.roc_auc_score(y, numbers(rows, "calibrated_logit")))
     assert metrics["accuracy"] == pytest.approx(np.mean(is_pneumonia(rows, "prediction") == y))
-    assert found["threshold"]["rule"] == "each run its own"
+    assert found["threshold"]["rule"] == "one per run"
     assert found["stress"]["noise 0.05"]["auroc"] is not None
 
 
-def test_an_unfinished_run_is_said(run, tmp_path):
+def test_an_unfinished_run_is_reported(run, tmp_path):
     altered(run, tmp_path / "a", lengths=[40], finished=False)
     done = run_script("evaluate.py", "a", "--bootstrap", 0, cwd=tmp_path)
     line = "UNFINISHED: epoch 2 of 40"
@@ -762,7 +762,7 @@ def test_three_classes_get_what_is_defined_for_them(three, tmp_path):
         ("path,label,probability,flags,error\na,1,0.1,,\n", "labels are predictions"),
     ],
 )
-def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, content, expected):
+def test_a_csv_that_cannot_be_scored_is_one_line_and_code_2(tmp_path, content, expected):
     (tmp_path / "bad.csv").write_text(content)
     _, err = evaluate_files(tmp_path, "bad.csv", code=2)
     assert len(err.splitlines()) == 1
@@ -771,7 +771,7 @@ def test_a_csv_that_can_not_be_scored_is_one_line_and_code_2(tmp_path, content, 
     assert [path.name for path in tmp_path.iterdir()] == ["bad.csv"]
 
 
-def test_other_data_than_the_runs_own_are_noticed(run, demo, tmp_path):
+def test_data_other_than_the_runs_own_are_noticed(run, demo, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(demo, tmp_path / name)
         about = {**models.load(run)["data"], "root": str(tmp_path / name)}
@@ -785,7 +785,7 @@ def test_other_data_than_the_runs_own_are_noticed(run, demo, tmp_path):
     assert "run_b was not trained on the images in" in err
     shutil.rmtree(tmp_path / "a")
     _, err = evaluate_files(tmp_path, "run_a", code=2)
-    assert "name its new place with --data DIR" in err
+    assert "give its new path with --data DIR" in err
 
 
 def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_path, monkeypatch):
@@ -799,7 +799,7 @@ def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_pa
 # --- pictures ---
 
 
-def test_pictures_need_matplotlib_and_say_so_after_other_mistakes(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_after_other_mistakes(tmp_path, monkeypatch):
     write_csv(tmp_path / "p.csv", NAMED_ROWS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, err = evaluate_files(tmp_path, "p.csv", "--plots", code=2)

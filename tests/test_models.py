@@ -102,7 +102,7 @@ def test_a_saved_model_gives_the_same_logits_and_timm_loads_it(trained, tmp_path
             torch.testing.assert_close(other(x), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_each_architecture_has_a_heat_map_with_places(trained):
+def test_each_architecture_has_a_localised_heat_map(trained):
     _, model = trained
     x = torch.randn(8, 1, 64, 64, generator=torch.Generator().manual_seed(3))
     # In a network that learnt nothing, everything may speak for the same class: look at both.
@@ -184,7 +184,7 @@ def test_a_line_in_the_image_is_a_line_in_the_map(layout):
     assert models.heat_map(Toy(layout), x, 0).max() == 0
 
 
-def test_families_of_odd_layout_get_a_map_or_a_line():
+def test_unusual_models_get_a_map_or_an_error():
     x = torch.randn(1, 1, 224, 224)
     for name in ("xcit_nano_12_p16_224", "pit_ti_224"):  # a class token joins late; stages are maps and tokens
         assert models.heat_map(models.build(name, 2, 224).eval(), x, 1).shape == (1, 224, 224)
@@ -211,7 +211,7 @@ def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, 
     assert models.memory_format(model, torch.device(device)) == expected
 
 
-def test_input_size_is_the_asked_one_else_what_the_model_takes():
+def test_input_size_is_as_requested_else_the_models_own():
     names = (SMALL, VIT, "mobilenetv3_large_100_miil")  # the last one is an old name of timm
     assert [models.preprocessing(name, None)["input_size"] for name in names] == [160, 224, 160]
     assert models.preprocessing(VIT, 64)["input_size"] == 64
@@ -363,7 +363,7 @@ def test_without_a_hub_training_goes_on_from_random_weights(close_hub):
     ("kind", "version", "expected"),
     [
         ("training state", 5, "is not a chest radiograph classifier of this suite"),
-        (models.FORMAT, 4, "has format version 4, this code reads 5: train again"),
+        (models.FORMAT, 4, "has format version 4; this code reads 5: train again"),
         (models.FORMAT, 5, "was altered or damaged after it was written"),  # it has no seal
     ],
 )
@@ -499,7 +499,7 @@ def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
     assert flagged(check, images[700:]) == pytest.approx(0.01, abs=0.002)
 
 
-def test_border_logit_is_that_of_scikit_learn():
+def test_border_logit_matches_scikit_learn():
     images = torch.randint(0, 256, (60, 64, 64), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     is_positive = np.arange(60) % 2 == 0
     images[is_positive, :4] //= 2

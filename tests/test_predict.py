@@ -315,4 +315,4 @@ def test_maps_are_not_mixed_with_radiographs(run_folder, normals, tmp_path, fold
     shutil.copy(normals[0], tmp_path / "class")
     done = run_script("predict.py", "--ckpt", run_folder, "--cam", folder, path, cwd=tmp_path)
     assert done.returncode == 2
-    assert "mixed with images" in done.stderr
+    assert "maps and images would be mixed" in done.stderr

@@ -112,7 +112,7 @@ def test_the_commands_of_a_section_work_one_after_another(section, clone):
                 assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 
-def test_the_commands_that_are_not_run_are_taken():
+def test_commands_that_are_not_run_can_be_parsed():
     (powershell,) = [line for line in COMMANDS if "$_" in line]
     train.make_parser().parse_args(powershell.replace("$_", "0").partition("train.py ")[2].rstrip("} ").split())
     (machines,) = [line for line in COMMANDS if line.startswith("torchrun --nnodes")]

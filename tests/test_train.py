@@ -134,7 +134,7 @@ def test_the_cpu_computes_in_float32_unless_asked():
 # --- operating point ---
 
 
-def test_the_border_tells_nothing_of_the_class_after_weighting():
+def test_weighting_makes_border_and_class_unrelated():
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 3000)
     border = rng.normal(labels * 2.0)
@@ -147,7 +147,7 @@ def test_the_border_tells_nothing_of_the_class_after_weighting():
         assert positive.sum() / here.sum() == pytest.approx(0.5)
 
 
-def test_without_a_class_in_each_tercile_the_classes_alone_weigh_the_same():
+def test_if_a_tercile_lacks_a_class_only_the_classes_are_weighted():
     labels = np.array([0, 0, 0, 1])
     weights, how = train.image_weights(labels, labels * 10.0)
     assert "tercile" not in how
@@ -314,7 +314,7 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
     assert not are_equal(checkpoint["state_dict"], state_of(tmp_path / "r")["average"])
 
 
-def test_the_operating_point_rests_on_stressed_copies(run_folder, tmp_path, monkeypatch):
+def test_the_operating_point_uses_stressed_copies(run_folder, tmp_path, monkeypatch):
     shutil.copytree(run_folder, tmp_path / "r")
     (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration: --resume does only that
     ask = evaluate.ask
@@ -380,7 +380,7 @@ def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, t
     other = run_train(tmp_path, *common, "--fold", 3, "--output", "other")
     validation = rows_of(tmp_path / "other", "val")
     n = len(validation)
-    assert f"LEAK: the run of --weights is trained on {n} of the {n} validation images" in other.err
+    assert f"LEAK: the --weights run was trained on {n} of the {n} validation images" in other.err
     # A third generation still knows the patients of the first.
     traces = models.load(tmp_path / "other")["trained_on"]
     assert {row["patient"] for row in validation} <= set(traces["patients"])
@@ -403,7 +403,7 @@ def test_copies_of_training_images_in_a_validation_folder_are_reported(demo, tmp
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes() + bytes(j + 1))  # other bytes, the same radiograph
     done = run_train(tmp_path, "--data", "d", *SHORT, "--epochs", 1, "--output", "r")
-    assert "LEAK: this run is trained on 192 of the 192 validation images" in done.err
+    assert "LEAK: this run was trained on 192 of the 192 validation images" in done.err
 
 
 # --- interruption and resume ---
@@ -443,7 +443,7 @@ def change_an_image(checkpoint, root):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (change_an_image, "not those that the run"),
+        (change_an_image, "have changed since the run"),
         (lambda checkpoint, root: checkpoint.update(epoch=0), "does not belong to"),
         (lambda checkpoint, root: checkpoint["arguments"].update(seed=1), "does not belong to"),
     ],
@@ -462,7 +462,7 @@ def test_a_run_continues_with_its_own_images_and_checkpoint_alone(run_folder, de
     ("arguments", "message"),
     [
         (("--resume", "run", "--seed", "5"), "--seed 5 contradicts the run in run, which has 0"),
-        (("--resume", "run", "--epochs", "1"), "has made 2 epochs already"),
+        (("--resume", "run", "--epochs", "1"), "has already done 2 epochs"),
         (("--no-pretrained", "--output", "run"), "use --resume run to continue it"),
     ],
 )
