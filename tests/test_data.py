@@ -733,7 +733,7 @@ UNREADABLE = {  # what the reason says, and the header fields
     "PALETTE COLOR": {"PhotometricInterpretation": "PALETTE COLOR"},
     "not finite": {"RescaleSlope": "nan"},
     "VOI LUT Function": {"WindowCenter": 5, "WindowWidth": 30, "VOILUTFunction": "CUBIC"},
-    "up to bit 14": {"HighBit": 14},
+    "high bit 14": {"HighBit": 14},
     "cannot be decoded": {"Rows": 9999},
     "pixels are more than": {"Rows": 60_000, "Columns": 60_000},
 }
@@ -1282,6 +1282,12 @@ def test_what_check_finds_is_printed_and_counted(tmp_path):
     assert done.stdout.endswith("1 problem, 4 warnings; results on this folder would be invalid\n")
     report = json.loads(run_script("data.py", "check", root, "--json", cwd=tmp_path).stdout)
     assert (len(report["problems"]), len(report["warnings"])) == (1, 4)
+
+
+def test_check_of_a_folder_without_a_usable_image_names_the_problem(tmp_path):
+    report = data.check(touch(tmp_path, "train/A/1.png", "train/B/1.png"))
+    assert report["problems"] == {"classes without a readable image in train": ["A", "B"]}
+    assert report["audit"] == []
 
 
 @needs_pydicom
