@@ -1262,7 +1262,6 @@ def test_check_finds_copies_and_leaks(tmp_path, case):
 
 FOUND = (
     "PROBLEM: classes without a readable image in test: 2 (NORMAL, PNEUMONIA)",
-    "WARNING: left out as masks or annotations, by their names: 1 (train/NORMAL/1_mask.png)",
     "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
     "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
     "WARNING: images without a patient id (each counts as a patient), of 9: 3",
@@ -1273,15 +1272,15 @@ FOUND = (
 
 def test_what_check_finds_is_printed_and_counted(tmp_path):
     root = tree(tmp_path / "d", 6, "png")
-    save(root, {"train/NORMAL/drawing.png": np.eye(30, dtype=np.uint8), "train/NORMAL/1_mask.png": random_image(0)})
+    save(root, {"train/NORMAL/drawing.png": np.eye(30, dtype=np.uint8)})
     touch(root, "test/NORMAL/only.png", "train/PNEUMONIA/broken.png")
     done = run_script("data.py", "check", root, cwd=tmp_path)
     assert done.returncode == 1 and not done.stderr
     for start in FOUND:
         assert sum(line.startswith(start) for line in done.stdout.splitlines()) == 1, start
-    assert done.stdout.endswith("1 problem, 4 warnings; results on this folder would be invalid\n")
+    assert done.stdout.endswith("1 problem, 3 warnings; results on this folder would be invalid\n")
     report = json.loads(run_script("data.py", "check", root, "--json", cwd=tmp_path).stdout)
-    assert (len(report["problems"]), len(report["warnings"])) == (1, 4)
+    assert (len(report["problems"]), len(report["warnings"])) == (1, 3)
 
 
 def test_check_of_a_folder_without_a_usable_image_names_the_problem(tmp_path):
