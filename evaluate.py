@@ -890,6 +890,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
 # --- Markdown ---
 
 TITLES = {name: metric.title for name, metric in METRICS.items()}
+TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE"}
 
 
 def render(r: dict, facts: list[str], tables: dict[str, dict], lists: dict[str, list[str]]) -> str:
