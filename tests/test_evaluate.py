@@ -717,9 +717,9 @@ def three(run_folder, demo, tmp_path_factory) -> Path:
         place.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, place)
     checkpoint = models.load(run_folder)
-    for name in ("classifier.weight", "classifier.bias"):
-        head = checkpoint["state_dict"][name]
-        checkpoint["state_dict"][name] = torch.stack([head[0], head[1], head.sum(0)])
+    for name, shift in (("classifier.weight", 0), ("classifier.bias", checkpoint["intercept"] / checkpoint["slope"])):
+        (head,) = checkpoint["state_dict"][name].diff(dim=0) + shift  # where calibrated: about half are above 0
+        checkpoint["state_dict"][name] = torch.stack([0 * head, head, -head])
     checkpoint["threshold"] = {"value": None, "logit": None, "rule": "largest probability", "from": ""}
     checkpoint["data"]["root"] = str(folder / "data")
     checkpoint.update(classes=["A", "B", "C"], slope=1.5, intercept=0.0, border=None)
