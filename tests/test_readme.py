@@ -16,7 +16,7 @@ import bench
 import numpy as np
 import pytest
 import timm
-import torch.distributed.run
+import torch
 from conftest import ROOT, run_script
 
 import data
@@ -33,8 +33,8 @@ NOT_RUN = {  # what a command begins with, and why
     "python -m zipfile": "test_the_imagenet_weights_become_a_state_dict runs it on a stand-in for the download",
     "curl": "test_the_service_answers_as_predict_does asks in its place",
     "python -m pytest": "this is a part of it",
+    "python -m timeit": "a timing",
     "python tests/": "takes minutes, by hand: arguments of bench.py are parsed",
-    "torchrun --nnodes": "two machines: its arguments are parsed",
 }
 CHEAP = {  # appended: of an option that is there twice the last one counts
     "train.py": ["--epochs=1", "--img-size=32", "--batch-size=32", "--device=cpu"],
@@ -115,8 +115,6 @@ def test_the_commands_of_a_section_work_one_after_another(section, clone):
 def test_commands_that_are_not_run_can_be_parsed():
     (powershell,) = [line for line in COMMANDS if "$_" in line]
     train.make_parser().parse_args(powershell.replace("$_", "0").partition("train.py ")[2].rstrip("} ").split())
-    (machines,) = [line for line in COMMANDS if line.startswith("torchrun --nnodes")]
-    train.make_parser().parse_args(torch.distributed.run.parse_args(machines.split()[1:]).training_script_args)
     for line in COMMANDS:
         if line.startswith("python tests/bench.py"):
             bench.make_parser().parse_args(line.split()[2:])
