@@ -117,6 +117,7 @@ class Closed(io.StringIO):
 
 
 def interrupted_while_writing():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in a shell's background ignore it
     with data.replacing(Path("x")) as f:
         f.write(b"half")
         signal.raise_signal(signal.SIGINT)
