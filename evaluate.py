@@ -1162,10 +1162,9 @@ def plot_mistakes(s: Scored, device: torch.device):
         if info.error:
             warn(f"no picture of {path}: {info.error}")
             continue
-        x = data.normalise(data.to_float(torch.from_numpy(image)[None].to(device)), s.checkpoint)
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
-            heat = models.heat_map(model, x, s.classes.index(mistake["prediction"]))[0].cpu().numpy()
+            heat = predict.find_heat(model, image, mistake["prediction"], s.checkpoint)
         of = s.classes[-1] if s.is_binary else mistake["prediction"]
         called = f"{mistake['label']} called {mistake['prediction']}, P({of}) {mistake['probability']:.3f}"
         ax.imshow(predict.draw_heat_map(image, heat, [os.path.basename(path), called]))

@@ -91,7 +91,6 @@ class Classifier:
     checksum: str
     checkpoint: dict
     model: torch.nn.Module
-    device: torch.device
     turns: threading.Semaphore  # threads that may use the model at once: an accelerator takes one
 
 
@@ -125,7 +124,7 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # cha
     device = models.pick_device(device)
     model = models.from_checkpoint(checkpoint, device)
     turns = threading.Semaphore(data.CORES if device.type == "cpu" else 1)
-    return Classifier(path, data.sha256(path)[:12], checkpoint, model, device, turns)
+    return Classifier(path, data.sha256(path)[:12], checkpoint, model, turns)
 
 
 def classify_all(sources, classifier: Classifier, maps: Path | None = None, one_by_one: bool = False):
@@ -247,15 +246,22 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     return canvas
 
 
+def find_heat(model: torch.nn.Module, image: np.ndarray, target: str, checkpoint: dict) -> np.ndarray:
+    """Where the model sees evidence for a class, float32 [size, size] in [0, 1], see models.heat_map.
+
+    image: uint8 [size, size], what the model saw. target: a class of the checkpoint.
+    """
+    device = next(model.parameters()).device
+    x = data.normalise(data.to_float(torch.from_numpy(image)[None].to(device)), checkpoint)
+    return models.heat_map(model, x, checkpoint["classes"].index(target))[0].cpu().numpy()
+
+
 def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, folder: Path) -> None:
     """Draw the heat map of a prediction; image: uint8 [size, size], what the model saw."""
-    classes = classifier.checkpoint["classes"]
-    x = data.to_float(torch.from_numpy(image)[None].to(classifier.device))
-    x = data.normalise(x, classifier.checkpoint)
-    heat = models.heat_map(classifier.model, x, classes.index(row.label))[0].cpu().numpy()
+    heat = find_heat(classifier.model, image, row.label, classifier.checkpoint)
     radiograph, info = data.read_image(row.path, None)
     shown = image if info.error else radiograph  # the file may be gone by now
-    drawn = draw_heat_map(shown, heat, caption(row, classes))
+    drawn = draw_heat_map(shown, heat, caption(row, classifier.checkpoint["classes"]))
     with data.replacing(folder / map_name(row.path)) as f:
         drawn.save(f, "PNG")
 

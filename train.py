@@ -467,6 +467,11 @@ def save_progress(
     write_metrics(folder, about, d, history, finished=False)
 
 
+def planned_lengths(history: list[dict]) -> list[int]:
+    """The numbers of epochs that were planned; several if --resume changed the number."""
+    return list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history))
+
+
 def write_metrics(folder: Path, about: dict, d: TrainingSet, history: list[dict], finished: bool) -> dict:
     """Write metrics.json, and return its content; about: what doesn't change in a run."""
     metrics = {
@@ -474,7 +479,7 @@ def write_metrics(folder: Path, about: dict, d: TrainingSet, history: list[dict]
         "finished": finished,
         "best_epoch": d.selected_epoch(history),  # the selected one
         "seconds": round(sum(epoch_log["seconds"] for epoch_log in history), 3),
-        "lengths": list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history)),
+        "lengths": planned_lengths(history),
         "epochs": history,
     }
     data.write_json(folder / "metrics.json", metrics)
@@ -550,8 +555,7 @@ def finish_checkpoint(folder: Path, d: TrainingSet, history: list[dict], thresho
     logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
     labels = d.labels[d.val].numpy()
     chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, threshold_rule)
-    lengths = list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history))
-    made = {"epochs": len(history), "lengths": lengths, "finished": True}
+    made = {"epochs": len(history), "lengths": planned_lengths(history), "finished": True}
     save_checkpoint({**checkpoint, **chosen, **made}, folder)
 
 
