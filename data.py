@@ -1376,13 +1376,13 @@ def copy_groups(hashes: ndarray) -> ndarray:
     Copies of copies are copies too.
     """
     unique, place = np.unique(hashes, axis=0, return_inverse=True)
-    first = unique[:, 0].copy()
+    folded = np.bitwise_xor.reduce(unique, axis=1)  # differs in no more bits than the whole
 
     def find_links(start):
-        """The copies among 64 hashes and those that follow; most pairs differ enough in their first 64 bits."""
+        """The copies among 64 hashes and those that follow; most pairs differ enough in their folded 64 bits."""
         links = []
         for other in range(start, len(unique), 4096):
-            near = np.bitwise_count(first[start : start + 64, None] ^ first[other : other + 4096]) <= SAME
+            near = np.bitwise_count(folded[start : start + 64, None] ^ folded[other : other + 4096]) <= SAME
             pairs = np.argwhere(near) + (start, other)
             a, b = unique[pairs.T]
             links.append(pairs[np.bitwise_count(a ^ b).sum(1) <= SAME])
