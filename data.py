@@ -11,7 +11,6 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
-import difflib
 import errno
 import functools
 import hashlib
@@ -78,9 +77,6 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
-        _, _, unknown = message.partition("unrecognized arguments: --")
-        for near in difflib.get_close_matches(f"--{unknown.partition(' ')[0]}", self._option_string_actions, n=1):
-            message += f"; did you mean {near}?" if unknown else ""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -654,14 +650,14 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     return [*others, positive]
 
 
-def number_patients(records: list[Record], copies: ndarray) -> ndarray:
+def number_patients(records: list[Record], copy_index: ndarray) -> ndarray:
     """int64 [n], from 0 in order of appearance: images of one patient, and copies of each other, share a number.
 
-    copies: from copy_groups.
+    copy_index: from copy_groups.
     """
     first, links = {}, []
     for i, record in enumerate(records):
-        for group in (record.patient, int(copies[i])):
+        for group in (record.patient, int(copy_index[i])):
             links.append((i, first.setdefault(group, i)))
     return _connected(len(records), np.array(links))
 
@@ -733,7 +729,6 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file's name, P
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-DEPTHS = [2**bits - 1 for bits in range(8, 16)]  # the largest samples of 8 to 15 bits
 EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the sample types
 
 
@@ -773,8 +768,7 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
         image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
-    from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF
-    rotation is applied.
+    from the black and white that find_range guesses. Transparent pixels become black, and EXIF rotation is applied.
     """
     try:
         if not isinstance(source, str | os.PathLike):
@@ -816,7 +810,12 @@ def _read(source, size, hashed):
         raise _ImageError("16-bit colour or transparency can't be read; save it as greyscale")
     image.load()
     if is_deep:
-        black, white = stated_range(image)  # now, since a rotated copy loses the file's tags
+        grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
+        black, white = find_range(np.asarray(grid))
+        if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled these to 16 bits
+            white = 65535.0
+        if getattr(image, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
+            black, white = white, black
         info.depth = int(abs(white - black)).bit_length()
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
@@ -848,24 +847,6 @@ def _require_pixels(info):
         raise _ImageError("it has no pixels")
     if info.width * info.height > MAX_PIXELS:
         raise _ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
-
-
-def stated_range(image: Image.Image) -> tuple[float, float]:
-    """Black and white of samples of 16 or 32 bits, or of floats: as the file states them, else from find_range."""
-    grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
-    black, white = find_range(np.asarray(grid))
-    tags = getattr(image, "tag_v2", {})
-    (largest,) = tags.get(281, (0,))  # MaxSampleValue
-    if image.mode != "F":
-        if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled these to 16 bits
-            white = 65535.0
-        elif tags.get(258) == (12,):  # BitsPerSample
-            white = 4095.0
-        elif largest in DEPTHS:  # another number is not a depth but the brightest pixel's
-            white = float(largest)
-    if tags.get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
-        return white, black
-    return black, white
 
 
 def find_range(samples: ndarray) -> tuple[float, float]:
@@ -981,9 +962,9 @@ class Folder:
     records: list[Record]
     images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
     hashes: ndarray  # uint64 [n, 4], see difference_hash; matches no other if there is no image
-    copies: ndarray  # int64 [n], see copy_groups
+    copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
-    left_out: dict[int, dict]  # position: path and reason of each file that can't be used
+    unusable: dict[int, dict]  # position: path and reason of each file that can't be used
     fingerprint: str
 
 
@@ -1001,25 +982,21 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     if is_test:  # find_training does it for the others, with those of test/
         remark_patients(records)
     images, notes = load_images(root, records, size)
-    left_out = {i: {"path": records[i].path, "reason": n["reason"]} for i, n in enumerate(notes) if n["reason"]}
-    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in left_out.values()])
-    depths = Counter(note["depth"] for note in notes if not note["reason"])
-    if len(depths) > 1:
-        mixed = ", ".join(f"{n} of {depth} bits" for depth, n in sorted(depths.items()))
-        warn(f"mixed bit depths, each scaled from its own black to white (see python data.py check): {mixed}")
+    unusable = {i: {"path": records[i].path, "reason": n["reason"]} for i, n in enumerate(notes) if n["reason"]}
+    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in unusable.values()])
     hashes = _hashes(notes)
-    copies = copy_groups(hashes)
-    labels = {(copy, r.label) for copy, r in zip(copies.tolist(), records)}
-    n_contradictions = len(labels) - len(np.unique(copies))
+    copy_index = copy_groups(hashes)
+    labels = {(copy, r.label) for copy, r in zip(copy_index.tolist(), records)}
+    n_contradictions = len(labels) - len(np.unique(copy_index))
     if n_contradictions:
         warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
     return Folder(
         records=records,
         images=images,
         hashes=hashes,
-        copies=copies,
-        patient_index=number_patients(records, copies),
-        left_out=left_out,
+        copy_index=copy_index,
+        patient_index=number_patients(records, copy_index),
+        unusable=unusable,
         fingerprint=fingerprint(records, [note["digest"] for note in notes]),
     )
 

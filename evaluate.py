@@ -157,8 +157,8 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val if args.split == "val" else ~in_val
-    left_out = [item for i, item in folder.left_out.items() if chosen[i]]
-    chosen[list(folder.left_out)] = False
+    left_out = [item for i, item in folder.unusable.items() if chosen[i]]
+    chosen[list(folder.unusable)] = False
     index = np.flatnonzero(chosen)
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
@@ -186,7 +186,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
             "root": str(root),
             "demo": data.is_demo(root) or own_data["demo"],
             "fingerprint": folder.fingerprint,
-            "copies": len(index) - len(np.unique(folder.copies[index])),
+            "copies": len(index) - len(np.unique(folder.copy_index[index])),
             "left_out": left_out,
             "leaks": leaks,
         },
@@ -454,22 +454,6 @@ def measure(answers: Answers, names, weights: ndarray | None = None) -> dict[str
     return values
 
 
-@np.errstate(invalid="ignore")
-def macro_auroc(labels: ndarray, calibrated_logits: ndarray) -> float:
-    """AUROC of the last of two classes; of more the mean of each against the rest; NaN where a class is missing.
-
-    Args:
-        labels: int64 [n], positions in classes. calibrated_logits: float64 [n, classes], see models.Decision.
-    """
-    n_images, n_classes = calibrated_logits.shape
-    once = np.ones((1, n_images))
-    aurocs = []
-    for c in [1] if n_classes == 2 else range(n_classes):
-        right, pairs = concordance(labels == c, calibrated_logits[:, c], once)
-        aurocs.append(right / pairs)
-    return float(np.mean(aurocs))
-
-
 # --- intervals ---
 #
 # An array of draws begins with the estimate itself: in its first element every image counts once; the rest are draws.
@@ -702,36 +686,34 @@ def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
 
 
 def thirds(values: list[str]) -> list[str]:
-    """Replace numbers, and ages like 058Y, by the range of the third they are in, for example "25 to 58".
+    """Replace numbers, and ages like 058Y, by the third that they are in, such as "1 to 25" or "over 25 to 58".
 
     Other values, and three different numbers or fewer, are left unchanged. Empty text is a missing value.
     """
-    numbers = np.array([data.as_number(value) for value in values], float)  # None is NaN
-    is_known = np.isfinite(numbers)
-    if is_known.sum() < sum(value != "" for value in values) or len(np.unique(numbers[is_known])) <= 3:
+    numbers = [data.as_number(value) for value in values if value]
+    if None in numbers or len(set(numbers)) <= 3:
         return values
-    third = np.searchsorted(np.quantile(numbers[is_known], (1 / 3, 2 / 3)), numbers)
-    shown = np.full(len(values), "", object)
-    for i in range(3):
-        inside = is_known & (third == i)
-        if inside.any():
-            shown[inside] = f"{numbers[inside].min():g} to {numbers[inside].max():g}"
-    return shown.tolist()
+    lowest, low, high, highest = np.quantile(numbers, (0, 1 / 3, 2 / 3, 1), method="lower")
+    names = [f"{lowest:g} to {low:g}", f"over {low:g} to {high:g}", f"over {high:g} to {highest:g}"]
+    return [names[np.searchsorted((low, high), data.as_number(value))] if value else "" for value in values]
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     """By subtype or, without one, by the series of file names; and by each further column of the table."""
-    subtypes = [r.subtype for r in s.records]
-    in_names = [data.identify(os.path.basename(r.path))[1] for r in s.records]
     columns = {
-        "subtype (from file names)" if subtypes == in_names else "subtype": subtypes,
-        "series (from file names)": ["" if r.subtype else r.series for r in s.records],
+        "subtype": [r.subtype for r in s.records],
+        "series of file names": ["" if r.subtype else r.series for r in s.records],
     }
     for name in s.records[0].groups:
         columns[name] = thirds([r.groups[name] for r in s.records])
+
+    def in_order(name):
+        """A key by which 9 comes before 10."""
+        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
+
     a, groups = s.against_rest(1), {}
     for column, values in columns.items():
-        names = sorted(set(values) - {""}, key=lambda name: re.split(r"(\d+)", name))
+        names = sorted(set(values) - {""}, key=in_order)
         if len(names) > max(10, len(values) / 2):
             warn(f"column {column} gives no subgroups: most images have different values")
             continue
@@ -938,12 +920,6 @@ def show(cell: str | float | dict | None) -> str:
     return str(cell)
 
 
-def shorten(text: str, width: int) -> str:
-    """Text without a part of its first half, so that the names of classes and files can still be recognised."""
-    front = (width - 3) // 3
-    return text if len(text) <= width else f"{text[:front]}...{text[front + 3 - width :]}"
-
-
 def heading(r: dict) -> str:
     """The title of a report, a comparison, or their pictures."""
     demo = "; DEMO: synthetic phantoms" if r["data"]["demo"] else ""
@@ -1122,7 +1098,7 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     """Six panels of one model."""
     figure, panels = new_figure(title, 2, 3, 15, 9)
     roc, reliability, decision, distribution, matrix, training = panels
-    names = [shorten(name, 16) for name in s.classes]
+    names = [predict.shorten(name, 16) for name in s.classes]
     thresholds = np.arange(1, 100) / 100
     for c in s.reported:
         a = s.against_rest(c)
@@ -1176,7 +1152,7 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure, (ax,) = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            label = f"{number}: {shorten(', '.join(s.sources), 40)}"
+            label = f"{number}: {predict.shorten(', '.join(s.sources), 40)}"
             draw_roc(ax, s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
     return figure
 

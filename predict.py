@@ -11,7 +11,6 @@ Sections: inputs, classify, heat maps, write.
 """
 
 import argparse
-import contextlib
 import functools
 import glob
 import hashlib
@@ -21,7 +20,6 @@ import os
 import re
 import sys
 import threading
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -202,16 +200,6 @@ MAP_END = "_cam.png"
 LOW = 0.3  # of a map's own maximum: lower values are not coloured
 TINT = (255, 110, 0)
 SMALLEST, LARGEST = 224, 2500  # longer side of a panel, in pixels
-FONTS = (  # that cover many scripts, by their names on Linux, macOS and Windows
-    "DejaVuSans",
-    "NotoSans-Regular",
-    "arial",
-    "Arial Unicode",
-    "NotoSansCJK-Regular",
-    "DroidSansFallbackFull",
-    "wqy-microhei",
-    "msyh",
-)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
@@ -233,6 +221,7 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     height, width = (max(1, round(n * side / max(image.shape))) for n in image.shape)
     radiograph = Image.fromarray(image).resize((width, height))
     font_size = max(12, side // 28)
+    font = ImageFont.load_default(font_size)
     gap = font_size // 3
     canvas_width = max(2 * width + gap, 2 * SMALLEST)  # room for the caption of a narrow image
     canvas = Image.new("RGB", (canvas_width, height + gap + (font_size + gap) * len(lines)))
@@ -240,7 +229,9 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     canvas.paste(overlay(np.asarray(radiograph), heat), (width + gap, 0))
     top = height + gap
     for line in lines:
-        text, font = typeset(line, font_size, canvas_width - 2 * gap)
+        text = ascii(line)[1:-1]  # the font has no other letters
+        while font.getlength(text) > canvas_width - 2 * gap:
+            text = shorten(text, len(text) - 1)
         ImageDraw.Draw(canvas).text((gap, top), text, font=font)
         top += font_size + gap
     return canvas
@@ -283,37 +274,10 @@ def caption(row: Prediction, classes: list[str]) -> list[str]:
     return [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
 
 
-@functools.cache
-def load_fonts() -> list[ImageFont.FreeTypeFont]:
-    """Pillow's own font, which has only ASCII, and those of FONTS that Pillow finds in the system's folders."""
-    fonts = [ImageFont.load_default(12)]
-    for name in FONTS:
-        with contextlib.suppress(OSError):
-            fonts.append(ImageFont.truetype(name, 12))
-    return fonts
-
-
-def find_lacking(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """The characters of a text that a font lacks: it draws the same box for each of them."""
-    box = bytes(font.getmask("\U0010ffff"))
-    return [letter for letter in set(text) if not letter.isprintable() or bytes(font.getmask(letter)) == box]
-
-
-def typeset(text: str, size: int, width: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Text as one line of at most width pixels, and the font that has most of its letters.
-
-    A letter missing from the font loses its marks (Unicode's NFKD) or is escaped; a line too long loses its middle.
-    """
-    font = min(load_fonts(), key=lambda font: len(find_lacking(text, font)))
-    for letter in find_lacking(text, font):
-        parts = unicodedata.normalize("NFKD", letter)
-        plain = "".join(part for part in parts if not unicodedata.combining(part))
-        text = text.replace(letter, plain.encode("unicode_escape").decode())
-    font = font.font_variant(size=size)
-    while font.getlength(text) > width:
-        middle = len(text) // 2
-        text = f"{text[: middle - 2]}...{text[middle + 2 :]}"
-    return text, font
+def shorten(text: str, width: int) -> str:
+    """Text without a part of its first half, so that the names of classes and files can still be recognised."""
+    front = (width - 3) // 3
+    return text if len(text) <= width else f"{text[:front]}...{text[front + 3 - width :]}"
 
 
 # --- write ---
@@ -349,9 +313,7 @@ def csv_cells(row: Prediction, classes: list[str]) -> dict:
 
 def print_predictions(args: argparse.Namespace) -> int:
     """Classify what the command line names, a row for each image; returns the exit code."""
-    if args.ckpt and len(args.ckpt) > 1:
-        raise UserError("--ckpt takes one checkpoint")
-    classifier = open_classifier(args.ckpt and args.ckpt[0], args.device)
+    classifier = open_classifier(args.ckpt, args.device)
     checkpoint = classifier.checkpoint
     print(data.printable(f"model: {classifier.path}"), file=sys.stderr)
     if not checkpoint["finished"]:
@@ -387,7 +349,7 @@ def print_predictions(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
     parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    parser.add_argument("--ckpt", action="append", metavar="FILE", help="checkpoint or run folder (default: newest)")
+    parser.add_argument("--ckpt", metavar="FILE", help="checkpoint or run folder (default: newest)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")

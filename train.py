@@ -29,7 +29,7 @@ from numpy import ndarray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_curve
+from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -134,7 +134,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         raise UserError("--threshold is for two classes; leave it out here")
     labels = torch.tensor([classes.index(r.label) for r in records])
     is_validation = data.is_validation(records, folder.patient_index, args.folds, args.fold)
-    is_readable = np.array([i not in folder.left_out for i in range(len(records))])
+    is_readable = np.array([i not in folder.unusable for i in range(len(records))])
     index = {}
     for split, is_in_split in (("train", ~is_validation), ("val", is_validation)):
         index[split] = torch.from_numpy(np.flatnonzero(is_in_split & is_readable))
@@ -299,14 +299,19 @@ def train_epoch(
 
 
 def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dict:
-    """val_loss, val_auroc and val_accuracy (at the largest logit) of the validation images, before calibration."""
+    """val_loss, val_auroc and val_accuracy (at the largest logit) of the validation images, before calibration.
+
+    More than two classes: the mean AUROC of each against the rest.
+    """
     logits = models.infer(model, models.in_batches(d.images, d.val), preprocessing)
     if not logits.isfinite().all():
         raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]
+    z = models.calibrate(logits, 1.0, 0.0).numpy()
+    aurocs = [roc_auc_score(labels == c, z[:, c]) for c in range(len(d.classes))]  # with two classes they are equal
     return {
         "val_loss": float(F.cross_entropy(logits, labels)),  # unweighted, on whole images: unlike train_loss
-        "val_auroc": evaluate.macro_auroc(labels.numpy(), models.calibrate(logits, 1.0, 0.0).numpy()),
+        "val_auroc": float(np.mean(aurocs)),
         "val_accuracy": float((logits.argmax(1) == labels).double().mean()),
     }
 
@@ -351,10 +356,10 @@ def fit_operating_point(
         labels: int64 [n]. border_logits: float64 [n] or None. rule: see threshold_rule.
     """
     weights, how = image_weights(labels, border_logits)
-    copies, _, n_classes = logits.shape
-    all_logits, all_labels = torch.from_numpy(logits.reshape(-1, n_classes)), np.tile(labels, copies)
-    all_weights = np.tile(weights, copies)
-    origin = {"from": f"validation and {copies - 1} stressed copies; {how}"}
+    n_copies, _, n_classes = logits.shape
+    all_logits, all_labels = torch.from_numpy(logits.reshape(-1, n_classes)), np.tile(labels, n_copies)
+    all_weights = np.tile(weights, n_copies)
+    origin = {"from": f"validation and {n_copies - 1} stressed copies; {how}"}
     if n_classes > 2:
         truth, importance = torch.from_numpy(all_labels), torch.from_numpy(all_weights)
 
@@ -407,7 +412,7 @@ def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: tor
             "classes": d.classes,
             "images": {"train": len(d.train), "val": len(d.val)},
             "patients": {"train": d.n_patients(d.train), "val": d.n_patients(d.val)},
-            "left_out": list(d.folder.left_out.values()),
+            "left_out": list(d.folder.unusable.values()),
         },
         "origin": origin,
     }
@@ -548,13 +553,13 @@ def make_checkpoint(
     }
 
 
-def finish_checkpoint(folder: Path, d: TrainingSet, history: list[dict], threshold_rule: str, device) -> None:
+def finish_checkpoint(folder: Path, d: TrainingSet, history: list[dict], rule: str, device) -> None:
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
     logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
     labels = d.labels[d.val].numpy()
-    chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, threshold_rule)
+    chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, rule)
     made = {"epochs": len(history), "lengths": planned_lengths(history), "finished": True}
     save_checkpoint({**checkpoint, **chosen, **made}, folder)
 
@@ -655,8 +660,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     steps = len(d.train) // batch_size
     warmup = round(args.warmup_epochs * steps)
     operations = data.preset(args.augment, crop)
-    rule = "balanced" if args.balance else None
-    class_weights = compute_class_weight(rule, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
+    balance = "balanced" if args.balance else None
+    class_weights = compute_class_weight(balance, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
     class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
     dtype = pick_dtype(args.precision, device)
 

