@@ -504,7 +504,7 @@ def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
     for the number of patients in the metric's denominator. tests/coverage_simulation.py shows how often it contains the
     truth.
     """
-    result = {"value": or_none(values[0]), "ci95": None}
+    result = {"value": values[0], "ci95": None}
     if math.isnan(values[0]) or len(values) == 1:
         return result
     shares = (values - low) / (1 - low)
@@ -519,7 +519,7 @@ def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
         sd = drawn.std() if len(drawn) else 0.0
         if sd > 1e-9:
             ends = expit(logit(share) + 1.96 * sd * np.array([-1, 1]))
-    result["ci95"] = [float(low + (1 - low) * end) for end in ends]
+    result["ci95"] = [low + (1 - low) * end for end in ends]
     return result
 
 
@@ -529,11 +529,6 @@ def estimates(answers: Answers, bootstrap: Bootstrap, names=tuple(METRICS)) -> d
     for name, drawn in bootstrap.values(answers, names).items():
         result[name] = with_interval(drawn, answers.n_patients(name), METRICS[name].low)
     return result
-
-
-def or_none(value: float) -> float | None:
-    """A float for JSON: null where it is undefined."""
-    return float(value) if math.isfinite(value) else None
 
 
 # --- report ---
@@ -588,7 +583,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
         n_patients = min(s.against_rest(c).n_patients(name) for c in s.reported)
         metrics[name] = with_interval(drawn[name], n_patients, METRICS[name].low)
         if len(runs) > 1:
-            metrics[name]["sd"] = or_none(values[:, 0].std(ddof=1))
+            metrics[name]["sd"] = values[:, 0].std(ddof=1)
     training = None
     if s.checkpoint:
         large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
@@ -650,16 +645,16 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
     return result
 
 
-def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float | None]:
+def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float]:
     """Brier score, negative log-likelihood, ECE (10 equal bins), calibration slope and intercept, from logits z.
 
     Slope: of a logistic regression on the logit (1 is ideal); intercept: calibration in the large, with the slope fixed
-    at 1 (0 is ideal); Van Calster et al. 2019. Both are None where the classes are separated or one is missing.
+    at 1 (0 is ideal); Van Calster et al. 2019. Both are NaN where the classes are separated or one is missing.
     """
     p = expit(z)
     bins = np.minimum((p * 10).astype(int), 9)
     gaps = np.abs(np.bincount(bins, p - is_positive))  # of each bin, times its number of images
-    slope, intercept = None, None
+    slope = intercept = math.nan
     a, b = z[is_positive], z[~is_positive]
     # Where the logits of the classes do not overlap, no logistic regression has a finite slope.
     if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
@@ -738,17 +733,14 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     """Metrics of the images and of their stressed copies, and mean and worst of the copies, at the threshold in use;
     and the lowest balanced accuracy of them all, with the name of its row.
     """
-    rows = {"clean": s, **s.stressed}
-    measured = [measure(images.against_rest(1), UNDER_STRESS).values() for images in rows.values()]
-    figures = np.concatenate([np.column_stack(list(row)) for row in measured])
-    balanced_accuracy = figures[:, UNDER_STRESS.index("balanced_accuracy")]
-    lowest = balanced_accuracy.argmin()
-    worst = {"value": or_none(balanced_accuracy[lowest]), "row": list(rows)[lowest]}
-    stressed = figures[1:]
-    shown = {}
-    for name, row in zip([*rows, "mean", "worst"], [*figures, stressed.mean(0), stressed.min(0)]):
-        shown[name] = dict(zip(UNDER_STRESS, map(or_none, row)))
-    return shown, worst
+    rows = {}
+    for name, images in {"clean": s, **s.stressed}.items():
+        rows[name] = {metric: value.item() for metric, value in measure(images.against_rest(1), UNDER_STRESS).items()}
+    lowest = min(rows, key=lambda name: rows[name]["balanced_accuracy"])
+    _, *stressed = rows.values()
+    for name, of_all in {"mean": np.mean, "worst": np.min}.items():
+        rows[name] = {metric: of_all([row[metric] for row in stressed]) for metric in UNDER_STRESS}
+    return rows, {"value": rows[lowest]["balanced_accuracy"], "row": lowest}
 
 
 def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
@@ -818,20 +810,20 @@ def align(s: Scored, first: Scored) -> Scored:
 
 
 def difference(mine: ndarray, reference: ndarray) -> dict:
-    """{"value", "ci95", "p"} of the difference of two arrays of draws, paired by patient; null without draws."""
+    """{"value", "ci95", "p"} of the difference of two arrays of draws, paired by patient; no interval without draws."""
     apart = mine - reference
     value, drawn = apart[0], apart[np.isfinite(apart)][1:]
     if math.isnan(value) or not len(drawn):
-        return {"value": or_none(value), "ci95": None, "p": None}
+        return {"value": value, "ci95": None, "p": math.nan}
     sd = drawn.std()
     half = 1.96 * sd
     p = 2 * ndtr(-abs(value) / sd) if sd > 1e-9 else 1.0
     return {"value": value, "ci95": [value - half, value + half], "p": p}
 
 
-def holm(p: list[float | None]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979); NaN where they are None (all are, or none is)."""
-    p = np.array(p, float)
+def holm(p: list[float]) -> list[float]:
+    """p-values adjusted for their number (Holm 1979)."""
+    p = np.array(p)
     order = np.argsort(p)
     adjusted = np.empty_like(p)
     adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
@@ -858,13 +850,13 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
             entry["difference"]["auroc"] = tests[-1]
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1] for s in runs]
-            values = np.array([row["value"] for row in worst], float)  # None is NaN
+            mean = np.mean([row["value"] for row in worst])
             names = ", ".join(row["row"] for row in worst)
-            entry["worst_balanced_accuracy"] = {"value": or_none(values.mean()), "row": names}
+            entry["worst_balanced_accuracy"] = {"value": mean, "row": names}
         entries.append(entry)
     for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test["p_holm"] = or_none(p)
-    entries.sort(key=lambda entry: -(entry["metrics"]["auroc"]["value"] or 0))
+        test["p_holm"] = p
+    entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
     about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
     return {"model": count(len(groups), "model"), "split": first.split, "data": about, "compared": entries}
 
@@ -1240,28 +1232,26 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.split == "val":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
-    made = {
-        "bootstrap": {"unit": "patient", "draws": args.bootstrap, "seed": args.seed},
-        "provenance": {
-            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-            "command": data.command_line("python", *sys.argv),
-            "environment": describe_environment(models.pick_device(args.device)),
-        },
+    groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
+    result = report(scored[0], bootstrap) if len(scored) == 1 else compare(groups, bootstrap)
+    result["bootstrap"] = {"unit": "patient", "draws": args.bootstrap, "seed": args.seed}
+    result["provenance"] = {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": data.command_line("python", *sys.argv),
+        "environment": describe_environment(models.pick_device(args.device)),
     }
+    result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
     folder, files = find_output(scored, args), {}
-    if len(scored) == 1:
-        result = {**report(scored[0], bootstrap), **made}
-        document, reports = report_document(result, {}), [result]
-        if folder:
-            files = model_files(scored[0], result, args)
-    else:
-        groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
-        result = {**compare(groups, bootstrap), **made}
-        document, reports = comparison_document(result), result["compared"]
+    if len(scored) > 1:
+        document = comparison_document(result)
         files = {"compare.json": result, "report.md": document}
         if args.plots:
             files["compare.png"] = plot_comparison(groups, result)
-    for r in reports:
+    else:
+        document = report_document(result, {})
+        if folder:
+            files = model_files(scored[0], result, args)
+    for r in result.get("compared", [result]):
         for line in r["warnings"]:
             warn(f"{line}: {r['checkpoint']}")
     last_lines = []
