@@ -355,16 +355,16 @@ def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarr
     return positives, all_images - positives
 
 
-def concordance(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
-    """How many pairs of a positive and a negative are ranked right (ties count half), and of how many: each [draws]."""
-    positives, negatives = tally(is_positive, score, weights)
-    right = negatives * (np.cumsum(positives, 1) - positives / 2)
-    return right.sum(1), positives.sum(1) * negatives.sum(1)
+def auroc(a: Answers, weights: ndarray, strata=(slice(None),)) -> ndarray:
+    """Area under the ROC curve: the share of pairs of a positive and a negative that are ranked right; ties count half.
 
-
-def auroc(a: Answers, weights: ndarray) -> ndarray:
-    """Area under the ROC curve."""
-    right, pairs = concordance(a.is_positive, a.score, weights)
+    strata: masks of images, bool [n]; only pairs within one of them count.
+    """
+    right = pairs = np.zeros(len(weights))
+    for inside in strata:
+        positives, negatives = tally(a.is_positive[inside], a.score[inside], weights[:, inside])
+        right = right + (negatives * (np.cumsum(positives, 1) - positives / 2)).sum(1)
+        pairs = pairs + positives.sum(1) * negatives.sum(1)
     return right / pairs
 
 
@@ -373,13 +373,7 @@ def adjusted_auroc(a: Answers, weights: ndarray) -> ndarray:
 
     Quintiles are weighted by their numbers of pairs. NaN without border logits.
     """
-    right = pairs = np.zeros(len(weights))
-    for stratum in [] if a.stratum is None else np.unique(a.stratum):
-        inside = a.stratum == stratum
-        right_inside, pairs_inside = concordance(a.is_positive[inside], a.score[inside], weights[:, inside])
-        right = right + right_inside
-        pairs = pairs + pairs_inside
-    return right / pairs
+    return auroc(a, weights, [] if a.stratum is None else [a.stratum == number for number in np.unique(a.stratum)])
 
 
 def auprc(a: Answers, weights: ndarray) -> ndarray:
