@@ -861,36 +861,32 @@ TITLES = {name: metric.title for name, metric in METRICS.items()}
 TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE"}
 
 
-def render(r: dict, facts: list[str], tables: dict[str, dict], lists: dict[str, list[str]]) -> str:
+def render(sections: dict[str, list | dict | None]) -> str:
     """A Markdown document that is readable in a terminal too.
 
-    r: a report or comparison. tables: {heading: {row: {column: cell}}}, see show; empty ones are left out. lists:
-    {heading: lines}.
+    sections: {heading: content}, the first heading being the title; a list of lines, or a table {row: {column: cell}},
+    see show. Empty ones are left out.
     """
-    lines = [f"# {heading(r)}", ""]
-    lines += [f"- {fact}" for fact in facts]
-    for name, rows in tables.items():
-        if rows:
-            lines += ["", f"## {name}", "", *table(rows)]
-    for name, items in lists.items():
-        lines += ["", f"## {name}", "", *(f"- {item}" for item in items)]
-    return "".join(f"{data.printable(line)}\n" for line in lines)
+    lines = []
+    for name, content in sections.items():
+        if content:
+            body = table(content) if isinstance(content, dict) else [f"- {line}" for line in content]
+            lines += [f"{'##' if lines else '#'} {name}", "", *body, ""]
+    return "\n".join(map(data.printable, lines))
 
 
 def table(rows: dict[str, dict]) -> list[str]:
     """The lines of a Markdown table, its cells padded; columns that are undefined in every row are left out."""
-    columns = {"": list(rows)}
-    for name in dict.fromkeys(name for row in rows.values() for name in row):
-        cells = [show(row.get(name)) for row in rows.values()]
+    named = [{"": name, **row} for name, row in rows.items()]
+    columns = []
+    for name in dict.fromkeys(itertools.chain(*named)):
+        cells = [show(row.get(name)) for row in named]
         if set(cells) != {"-"}:
-            columns[name] = cells
-    padded = []
-    for name, cells in columns.items():
-        cells = [TITLES.get(cell, data.printable(cell)).replace("|", "\\|") for cell in (name, *cells)]
-        width = max(map(len, cells))
-        cells.insert(1, "-" * width)
-        padded.append([cell.ljust(width) for cell in cells])
-    return [f"| {' | '.join(row)} |" for row in zip(*padded)]
+            cells = [TITLES.get(cell, data.printable(cell)).replace("|", "\\|") for cell in (name, *cells)]
+            width = max(map(len, cells))
+            cells.insert(1, "-" * width)
+            columns.append([cell.ljust(width) for cell in cells])
+    return [f"| {' | '.join(row)} |" for row in zip(*columns)]
 
 
 def show(cell: str | float | dict | None) -> str:
@@ -913,8 +909,8 @@ def heading(r: dict) -> str:
     return f"{r['model']}, {r['split']} split, {images}{demo}"
 
 
-def report_document(r: dict, lists: dict[str, list[str]]) -> str:
-    """The report of one model, from its JSON: what was scored, on what, and how; its figures; further lists."""
+def report_sections(r: dict) -> dict:
+    """The report of one model, from its JSON: what was scored, on what, and how; its figures. See render."""
     d, t, stored = r["data"], r["threshold"], r.get("calibration", {})
     sizes = ", ".join(f"{n} {name}" for name, n in d["sizes"].items())
     facts = [
@@ -942,7 +938,8 @@ def report_document(r: dict, lists: dict[str, list[str]]) -> str:
     half = r.get("at_half", {})
     called = [f"called {name}" for name in r["classes"]]
     before = {"before calibration": stored["before"]} if "before" in stored else {}
-    tables = {
+    return {
+        heading(r): facts,
         "metrics": {name: {kind: estimate, "at 0.5": half.get(name)} for name, estimate in r["metrics"].items()},
         "each class against the rest": r.get("each_class"),
         "calibration": {"as reported": stored, **before} if stored else {},
@@ -952,7 +949,6 @@ def report_document(r: dict, lists: dict[str, list[str]]) -> str:
         "confusion matrix": {f"true {name}": dict(zip(called, row)) for name, row in zip(r["classes"], matrix)},
         f"most confident mistakes, with the probability of {r.get('positive', 'the predicted class')}": r["failures"],
     }
-    return render(r, facts, tables, lists)
 
 
 GLOSSARY = [
@@ -966,7 +962,7 @@ GLOSSARY = [
 TO_WRITE = ["setting and dates", "eligibility", "reference standard", "intended use", "ethics approval and funding"]
 
 
-def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
+def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     """What a report file says besides its figures: those items of TRIPOD+AI and STARD-AI that are known here."""
     d, t, made = r["data"], r["run"], r["provenance"]
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
@@ -999,15 +995,16 @@ def card_lists(r: dict, pictures: list[str]) -> dict[str, list[str]]:
         "use: research; not for diagnosis",
     ]
     captions = [f"{name}: {y} vs {x}; {note}" for name, (x, y, note) in PANELS.items()]
-    lists = {"pictures": [*(f"![{name}]({name})" for name in pictures), *captions]} if pictures else {}
-    lists["terms"] = GLOSSARY
-    lists["about this study (after TRIPOD+AI 2024 and STARD-AI 2025)"] = lines
-    lists["to fill in by hand"] = TO_WRITE
-    return lists
+    return {
+        "pictures": pictures and [*(f"![{name}]({name})" for name in pictures), *captions],
+        "terms": GLOSSARY,
+        "about this study (after TRIPOD+AI 2024 and STARD-AI 2025)": lines,
+        "to fill in by hand": TO_WRITE,
+    }
 
 
-def comparison_document(c: dict) -> str:
-    """The report of several models, from its JSON."""
+def comparison_sections(c: dict) -> dict:
+    """The report of several models, from its JSON. See render."""
     remarks, rows = defaultdict(list), {}
     for e in c["compared"]:
         number, gap = str(e["number"]), e["difference"].get("auroc", {})
@@ -1029,7 +1026,7 @@ def comparison_document(c: dict) -> str:
         "p (Holm): of the difference of AUROC, adjusted for the number of models",
         "several runs of a model: mean and standard deviation (sd); intervals resample patients and runs",
     ]
-    return render(c, facts, {"models": rows}, {})
+    return {heading(c): facts, "models": rows}
 
 
 # --- pictures ---
@@ -1195,7 +1192,7 @@ def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
             figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
-    card = report_document(r, card_lists(r, list(figures)))
+    card = render({**report_sections(r), **card_sections(r, list(figures))})
     files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
     if s.checkpoint:
         files[f"{stem}.csv"] = data.to_csv(to_rows(s))
@@ -1237,12 +1234,12 @@ def evaluate(args: argparse.Namespace) -> None:
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
     folder, files = find_output(scored, args), {}
     if len(scored) > 1:
-        document = comparison_document(result)
+        document = render(comparison_sections(result))
         files = {"compare.json": result, "report.md": document}
         if args.plots:
             files["compare.png"] = plot_comparison(groups, result)
     else:
-        document = report_document(result, {})
+        document = render(report_sections(result))
         if folder:
             files = model_files(scored[0], result, args)
     for r in result.get("compared", [result]):
