@@ -1168,17 +1168,6 @@ def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) ->
             raise UserError(problem)
 
 
-def find_output(scored: list[Scored], args: argparse.Namespace) -> Path | None:
-    """The folder for the files: --output, or beside a single input scored on its own data at its own threshold."""
-    first = scored[0]
-    if args.output:
-        return Path(args.output)
-    is_own = first.checkpoint is None or first.about["root"] == first.checkpoint["data"]["root"]
-    if len(scored) > 1 or len(first.sources) > 1 or args.threshold is not None or not is_own:
-        return None
-    return models.in_run_folder(first.sources[0]).parent
-
-
 def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
     """The files of one model: {name: content}."""
     stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
@@ -1199,9 +1188,6 @@ def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
     return files | figures
 
 
-WRITERS = {".json": data.write_json, ".md": data.write_text, ".csv": data.write_text, ".png": save_figure}
-
-
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
     data.read_folder.cache_clear()  # a folder may have changed since another call in this process
@@ -1209,17 +1195,13 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.threshold is not None:
         threshold = {"value": args.threshold, "logit": float(to_logit(args.threshold)), "rule": f"{args.threshold:g}"}
         asked["threshold"] = {**threshold, "from": "command line"}
-    checkpoints = {}
-    for path in find_inputs(args.inputs):
-        is_csv = path.lower().endswith(".csv")
-        checkpoints[path] = None if is_csv else {**models.load(path), **asked}
-    check_arguments(args, list(checkpoints.values()))
-    scored = []
-    for path, checkpoint in checkpoints.items():
-        if checkpoint:
-            scored.append(score_checkpoint(path, checkpoint, args))
-        else:
-            scored.append(score_csv(path, args.positive, asked))
+    inputs = find_inputs(args.inputs)
+    checkpoints = [None if path.lower().endswith(".csv") else {**models.load(path), **asked} for path in inputs]
+    check_arguments(args, checkpoints)
+    scored = [
+        score_checkpoint(path, checkpoint, args) if checkpoint else score_csv(path, args.positive, asked)
+        for path, checkpoint in zip(inputs, checkpoints)
+    ]
     if args.split == "val":
         scored = [pool(runs) for runs in group_runs(scored, "fold")]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
@@ -1232,7 +1214,11 @@ def evaluate(args: argparse.Namespace) -> None:
         "environment": describe_environment(models.pick_device(args.device)),
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
-    folder, files = find_output(scored, args), {}
+    folder = None
+    if args.output:
+        folder = Path(args.output)
+    elif len(inputs) == 1 and args.data is None and args.threshold is None:
+        folder = models.in_run_folder(inputs[0]).parent
     if len(scored) > 1:
         document = render(comparison_sections(result))
         files = {"compare.json": result, "report.md": document}
@@ -1240,15 +1226,15 @@ def evaluate(args: argparse.Namespace) -> None:
             files["compare.png"] = plot_comparison(groups, result)
     else:
         document = render(report_sections(result))
-        if folder:
-            files = model_files(scored[0], result, args)
+        files = model_files(scored[0], result, args) if folder else {}
     for r in result.get("compared", [result]):
         for line in r["warnings"]:
             warn(f"{line}: {r['checkpoint']}")
     last_lines = []
     for name, content in files.items() if folder else ():
         folder.mkdir(parents=True, exist_ok=True)
-        WRITERS[Path(name).suffix](folder / name, content)
+        write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
+        write(folder / name, content)
         last_lines.append(f"written: {data.printable(str(folder / name))}")
     print(json.dumps(result, indent=1) if args.json else document)
     last_lines = last_lines or ["nothing written; use --output DIR"]

@@ -826,7 +826,7 @@ def test_pictures_are_drawn_from_whatever_there_is(run, three, tmp_path):
 def figures(monkeypatch) -> dict:
     """The figures that are saved, by file name."""
     saved = {}
-    monkeypatch.setitem(evaluate.WRITERS, ".png", lambda path, figure: saved.update({path.name: figure}))
+    monkeypatch.setattr(evaluate, "save_figure", lambda path, figure: saved.update({path.name: figure}))
     return saved
 
 
