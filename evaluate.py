@@ -132,10 +132,9 @@ def decide(logits: ndarray, operating_point: dict) -> dict:
     }
 
 
-def to_logit(probability: float | ndarray) -> float | ndarray:
+def to_logit(probability: float) -> float:
     """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the others keep their order."""
-    lowest, highest = np.nextafter([0.0, 1.0], [1.0, 0.0])
-    return logit(np.clip(probability, lowest, highest))
+    return float(logit(min(max(probability, math.ulp(0.0)), math.nextafter(1.0, 0.0))))
 
 
 def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> Scored:
@@ -250,19 +249,17 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         raise UserError(f"{path} needs the columns {', '.join(NEEDED)} and one row per image; its columns are {found}")
     if {"flags", "error"} <= set(columns):
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
-    records, probabilities, exact = [], [], []
+    records, log_odds = [], []
     for row in rows:
         records.append(data.make_record(row["path"], "predictions", row, NO_GROUPS))
         given = row["probability"]
         probability = data.as_number(given)
         if probability is None or not 0 <= probability <= 1:
             raise UserError(f"{path}: the probability of {row['path']} is not a number in [0, 1]: {given!r}")
-        probabilities.append(probability)
-        exact.append(data.as_number(row.get("calibrated_logit", "")))
+        exact = data.as_number(row.get("calibrated_logit", ""))
+        log_odds.append(to_logit(probability) if exact is None else exact)
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{path}: a path is listed twice")
-    exact = np.array(exact, float)  # None is NaN
-    log_odds = np.where(np.isnan(exact), to_logit(np.array(probabilities)), exact)
     labels = {r.label for r in records}
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two is enough
@@ -1193,7 +1190,7 @@ def evaluate(args: argparse.Namespace) -> None:
     data.read_folder.cache_clear()  # a folder may have changed since another call in this process
     asked = {}
     if args.threshold is not None:
-        threshold = {"value": args.threshold, "logit": float(to_logit(args.threshold)), "rule": f"{args.threshold:g}"}
+        threshold = {"value": args.threshold, "logit": to_logit(args.threshold), "rule": f"{args.threshold:g}"}
         asked["threshold"] = {**threshold, "from": "command line"}
     inputs = find_inputs(args.inputs)
     checkpoints = [None if path.lower().endswith(".csv") else {**models.load(path), **asked} for path in inputs]
