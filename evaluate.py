@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import math
-import operator
 import os
 import platform
 import re
@@ -213,11 +212,9 @@ def ask(
     for start in range(0, len(index), 64):
         batch = slice(start, start + 64)
         images = folder.images[index[batch]]
-        copies = [("clean", images)]
-        if stress:
-            others = None if partners is None else folder.images[index[partners[batch]]]
-            copies = itertools.chain(copies, data.stress(images, others, [r.path for r in records[batch]]))
-        for name, copy in copies:
+        others = None if partners is None else folder.images[index[partners[batch]]]
+        changed = data.stress(images, others, [r.path for r in records[batch]]) if stress else ()
+        for name, copy in itertools.chain([("clean", images)], changed):
             logits[name].append(models.infer(model, [copy], checkpoint))
         if checkpoint["border"] is not None:
             border.append(models.border_logit(checkpoint["border"], images))
@@ -301,7 +298,7 @@ def pool(runs: list[Scored]) -> Scored:
         threshold = {"value": None, "logit": None, "rule": "one per run", "from": "validation"}
     about = dict(first.about)
     for name in ("copies", "left_out", "leaks"):
-        about[name] = functools.reduce(operator.add, [s.about[name] for s in runs])
+        about[name] = sum((s.about[name] for s in runs[1:]), about[name])
     stressed = {}
     for name in first.stressed:
         if all(name in s.stressed for s in runs):  # a fold may lack a class, and with it the exchanged border
@@ -322,9 +319,8 @@ def describe_environment(device: torch.device) -> dict:
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        here = Path(__file__).resolve().parent
-        done = subprocess.run(git, cwd=here, check=False, capture_output=True, text=True, timeout=5)
-        commit = done.stdout.strip() or None
+        where = {"cwd": Path(__file__).resolve().parent, "stderr": subprocess.DEVNULL}
+        commit = subprocess.check_output(git, text=True, timeout=5, **where).strip()
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
     return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
@@ -487,8 +483,8 @@ def mean_over_runs(values: ndarray, rng: np.random.Generator) -> ndarray:
     return means
 
 
-def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
-    """{"value", "ci95"} of a metric in [low, 1], from an array of draws.
+def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
+    """{"value", "ci95"} of a metric, from an array of draws.
 
     The interval is symmetric on the logit scale; draws are kept away from either end by a sixth of the value's distance
     to it. If the value is at an end, or all draws are equal, the interval is from Clopper and Pearson (1934) instead,
@@ -498,6 +494,7 @@ def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
     result = {"value": values[0], "ci95": None}
     if math.isnan(values[0]) or len(values) == 1:
         return result
+    low = METRICS[name].low
     shares = (values - low) / (1 - low)
     share = shares[0]
     right, wrong = share * n_patients, (1 - share) * n_patients
@@ -514,12 +511,10 @@ def with_interval(values: ndarray, n_patients: int, low: int = 0) -> dict:
     return result
 
 
-def estimates(answers: Answers, bootstrap: Bootstrap, names=tuple(METRICS)) -> dict[str, dict]:
+def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
     """The named metrics, each with its interval."""
-    result = {}
-    for name, drawn in bootstrap.values(answers, names).items():
-        result[name] = with_interval(drawn, answers.n_patients(name), METRICS[name].low)
-    return result
+    drawn = bootstrap.values(answers, names)
+    return {name: with_interval(name, drawn[name], answers.n_patients(name)) for name in names}
 
 
 # --- report ---
@@ -572,7 +567,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
         values = np.stack([run[name] for run in of_runs])
         drawn[name] = mean_over_runs(values, np.random.default_rng([bootstrap.seed, number]))
         n_patients = min(s.against_rest(c).n_patients(name) for c in s.reported)
-        metrics[name] = with_interval(drawn[name], n_patients, METRICS[name].low)
+        metrics[name] = with_interval(name, drawn[name], n_patients)
         if len(runs) > 1:
             metrics[name]["sd"] = values[:, 0].std(ddof=1)
     training = None
@@ -693,13 +688,10 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     for name in s.records[0].groups:
         columns[name] = thirds([r.groups[name] for r in s.records])
 
-    def in_order(name):
-        """A key by which 9 comes before 10."""
-        return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
-
     a, groups = s.against_rest(1), {}
     for column, values in columns.items():
-        names = sorted(set(values) - {""}, key=in_order)
+        # Padded, so that 9 comes before 10.
+        names = sorted(set(values) - {""}, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
         if len(names) > max(10, len(values) / 2):
             warn(f"column {column} gives no subgroups: most images have different values")
             continue
@@ -736,10 +728,10 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
 
 def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
     """The most confident mistakes (lowest log-odds of the true class), by path; most: at most how many."""
-    of_truth = s.calibrated_logits[np.arange(len(s.records)), s.labels]
-    by_confidence = np.argsort(of_truth, kind="stable")
+    wrong = np.flatnonzero(s.predicted != s.labels)
+    of_truth = s.calibrated_logits[wrong, s.labels[wrong]]
     mistakes = {}
-    for i in by_confidence[s.predicted[by_confidence] != s.labels[by_confidence]][:most]:
+    for i in wrong[np.argsort(of_truth, kind="stable")][:most]:
         c = s.predicted[i]
         mistakes[s.records[i].path] = {
             "label": s.records[i].label,
@@ -775,7 +767,7 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
     """Group the runs whose arguments differ only in the named ones."""
     groups = defaultdict(list)
     for s in scored:
-        common = {name: value for name, value in s.arguments.items() if name not in names}
+        common = s.arguments | dict.fromkeys(names)
         groups[json.dumps(common, sort_keys=True)].append(s)
     return list(groups.values())
 
