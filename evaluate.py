@@ -451,15 +451,14 @@ class Bootstrap:
     """Draws of patients with replacement, each with all of their images."""
 
     draws: int
-    seed: int = 0
-    block: int = 300_000  # weights in memory at once
+    seed: int
 
     def values(self, answers: Answers, names) -> dict[str, ndarray]:
         """The named metrics, each float64 [1 + draws]."""
         rng = np.random.default_rng(self.seed)
         unique, patient_index = np.unique(answers.patient_index, return_inverse=True)
         n_patients = len(unique)
-        most_rows = max(1, self.block // len(patient_index))
+        most_rows = max(1, 300_000 // len(patient_index))  # weights in memory at once
         blocks = [measure(answers, names)]
         for start in range(0, self.draws, most_rows):
             shape = min(most_rows, self.draws - start), n_patients
@@ -491,9 +490,8 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
     for the number of patients in the metric's denominator. tests/coverage_simulation.py shows how often it contains the
     truth.
     """
-    result = {"value": values[0], "ci95": None}
     if math.isnan(values[0]) or len(values) == 1:
-        return result
+        return {"value": values[0], "ci95": None}
     low = METRICS[name].low
     shares = (values - low) / (1 - low)
     share = shares[0]
@@ -501,14 +499,11 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
     low_end = betaincinv(right, wrong + 1, 0.025) if right > 0 else 0.0
     high_end = betaincinv(right + 1, wrong, 0.975) if wrong > 0 else 1.0
     ends = [low_end, high_end]
-    if 0 < share < 1:
-        drawn = logit(np.clip(shares[1:], share / 6, 1 - (1 - share) / 6))
-        drawn = drawn[np.isfinite(drawn)]
-        sd = drawn.std() if len(drawn) else 0.0
-        if sd > 1e-9:
-            ends = expit(logit(share) + 1.96 * sd * np.array([-1, 1]))
-    result["ci95"] = [low + (1 - low) * end for end in ends]
-    return result
+    drawn = logit(np.clip(shares[1:], share / 6, 1 - (1 - share) / 6))
+    drawn = drawn[np.isfinite(drawn)]  # none where all are 0, or all are 1
+    if len(drawn) and drawn.std() > 1e-9:
+        ends = expit(logit(share) + 1.96 * drawn.std() * np.array([-1, 1]))
+    return {"value": values[0], "ci95": [low + (1 - low) * end for end in ends]}
 
 
 def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
@@ -796,7 +791,7 @@ def difference(mine: ndarray, reference: ndarray) -> dict:
     """{"value", "ci95", "p"} of the difference of two arrays of draws, paired by patient; no interval without draws."""
     apart = mine - reference
     value, drawn = apart[0], apart[np.isfinite(apart)][1:]
-    if math.isnan(value) or not len(drawn):
+    if not len(drawn):
         return {"value": value, "ci95": None, "p": math.nan}
     sd = drawn.std()
     half = 1.96 * sd
@@ -1060,10 +1055,9 @@ def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
 
     Treating none has a benefit of 0. At threshold t a false positive costs t / (1 - t) times what a true one gains.
     """
-    cost = np.exp(logit(thresholds))[:, None]
-    worth = np.where(a.is_positive, 1, -cost)
-    treated = a.score >= logit(thresholds)[:, None]
-    return (worth * treated).mean(1), worth.mean(1)
+    cuts = logit(thresholds)[:, None]
+    worth = np.where(a.is_positive, 1, -np.exp(cuts))
+    return (worth * (a.score >= cuts)).mean(1), worth.mean(1)
 
 
 def plot_report(s: Scored, title: str, history: list[dict]):
@@ -1076,8 +1070,8 @@ def plot_report(s: Scored, title: str, history: list[dict]):
         a = s.against_rest(c)
         draw_roc(roc, a, names[c], f"C{c}")
         CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
-        for label, benefit in zip((names[c], f"all as {names[c]}"), net_benefit(a, thresholds)):
-            decision.plot(thresholds, benefit, label=label)
+        benefits = np.column_stack(net_benefit(a, thresholds))
+        decision.plot(thresholds, benefits, label=[names[c], f"all as {names[c]}"])
     decision.set_ylim(-0.1, 1)
     decision.legend()
     p = expit(s.calibrated_logits[:, -1])
@@ -1106,10 +1100,7 @@ def plot_mistakes(s: Scored, device: torch.device):
     for ax in panels:
         ax.set_axis_off()
     for ax, (path, mistake) in zip(panels, mistakes.items()):
-        image, info = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
-        if info.error:
-            warn(f"no picture of {path}: {info.error}")
-            continue
+        image, _ = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
             heat = predict.find_heat(model, image, mistake["prediction"], s.checkpoint)
@@ -1182,8 +1173,8 @@ def evaluate(args: argparse.Namespace) -> None:
     data.read_folder.cache_clear()  # a folder may have changed since another call in this process
     asked = {}
     if args.threshold is not None:
-        threshold = {"value": args.threshold, "logit": to_logit(args.threshold), "rule": f"{args.threshold:g}"}
-        asked["threshold"] = {**threshold, "from": "command line"}
+        p = args.threshold
+        asked = {"threshold": {"value": p, "logit": to_logit(p), "rule": f"{p:g}", "from": "command line"}}
     inputs = find_inputs(args.inputs)
     checkpoints = [None if path.lower().endswith(".csv") else {**models.load(path), **asked} for path in inputs]
     check_arguments(args, checkpoints)
@@ -1196,7 +1187,7 @@ def evaluate(args: argparse.Namespace) -> None:
     bootstrap = Bootstrap(args.bootstrap, args.seed)
     groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     result = report(scored[0], bootstrap) if len(scored) == 1 else compare(groups, bootstrap)
-    result["bootstrap"] = {"unit": "patient", "draws": args.bootstrap, "seed": args.seed}
+    result["bootstrap"] = {"unit": "patient", **vars(bootstrap)}
     result["provenance"] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": data.command_line("python", *sys.argv),
@@ -1206,7 +1197,7 @@ def evaluate(args: argparse.Namespace) -> None:
     folder = None
     if args.output:
         folder = Path(args.output)
-    elif len(inputs) == 1 and args.data is None and args.threshold is None:
+    elif len(inputs) == 1 and not (asked or args.data):
         folder = models.in_run_folder(inputs[0]).parent
     if len(scored) > 1:
         document = render(comparison_sections(result))
