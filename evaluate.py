@@ -860,8 +860,8 @@ def render(sections: dict[str, list | dict | None]) -> str:
 
 
 def table(rows: dict[str, dict]) -> list[str]:
-    """The lines of a Markdown table, its cells padded; columns that are undefined in every row are left out."""
-    named = [{"": name, **row} for name, row in rows.items()]
+    """The lines of a Markdown table, its cells padded; empty rows, and columns without a figure, are left out."""
+    named = [{"": name, **row} for name, row in rows.items() if row]
     columns = []
     for name in dict.fromkeys(itertools.chain(*named)):
         cells = [show(row.get(name)) for row in named]
@@ -921,12 +921,11 @@ def report_sections(r: dict) -> dict:
     kind = "at the threshold" if "positive" in r else "mean over the classes"
     half = r.get("at_half", {})
     called = [f"called {name}" for name in r["classes"]]
-    before = {"before calibration": stored["before"]} if "before" in stored else {}
     return {
         heading(r): facts,
         "metrics": {name: {kind: estimate, "at 0.5": half.get(name)} for name, estimate in r["metrics"].items()},
         "each class against the rest": r.get("each_class"),
-        "calibration": {"as reported": stored, **before} if stored else {},
+        "calibration": stored and {"as reported": stored, "before calibration": stored.get("before")},
         "subgroups": r.get("subgroups"),
         "images whose border suggests the wrong class": r.get("shortcut", {}).get("groups"),
         "stress": r.get("stress"),
@@ -1079,8 +1078,9 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     if s.threshold["value"] is not None:
         distribution.axvline(s.threshold["value"], color="k", ls="--")
     distribution.legend()
-    display = {"labels": range(len(names)), "display_labels": names, "colorbar": False}
-    ConfusionMatrixDisplay.from_predictions(s.labels, s.predicted, ax=matrix, **display)
+    ConfusionMatrixDisplay.from_predictions(
+        s.labels, s.predicted, labels=range(len(names)), display_labels=names, ax=matrix, colorbar=False
+    )
     for name in ("train_loss", "val_loss", "val_auroc") if history else ():
         training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
         training.axvline(s.checkpoint["epoch"], color="k", ls="--")
