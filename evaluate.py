@@ -329,15 +329,6 @@ def describe_environment(device: torch.device) -> dict:
 # --- metrics ---
 
 
-def rate(a: Answers, weights: ndarray, among: ndarray) -> ndarray:
-    """The share of right answers among some images, float64 [draws].
-
-    Args:
-        weights: float64 [draws, n], how often each image was drawn. among: bool [n].
-    """
-    return weights @ (among & (a.predicted == a.is_positive)) / (weights @ among)
-
-
 def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
     """How many positives and negatives have each score, highest score first: two float64 [draws, different scores]."""
     order = np.argsort(-score, kind="stable")
@@ -351,7 +342,12 @@ def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarr
 def auroc(a: Answers, weights: ndarray, strata=(slice(None),)) -> ndarray:
     """Area under the ROC curve: the share of pairs of a positive and a negative that are ranked right; ties count half.
 
-    strata: masks of images, bool [n]; only pairs within one of them count.
+    Args:
+        weights: float64 [draws, n], how often each image was drawn. strata: masks of images, bool [n]; only pairs
+            within one of them count.
+
+    Returns:
+        float64 [draws].
     """
     right = pairs = np.zeros(len(weights))
     for inside in strata:
@@ -380,7 +376,7 @@ def auprc(a: Answers, weights: ndarray) -> ndarray:
 
 def balanced_accuracy(a: Answers, weights: ndarray) -> ndarray:
     """Mean of sensitivity and specificity."""
-    return (rate(a, weights, a.is_positive) + rate(a, weights, ~a.is_positive)) / 2
+    return measure(a, ("sensitivity", "specificity"), weights).mean(0)
 
 
 def f1(a: Answers, weights: ndarray) -> ndarray:
@@ -424,21 +420,23 @@ UNDER_STRESS = ("auroc", "sensitivity", "specificity", "balanced_accuracy")
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def measure(answers: Answers, names, weights: ndarray | None = None) -> dict[str, ndarray]:
-    """The named metrics, each float64 [draws], NaN where it is undefined.
+def measure(answers: Answers, names, weights: ndarray | None = None) -> ndarray:
+    """The named metrics, float64 [names, draws], NaN where one is undefined.
 
     weights: float64 [draws, n], how often each image was drawn; None counts each once.
     """
     if weights is None:
         weights = np.ones((1, len(answers.score)))
-    values = {}
+    values = []
     for name in names:
         metric = METRICS[name]
         if metric.value is None:
-            values[name] = rate(answers, weights, metric.whose(answers))
+            among = metric.whose(answers)
+            right = among & (answers.predicted == answers.is_positive)
+            values.append(weights @ right / (weights @ among))
         else:
-            values[name] = metric.value(answers, weights)
-    return values
+            values.append(metric.value(answers, weights))
+    return np.stack(values)
 
 
 # --- intervals ---
@@ -453,8 +451,8 @@ class Bootstrap:
     draws: int
     seed: int
 
-    def values(self, answers: Answers, names) -> dict[str, ndarray]:
-        """The named metrics, each float64 [1 + draws]."""
+    def values(self, answers: Answers, names) -> ndarray:
+        """The named metrics, float64 [names, 1 + draws]."""
         rng = np.random.default_rng(self.seed)
         unique, patient_index = np.unique(answers.patient_index, return_inverse=True)
         n_patients = len(unique)
@@ -466,7 +464,7 @@ class Bootstrap:
             drawn += n_patients * np.arange(shape[0])[:, None]  # so that one bincount counts each row apart
             times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape)
             blocks.append(measure(answers, names, times[:, patient_index].astype(float)))
-        return {name: np.concatenate([block[name] for block in blocks]) for name in names}
+        return np.concatenate(blocks, axis=1)
 
 
 def mean_over_runs(values: ndarray, rng: np.random.Generator) -> ndarray:
@@ -508,8 +506,8 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
 
 def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
     """The named metrics, each with its interval."""
-    drawn = bootstrap.values(answers, names)
-    return {name: with_interval(name, drawn[name], answers.n_patients(name)) for name in names}
+    drawn = zip(names, bootstrap.values(answers, names))
+    return {name: with_interval(name, values, answers.n_patients(name)) for name, values in drawn}
 
 
 # --- report ---
@@ -543,7 +541,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
 def model_values(s: Scored, bootstrap: Bootstrap) -> dict[str, ndarray]:
     """Every metric, float64 [1 + draws]; for more than two classes only some, as means over each against the rest."""
     each = [bootstrap.values(s.against_rest(c), METRICS) for c in s.reported]
-    means = {name: np.mean([values[name] for values in each], axis=0) for name in METRICS}
+    means = dict(zip(METRICS, np.mean(each, axis=0)))
     if s.is_binary:
         return means
     # A wrong answer counts twice: for the true class, and for the predicted one.
@@ -713,7 +711,7 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     """
     rows = {}
     for name, images in {"clean": s, **s.stressed}.items():
-        rows[name] = {metric: value.item() for metric, value in measure(images.against_rest(1), UNDER_STRESS).items()}
+        rows[name] = dict(zip(UNDER_STRESS, measure(images.against_rest(1), UNDER_STRESS)[:, 0]))
     lowest = min(rows, key=lambda name: rows[name]["balanced_accuracy"])
     _, *stressed = rows.values()
     for name, of_all in {"mean": np.mean, "worst": np.min}.items():
@@ -1045,8 +1043,8 @@ def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
     """A ROC curve, if both classes are present, and a dot for the threshold in use."""
     if 0 < a.is_positive.mean() < 1:
         RocCurveDisplay.from_predictions(a.is_positive, a.score, ax=ax, name=label, curve_kwargs={"color": colour})
-        sides = measure(a, ("sensitivity", "specificity"))
-        ax.plot(1 - sides["specificity"], sides["sensitivity"], "o", color=colour)
+        sensitivity, specificity = measure(a, ("sensitivity", "specificity"))
+        ax.plot(1 - specificity, sensitivity, "o", color=colour)
 
 
 def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:

@@ -109,8 +109,8 @@ def test_a_draw_is_scored_as_the_repeated_images_are():
     times = rng.integers(0, 3, 200)
     drawn = evaluate.measure(answers(y, z), evaluate.METRICS, times[None].astype(float))
     repeated = evaluate.measure(answers(np.repeat(y, times), np.repeat(z, times)), evaluate.METRICS)
-    for name in evaluate.METRICS:
-        assert drawn[name] == pytest.approx(repeated[name], nan_ok=True), name
+    for name, value, expected in zip(evaluate.METRICS, drawn, repeated, strict=True):
+        assert value == pytest.approx(expected, nan_ok=True), name
 
 
 def test_images_are_ranked_where_probabilities_no_longer_differ(tmp_path):
