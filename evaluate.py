@@ -266,8 +266,8 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
             f"{path}: expected two labels, found {', '.join(label or 'an empty cell' for label in sorted(labels))}"
         )
     data.remark_patients(records)
-    stored = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
-    operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": stored, **asked}
+    threshold = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
+    operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": threshold, **asked}
     return Scored(
         sources=[path],
         model=Path(path).stem,
@@ -529,10 +529,12 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
         remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): results are rough")
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
-    if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():
-        remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
-    if s.checkpoint is None and np.isin(expit(s.calibrated_logits[:, -1]).round(12), (0, 1)).all():
-        remarks.append("all probabilities are 0 or 1: are these predicted classes?")
+    if s.checkpoint is None:
+        p = expit(s.calibrated_logits[:, -1])
+        if sizes.all() and (p >= 0.5).all():
+            remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
+        if np.isin(p.round(12), (0, 1)).all():
+            remarks.append("all probabilities are 0 or 1: are these predicted classes?")
     if auroc_interval and auroc_interval[1] < 0.5:
         remarks.append("the AUROC is below chance: are the classes swapped?")
     return remarks
@@ -601,8 +603,8 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
     result["failures"] = find_mistakes(s, 10)
     matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist()
     if not s.is_binary:
-        names = ("auroc", "sensitivity")
-        each = {name: estimates(s.against_rest(c), bootstrap, names) for c, name in s.reported.items()}
+        both = ("auroc", "sensitivity")
+        each = {name: estimates(s.against_rest(c), bootstrap, both) for c, name in s.reported.items()}
         return {**result, "each_class": each, "confusion": matrix}
     a = s.against_rest(1)
     at_half = replace(a, predicted=a.score >= 0)
@@ -741,9 +743,9 @@ def to_rows(s: Scored) -> list[dict]:
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
         for c, name in s.reported.items():
             suffix = "" if s.is_binary else f"_{name}"
-            row[f"logit{suffix}"] = float(s.logits[i, c])
-            row[f"calibrated_logit{suffix}"] = float(s.calibrated_logits[i, c])
-            row[f"probability{suffix}"] = float(expit(s.calibrated_logits[i, c]))
+            row[f"logit{suffix}"] = s.logits[i, c]
+            row[f"calibrated_logit{suffix}"] = s.calibrated_logits[i, c]
+            row[f"probability{suffix}"] = expit(s.calibrated_logits[i, c])
         row["prediction"] = s.classes[s.predicted[i]]
         if s.about["demo"]:
             row["demo"] = "phantom"
