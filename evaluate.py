@@ -280,37 +280,27 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     )
 
 
-def pool(runs: list[Scored]) -> Scored:
-    """The runs of a cross-validation as one: each image is scored by the run that did not see it."""
-    first = runs[0]
-    if len(runs) == 1:
-        return first
-    together = {name: [x for s in runs for x in getattr(s, name)] for name in ("sources", "records")}
-    if len({r.path for r in together["records"]}) < len(together["records"]):
-        raise UserError(
-            f"{', '.join(together['sources'])} validated on the same images: they are not folds of one split"
-        )
+def pool(a: Scored, b: Scored) -> Scored:
+    """Two runs of a cross-validation as one: each image is scored by the run that did not see it."""
+    sources, records = a.sources + b.sources, a.records + b.records
+    if len({r.path for r in records}) < len(records):
+        raise UserError(f"{', '.join(sources)} validated on the same images: they are not folds of one split")
+    arrays = {}
     for name in ("patient_index", "logits", "calibrated_logits", "predicted", "border"):
-        if getattr(first, name) is not None:
-            together[name] = np.concatenate([getattr(s, name) for s in runs])
-    threshold = first.threshold
-    if any(s.threshold != threshold for s in runs):
-        threshold = {"value": None, "logit": None, "rule": "one per run", "from": "validation"}
-    about = dict(first.about)
-    for name in ("copies", "left_out", "leaks"):
-        about[name] = sum((s.about[name] for s in runs[1:]), about[name])
-    stressed = {}
-    for name in first.stressed:
-        if all(name in s.stressed for s in runs):  # a fold may lack a class, and with it the exchanged border
-            stressed[name] = pool([s.stressed[name] for s in runs])
-    unfinished = [s.checkpoint for s in runs if not s.checkpoint["finished"]]
+        if getattr(a, name) is not None:
+            arrays[name] = np.concatenate([getattr(a, name), getattr(b, name)])
+    one_per_run = {"value": None, "logit": None, "rule": "one per run", "from": "validation"}
+    added = {name: a.about[name] + b.about[name] for name in ("copies", "left_out", "leaks")}
+    common = [name for name in a.stressed if name in b.stressed]  # without a class there is no exchanged border
     return replace(
-        first,
-        **together,
-        threshold=threshold,
-        about=about,
-        stressed=stressed,
-        checkpoint=[*unfinished, first.checkpoint][0],
+        a,
+        sources=sources,
+        records=records,
+        **arrays,
+        threshold=a.threshold if a.threshold == b.threshold else one_per_run,
+        about={**a.about, **added},
+        stressed={name: pool(a.stressed[name], b.stressed[name]) for name in common},
+        checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
     )
 
 
@@ -1183,7 +1173,7 @@ def evaluate(args: argparse.Namespace) -> None:
         for path, checkpoint in zip(inputs, checkpoints)
     ]
     if args.split == "val":
-        scored = [pool(runs) for runs in group_runs(scored, "fold")]
+        scored = [functools.reduce(pool, runs) for runs in group_runs(scored, "fold")]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
     groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     result = report(scored[0], bootstrap) if len(scored) == 1 else compare(groups, bootstrap)
