@@ -1095,8 +1095,8 @@ def fingerprint(records: list[Record], digests: list[str]) -> str:
 # --- change ---
 #
 # An operation is a function (x, parameters) that returns the changed images: x float32 [n, 1, side, side] in [0, 1] on
-# any device, which it may overwrite; each parameter is a number for all images, or a tensor [n] with one for each. To
-# add an augmentation, write the operation and a line in a preset that draws its parameters.
+# any device, which it may overwrite; each parameter is a number for all images, or a tensor [n, 1, 1, 1] with one for
+# each. To add an augmentation, write the operation and a line in a preset that draws its parameters.
 
 NUMBERS = 4  # random numbers for each operation and image
 STARTS = 2**20  # places in the table of standard normals
@@ -1107,12 +1107,7 @@ def to_float(images: Tensor) -> Tensor:
     return images.unsqueeze(1).float().div_(255)
 
 
-def column(parameter):
-    """A parameter shaped to broadcast over images: [n] as [n, 1, 1, 1], a number as it is."""
-    return parameter.view(-1, 1, 1, 1) if isinstance(parameter, Tensor) else parameter
-
-
-def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0) -> Tensor:
+def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=None) -> Tensor:
     """A window of the image as size x size pixels, bilinearly; outside of the image its edge is repeated.
 
     Args:
@@ -1121,39 +1116,38 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=0.0)
         turn: degrees by which the window is turned clockwise about its centre; the picture turns the other way.
     """
     centres = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # of pixels; the image goes from -1 to 1
-    columns = column(width) * centres
-    rows = column(height) * centres[:, None]
-    if isinstance(turn, Tensor) or turn:
-        angle = column(torch.as_tensor(turn, device=x.device).deg2rad())
+    columns = width * centres
+    rows = height * centres[:, None]
+    if turn is not None:
+        angle = torch.as_tensor(turn, device=x.device).deg2rad()
         cos, sin = angle.cos(), angle.sin()
         columns, rows = columns * cos - rows * sin, columns * sin + rows * cos
-    columns = columns + 2 * column(right)
-    rows = rows + 2 * column(down)
+    columns = columns + 2 * right
+    rows = rows + 2 * down
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
     grid = torch.stack(torch.broadcast_tensors(columns, rows), -1).view(-1, size, size, 2)
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False, padding_mode="border")
 
 
 def flip(x: Tensor, chosen: Tensor) -> Tensor:
-    """Mirror the images where chosen, bool [n]."""
-    x[chosen] = x[chosen].flip(3)
-    return x
+    """Mirror the images where chosen, bool [n, 1, 1, 1]."""
+    return torch.where(chosen, x.flip(3), x)
 
 
 def brightness(x: Tensor, factor) -> Tensor:
     """Grey levels times a factor."""
-    return x.mul_(column(factor)).clamp_(max=1)
+    return x.mul_(factor).clamp_(max=1)
 
 
 def contrast(x: Tensor, factor) -> Tensor:
     """Distances from the image's mean times a factor."""
     mean = x.mean((1, 2, 3), keepdim=True)
-    return x.mul_(column(factor)).add_(mean * (1 - column(factor))).clamp_(0, 1)
+    return x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 1)
 
 
 def gamma(x: Tensor, exponent) -> Tensor:
     """Grey levels to a power."""
-    return x.pow_(column(exponent))
+    return x.pow_(exponent)
 
 
 def lower_resolution(x: Tensor, factor: float) -> Tensor:
@@ -1171,7 +1165,7 @@ def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
     place = torch.linspace(0, 1, x.shape[-1], device=x.device)
     to_edge = torch.minimum(place, 1 - place)
     depth = torch.minimum(to_edge[:, None], to_edge)
-    return torch.where(depth < column(width), x.roll(1, 0) if others is None else others, x)
+    return torch.where(depth < width, x.roll(1, 0) if others is None else others, x)
 
 
 @functools.cache
@@ -1183,12 +1177,12 @@ def standard_normals(n: int, device: torch.device) -> Tensor:
 def noise(x: Tensor, sd, start: Tensor) -> Tensor:
     """Gaussian noise; sd: its standard deviation, as a share of the range from black to white.
 
-    start: int64 [n], below STARTS: where each image's noise begins in the table of standard normals.
+    start: int64 [n] or [n, 1, 1, 1], below STARTS: where each image's noise begins in the table of standard normals.
     """
     n_pixels = x[0].numel()
     normals = standard_normals(STARTS + n_pixels, x.device)
     windows = normals.unfold(0, n_pixels, 1)[start]  # unfold is a view: only these windows are copied
-    return torch.addcmul(x, windows.view_as(x), torch.as_tensor(column(sd))).clamp_(0, 1)
+    return torch.addcmul(x, windows.view_as(x), torch.as_tensor(sd)).clamp_(0, 1)
 
 
 PRESETS = ("none", "medium", "robust")
@@ -1197,8 +1191,8 @@ PRESETS = ("none", "medium", "robust")
 def preset(name: str, size: int) -> list[tuple]:
     """The operations of an --augment preset in order, each with a function that draws its parameters.
 
-    The function takes float32 [n, NUMBERS] in [0, 1), the operation's own random numbers of each image, and returns
-    the parameters by name. Crops come out at size pixels.
+    The function takes float32 [n, NUMBERS, 1, 1, 1] in [0, 1), the operation's own random numbers of each image, and
+    returns the parameters by name. Crops come out at size pixels.
     """
 
     def crop(u):
@@ -1228,7 +1222,7 @@ def preset(name: str, size: int) -> list[tuple]:
 
 
 def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list[Tensor]:
-    """One epoch's random numbers of each operation: float32 [n, NUMBERS] in [0, 1), row i for image i, on the CPU.
+    """One epoch's random numbers of each operation: float32 [n, NUMBERS, 1, 1, 1] in [0, 1), row i for image i.
 
     They are a function of (seed, epoch, the operation's name, i): batch size, rank, threads and other operations do
     not change what an operation draws for an image.
@@ -1237,7 +1231,7 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     for operation, _ in operations:
         name = "random_resized_crop" if operation is resample else operation.__name__  # a seed keeps its crops
         generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
-        numbers.append(torch.rand(n, NUMBERS, generator=generator))
+        numbers.append(torch.rand(n, NUMBERS, 1, 1, 1, generator=generator))
     return numbers
 
 

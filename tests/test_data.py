@@ -921,13 +921,13 @@ def test_operations_match_torchvision(name):
 
 def test_only_the_chosen_images_are_flipped():
     x = torch.cat([X, X])
-    flipped = data.flip(x.clone(), torch.tensor([True, False]))
+    flipped = data.flip(x.clone(), torch.tensor([True, False]).view(2, 1, 1, 1))
     assert torch.equal(flipped[0], X[0].flip(2)) and torch.equal(flipped[1], X[0])
 
 
 def test_the_border_comes_from_the_image_before():
     x = torch.stack([torch.full((1, 100, 100), level) for level in (0.1, 0.5, 0.9)])
-    changed = data.exchange_border(x.clone(), torch.tensor([0.04, 0.18, 0]))
+    changed = data.exchange_border(x.clone(), torch.tensor([0.04, 0.18, 0]).view(3, 1, 1, 1))
     assert torch.equal(changed[2], x[2])
     for i, width, border in ((0, 4, 0.9), (1, 18, 0.1)):
         image = changed[i, 0]

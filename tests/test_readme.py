@@ -179,7 +179,7 @@ def test_the_exported_program_gives_predicts_probability_without_this_suite(clon
 
 EFFECT = """import contextlib, sys, data, evaluate, torch, train
 operation, draw = data.preset("medium", 32)[0]
-x = operation(torch.full((2, 1, 8, 8), 0.25), **draw(torch.tensor([[0.05], [0.5]])))
+x = operation(torch.full((2, 1, 8, 8), 0.25), **draw(torch.tensor([0.05, 0.5]).view(2, 1, 1, 1, 1)))
 assert x[:, 0, 0, 0].tolist() == [0.75, 0.25]
 loss = train.weighted_loss(torch.tensor([[0.0, 0.0]]), torch.tensor([0]), torch.ones(2))
 assert abs(loss - 0.25 * torch.tensor(2.0).log()) < 1e-6
