@@ -820,10 +820,7 @@ def _read(source, size, hashed):
     if image.getexif().get(0x0112, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if is_deep:
-        rows = 1 + 2**20 // image.width  # the whole as floats would take gigabytes
-        boxes = [(0, top, image.width, min(top + rows, image.height)) for top in range(0, image.height, rows)]
-        levels = [_to_levels(np.asarray(image.crop(box)), black, white) for box in boxes]
-        image = Image.fromarray(np.concatenate(levels))
+        image = _in_bands(lambda band: _to_levels(band, black, white), np.asarray(image))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
@@ -877,6 +874,12 @@ def _to_levels(samples, black, white):
     if not np.isfinite(scaled).all():
         raise _ImageError("has values that are not finite")
     return scaled.clip(0, 255).round().astype(np.uint8)
+
+
+def _in_bands(work, samples):
+    """work(samples) as an image, some rows at a time: the whole as floats would take gigabytes."""
+    bands = np.array_split(samples, 1 + samples.size // 2**20)
+    return Image.fromarray(np.concatenate(list(map(work, bands))))
 
 
 @np.errstate(over="ignore")
@@ -946,8 +949,7 @@ def _open_dicom(file):
     if info.mode == "MONOCHROME1":
         levels = 255 - levels
     levels[is_padding] = 0
-    bands = np.array_split(values, 1 + values.size // 2**20)
-    return Image.fromarray(np.concatenate([levels[band] for band in bands])), info
+    return _in_bands(lambda band: levels[band], values), info
 
 
 # --- cache ---
