@@ -744,15 +744,11 @@ class ImageInfo:
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
     has_more_frames: bool = False  # than the first, which is used
-    hash: bytes = b""  # see difference_hash; only if asked for
+    hash: bytes = b""  # see difference_hash
     error: str = ""  # why the file can't be used; all else is the default then
 
 
-class _ImageError(Exception):
-    """The file can't be used; the message is the reason."""
-
-
-def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray, ImageInfo]:
+def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
     """Any image as grey levels: the one function that opens images, for training, evaluation and prediction.
 
     Args:
@@ -761,7 +757,6 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
             exactly the levels used in training; an array or a loaded image of a large JPEG differs slightly after
             resizing, since for files the decoder already halves the image.
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
-        hashed: compute the difference hash too.
 
     Returns:
         uint8 array [size, size] (or [height, width]), and its ImageInfo. If it is missing, empty, damaged, not an
@@ -772,23 +767,23 @@ def read_image(source, size: int | None, hashed: bool = False) -> tuple[ndarray,
     """
     try:
         if not isinstance(source, str | os.PathLike):
-            return _read(source, size, hashed)
+            return _read(source, size)
         if os.path.getsize(source) == 0:
-            raise _ImageError("the file is empty" if os.path.isfile(source) else "not a regular file")
+            raise UserError("the file is empty" if os.path.isfile(source) else "not a regular file")
         with open(source, "rb") as file:
-            return _read(file, size, hashed)
+            return _read(file, size)
     except Exception as e:  # noqa: BLE001, decoders raise all kinds of exceptions for damaged files
         known = {
             FileNotFoundError: "no such file",
             IsADirectoryError: "a folder without images",
             Image.UnidentifiedImageError: "not an image of a known format",
-            _ImageError: str(e),
+            UserError: str(e),
         }
         reason = known.get(type(e), f"cannot be decoded: {one_line(str(e) or type(e).__name__)}")
         return np.zeros((size or 1, size or 1), np.uint8), ImageInfo(error=reason)
 
 
-def _read(source, size, hashed):
+def _read(source, size):
     if isinstance(source, ndarray):
         source = Image.fromarray(source)
     elif getattr(source, "format", None) == "JPEG" and source.tile:  # not loaded, so not changed since it was opened
@@ -807,7 +802,7 @@ def _read(source, size, hashed):
     if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
         image.draft(None, (2 * size, 2 * size))
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
-        raise _ImageError("16-bit colour or transparency can't be read; save it as greyscale")
+        raise UserError("16-bit colour or transparency can't be read; save it as greyscale")
     image.load()
     if is_deep:
         grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
@@ -817,8 +812,7 @@ def _read(source, size, hashed):
         if getattr(image, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
             black, white = white, black
         info.depth = int(abs(white - black)).bit_length()
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image = ImageOps.exif_transpose(image)
     if is_deep:
         image = _in_bands(lambda band: _to_levels(band, black, white), np.asarray(image))
     elif image.has_transparency_data:
@@ -831,19 +825,18 @@ def _read(source, size, hashed):
     if image.mode != "L":
         image = image.convert("L")
     info.is_mask = image.resize((64, 64), Image.NEAREST).getcolors(3) is not None
-    if hashed:
-        info.hash = difference_hash(image)
+    info.hash = difference_hash(image)
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
 
 
 def _require_pixels(info):
-    """Raise _ImageError if there is nothing, or too much, to decode."""
+    """Raise UserError if there is nothing, or too much, to decode."""
     if not info.width * info.height:
-        raise _ImageError("it has no pixels")
+        raise UserError("it has no pixels")
     if info.width * info.height > MAX_PIXELS:
-        raise _ImageError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
+        raise UserError(f"{info.width} x {info.height} pixels are more than the {MAX_PIXELS:,} allowed")
 
 
 def find_range(samples: ndarray) -> tuple[float, float]:
@@ -872,7 +865,7 @@ def _to_levels(samples, black, white):
     """uint8 from samples of any kind."""
     scaled = (samples - black) * (255 / (white - black))
     if not np.isfinite(scaled).all():
-        raise _ImageError("has values that are not finite")
+        raise UserError("has values that are not finite")
     return scaled.clip(0, 255).round().astype(np.uint8)
 
 
@@ -894,11 +887,11 @@ def _open_dicom(file):
         from pydicom import dcmread
         from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
     except ImportError:
-        raise _ImageError("a DICOM file needs pydicom: pip install pydicom") from None
+        raise UserError("a DICOM file needs pydicom: pip install pydicom") from None
     file.seek(0)
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
-        raise _ImageError("a DICOM file without an image")
+        raise UserError("a DICOM file without an image")
     dataset.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1")  # a file without its preamble
     bits = dataset.BitsStored
     view = str(dataset.get("ViewPosition") or "").strip().upper()
@@ -911,7 +904,7 @@ def _open_dicom(file):
         return Image.fromarray(values), info  # pydicom converts YBR
     size, high_bit = values.itemsize, dataset.get("HighBit", bits - 1)
     if info.mode not in ("MONOCHROME1", "MONOCHROME2") or size > 2 or high_bit != bits - 1:
-        raise _ImageError(f"unsupported DICOM pixels: {info.mode}, {bits} of {8 * size} bits, high bit {high_bit}")
+        raise UserError(f"unsupported DICOM pixels: {info.mode}, {bits} of {8 * size} bits, high bit {high_bit}")
 
     # Tables and window are applied to every possible sample value, and the pixels are looked up there. A
     # negative sample counts from the end, where its bits are as an unsigned number.
@@ -1037,7 +1030,7 @@ def _examine(root, size, record):
     can't be read; reason: why it can't be used, else empty; the rest: see ImageInfo.
     """
     file = root / record.path
-    image, info = read_image(file, size, hashed=True)
+    image, info = read_image(file, size)
     reason = info.error or IS_MASK * info.is_mask
     # Without an image the hash comes from the path, so that it matches no other.
     bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash

@@ -830,10 +830,10 @@ def test_a_changed_file_is_decoded_again(tmp_path):
 
 
 def test_an_interrupted_build_leaves_nothing_and_what_failed_for_a_moment_is_read_again(tmp_path, monkeypatch):
-    def interrupted(path, size, hashed=False):
+    def interrupted(path, size):
         raise KeyboardInterrupt
 
-    def failing(path, size, hashed=False):
+    def failing(path, size):
         return np.zeros((size, size), np.uint8), data.ImageInfo(error="a stale file handle")
 
     root = tree(tmp_path / "d")
