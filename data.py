@@ -992,7 +992,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         copy_index=copy_index,
         patient_index=number_patients(records, copy_index),
         unusable=unusable,
-        fingerprint=fingerprint(records, [note["digest"] for note in notes]),
+        fingerprint=fingerprint(records, notes),
     )
 
 
@@ -1082,9 +1082,9 @@ def _open_cache(path, root, records, size):
     return torch.from_numpy(images.reshape(-1, size, size)), notes
 
 
-def fingerprint(records: list[Record], digests: list[str]) -> str:
+def fingerprint(records: list[Record], notes: list[dict]) -> str:
     """SHA-256 over digests, paths, labels and splits: the same for every copy of the data and every input size."""
-    return hash_lines(f"{digest} {r.path} {r.label} {r.split}" for r, digest in zip(records, digests))
+    return hash_lines(f"{note['digest']} {r.path} {r.label} {r.split}" for r, note in zip(records, notes))
 
 
 # --- change ---
@@ -1500,65 +1500,57 @@ def check(root: Path) -> dict:
     Raises:
         UserError: the folder has no images, or see scan and load_images.
     """
-    problems, warnings = {}, {}
-    add_problem, remark = problems.setdefault, warnings.setdefault  # called with (message, names), as warn is
+    problems, warnings = defaultdict(list), defaultdict(list)
+    remark = warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
         raise UserError(f"{root} has no images in train/, val/, test/, nor in a metadata.csv; {'; '.join(warnings)}")
     for sides, patients in shared_patients(records).items():
-        add_problem(f"patients in both {sides}", patients)
+        problems[f"patients in both {sides}"] = patients
     remark_patients(records, remark)
 
-    folders, fingerprints, audit, failed = defaultdict(list), {}, [], {}
-    for name, is_in_part in (("train", lambda r: r.split != "test"), ("test", lambda r: r.split == "test")):
-        part = list(filter(is_in_part, records))
-        if not part:
-            continue
+    usable, folders, fingerprints = [], defaultdict(list), {}
+    for name, part in itertools.groupby(records, lambda r: "test" if r.split == "test" else "train"):
+        part = list(part)
         images, notes = load_images(root, part, DEFAULT_SIZE)
-        fingerprints[name] = fingerprint(part, [note["digest"] for note in notes])
-        usable = []
-        for record, image, note in zip(part, images.numpy(), notes):
-            if note["reason"]:
-                failed[record.path] = note["reason"]
-                continue
-            n_pixels = note["width"] * note["height"]
-            shape = [note["width"], note["height"], note["width"] / note["height"]]
-            note["measures"] = [*shape, int(record.stamp.split()[0]) / n_pixels, image.mean(), image.std()]
-            note |= {"record": record, "image": image}
-            usable.append(note)
-            folders[f"{record.split}/{record.label}"].append(note)
-        if name == "train" and usable:
-            audit = _audit(usable[:: 1 + len(usable) // 20_000])  # more would add nothing, but take time and memory
-    labels = {r.label for r in records}
-    add_problem("only one class", list(labels) if len(labels) < 2 else [])
-    for split in dict.fromkeys(r.split for r in records):
-        add_problem(
-            f"classes without a readable image in {split}", sorted(x for x in labels if f"{split}/{x}" not in folders)
-        )
-    remark(f"left out, {IS_MASK}", [path for path, reason in failed.items() if reason == IS_MASK])
-    remark("left out, can't be read", [f"{path}: {reason}" for path, reason in failed.items() if reason != IS_MASK])
-    notes = list(itertools.chain(*folders.values()))
-    lateral = [note["record"].path for note in notes if note["view"] in LATERAL]
-    remark(f"lateral views among {len(notes)} images", lateral if len(lateral) < len(notes) else [])
-    for row in audit:
-        low, high = row["ci95"]
-        if low > 0.6:
-            remark(
-                f"{row['from']} separates {row['classes']} with AUROC {row['auroc']:.2f} [{low:.2f}, {high:.2f}]: "
-                "a model can learn the device instead of the disease"
-            )
+        fingerprints[name] = fingerprint(part, notes)
+        borders = torch.cat([border_features(batch) for batch in images.split(500)])
+        for record, image, border, note in zip(part, images.numpy(), borders.numpy(), notes):
+            if note["reason"] == IS_MASK:
+                warnings[f"left out, {IS_MASK}"].append(record.path)
+            elif note["reason"]:
+                warnings["left out, can't be read"].append(f"{record.path}: {note['reason']}")
+            else:
+                shape = [note["width"], note["height"], note["width"] / note["height"]]
+                n_bytes, n_pixels = int(record.stamp.split()[0]), note["width"] * note["height"]
+                note["measures"] = [*shape, n_bytes / n_pixels, image.mean(), image.std()]
+                note |= {"record": record, "border": border}
+                usable.append(note)
+                folders[f"{record.split}/{record.label}"].append(note)
+    labels = sorted({r.label for r in records})
+    if len(labels) < 2:
+        problems["only one class"] = labels
+    for split, label in itertools.product(dict.fromkeys(r.split for r in records), labels):
+        if f"{split}/{label}" not in folders:
+            problems[f"classes without a readable image in {split}"].append(label)
+    lateral = [note["record"].path for note in usable if note["view"] in LATERAL]
+    if len(lateral) < len(usable):
+        remark(f"lateral views among {len(usable)} images", lateral)
+    audit = _audit([note for note in usable if note["record"].split != "test"], remark)
 
-    groups, copies = defaultdict(list), {"split": [], "label": [], "patient": []}
-    for note, number in zip(notes, copy_groups(_hashes(notes)).tolist()):
-        groups[number].append(note["record"])
-    for group in groups.values():
-        for attribute, found in copies.items():
+    copies = defaultdict(list)
+    for note, number in zip(usable, copy_groups(_hashes(usable)).tolist()):
+        copies[number].append(note["record"])
+    findings = {
+        "split": problems["copies across splits"],
+        "label": problems["copies whose labels differ"],
+        "patient": warnings["copies whose patients differ, counted as one"],
+    }
+    for group in copies.values():
+        for attribute, found in findings.items():
             if len({getattr(r, attribute) for r in group}) > 1:
                 found.append(" = ".join(r.path for r in group))
                 break
-    add_problem("copies across splits", copies["split"])
-    add_problem("copies whose labels differ", copies["label"])
-    remark("copies whose patients differ, counted as one", copies["patient"])
     return {
         "root": str(root),
         "demo": is_demo(root),
@@ -1585,7 +1577,7 @@ def _summarise(notes):
     }
 
 
-def _audit(notes):
+def _audit(notes, say):
     """How well two classes are separated without the lungs: gradient boosting on border or file, out of fold by
     patient.
 
@@ -1593,27 +1585,28 @@ def _audit(notes):
         for each pair of classes with 10 or more patients each, and for border (see border_features) and file: dict of
         from, classes, auroc and ci95 (Hanley and McNeil 1982, of as many images as patients, since those of one patient
         are alike).
+
+    say(message) is called with each clear separation.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
+    notes = notes[:: 1 + len(notes) // 20_000]  # more would add nothing, but take time and memory
     labels = np.array([note["record"].label for note in notes])
     patients = np.array([note["record"].patient for note in notes])
     modes = np.unique([note["mode"] for note in notes], return_inverse=True)[1]
-    file = np.array([[*note["measures"][:4], note["depth"], mode] for note, mode in zip(notes, modes)])
-    file[[not LOSSY.fullmatch(note["record"].path) for note in notes], 3] = 0  # lossless: it depends on the picture
-    borders = []
-    for start in range(0, len(notes), 500):
-        images = np.stack([note["image"] for note in notes[start : start + 500]])
-        borders.append(border_features(torch.from_numpy(images)))
+    file = []
+    for note, mode in zip(notes, modes):
+        is_lossy = bool(LOSSY.fullmatch(note["record"].path))  # otherwise the bytes depend on the picture
+        file.append([*note["measures"][:3], note["measures"][3] * is_lossy, note["depth"], mode])
     sources = {
-        "the border alone, without any lung,": torch.cat(borders).numpy(),
-        "the file alone (size, bytes per pixel, mode, depth)": file,
+        "the border alone, without any lung,": np.array([note["border"] for note in notes]),
+        "the file alone (size, bytes per pixel, mode, depth)": np.array(file),
     }
     boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)
-    n_patients = {str(label): len(set(patients[labels == label])) for label in np.unique(labels)}
-    enough = [label for label in n_patients if n_patients[label] >= 10]
+    n_patients = Counter(label for label, _ in set(zip(labels.tolist(), patients.tolist())))
+    enough = sorted(label for label, n in n_patients.items() if n >= 10)
     rows = []
     for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
         pair = np.isin(labels, (a, b))
@@ -1622,8 +1615,13 @@ def _audit(notes):
         probabilities = cross_val_predict(boosting, sources[source][pair], is_b, **options)
         auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
         half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
-        ci95 = [max(auroc - half, 0), min(auroc + half, 1)]
-        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": ci95})
+        low, high = max(auroc - half, 0), min(auroc + half, 1)
+        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": [low, high]})
+        if low > 0.6:
+            say(
+                f"{source} separates {a} from {b} with AUROC {auroc:.2f} [{low:.2f}, {high:.2f}]: "
+                "a model can learn the device instead of the disease"
+            )
     return rows
 
 

@@ -874,14 +874,14 @@ def test_what_cannot_be_used_is_reported_by_both_calls_and_is_not_a_copy(tmp_pat
 def test_the_fingerprint_is_of_files_paths_labels_and_splits(tmp_path):
     root = tree(tmp_path / "d")
     records = load(root).records
-    digests = [data.sha256(root / r.path)[:16] for r in records]
-    before = data.fingerprint(records, digests)
+    notes = [{"digest": data.sha256(root / r.path)[:16]} for r in records]
+    before = data.fingerprint(records, notes)
     shutil.copytree(root, tmp_path / "copy")
     assert load(tmp_path / "copy", size=8).fingerprint == before
     for name in ("path", "label", "split"):
         changed = data.scan(root, "train")
         setattr(changed[0], name, "x")
-        assert data.fingerprint(changed, digests) != before
+        assert data.fingerprint(changed, notes) != before
 
 
 # --- change ---
