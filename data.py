@@ -14,7 +14,6 @@ import csv
 import errno
 import functools
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -521,14 +520,11 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     for path, row in found:
         its_split = "train" if is_small and row["split"] == "val" else row["split"]
         file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
-        info = os.stat(file) if os.path.exists(file) else os.lstat(file)  # a broken link is reported by decoding
+        info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is reported by decoding
         stamp = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
         records.append(make_record(path, its_split, row, TABLE_COLUMNS, _examine_header(file), stamp))
-    known = {}  # the classes of train, or of the only split
-    for name in splits:
-        part = [r for r in records if r.split == name]
-        known = known or {r.label.lower(): r.label for r in part}
-        check_classes(part, sorted(known.values()), f"{root}/{name}")
+    known = {r.label.lower(): r.label for r in records if r.split == records[0].split}  # of train, if it is among them
+    check_classes(records, sorted(known.values()), root)
     return records
 
 
@@ -538,12 +534,14 @@ def make_record(path: str, split: str, row: dict[str, str], known, in_header: st
     The patient is the row's, else in_header, else from the file's name, else the path.
     """
     in_name, subtype, series = identify(posixpath.basename(path))
-    given = [patient for patient in (row.get("patient", ""), in_header) if not MISSING.fullmatch(normal_form(patient))]
+    patient = row.get("patient", "")
+    if MISSING.fullmatch(normal_form(patient)):
+        patient = in_header or in_name or path
     return Record(
         path=path,
         label=row["label"],
         split=split,
-        patient=[*given, in_name or path][0],
+        patient=patient,
         subtype=row.get("subtype") or subtype,
         series=series,
         stamp=stamp,
@@ -563,13 +561,15 @@ def _examine_header(file):
     return "" if MISSING.fullmatch(normal_form(patient)) else hash_lines([patient])[:16]
 
 
-def check_classes(records: list[Record], classes: list[str], where: str) -> None:
+def check_classes(records: list[Record], classes: list[str], root: Path) -> None:
     """Raise UserError if a record's class is not one of classes, or can't be printed."""
-    for label in sorted({r.label for r in records}):
+    for split, label in sorted({(r.split, r.label) for r in records}):
         if not label.isprintable():
-            raise UserError(f"{where} has control characters in the name of a class, {label!r}; rename it")
+            raise UserError(f"{root}/{split} has control characters in the name of a class, {label!r}; rename it")
         if label not in classes:
-            raise UserError(f"{where} has the class {label}, which is not one of {', '.join(classes)}; rename one?")
+            raise UserError(
+                f"{root}/{split} has the class {label}, which is not one of {', '.join(classes)}; rename one?"
+            )
 
 
 # --- split ---
@@ -644,10 +644,10 @@ def sort_classes(labels, asked: str | None) -> list[str]:
         return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name
 
     positive = max(classes, key=rank)
-    others = [name for name in classes if name != positive]
+    classes.sort(key=lambda name: name == positive)
     if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
-        warn(f"guessing that {positive} is positive, not {others[0]}; set it with --positive CLASS")
-    return [*others, positive]
+        warn(f"guessing that {positive} is positive, not {classes[0]}; set it with --positive CLASS")
+    return classes
 
 
 def number_patients(records: list[Record], copy_index: ndarray) -> ndarray:
@@ -729,7 +729,7 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file's name, P
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-EXTREMES = (-(2**31), -(2**15), 2**15 - 1, 2**16 - 1, 2**31 - 1)  # of the sample types
+EXTREMES = (-2147483648, -32768, 32767, 65535, 2147483647)  # of samples of 16 and 32 bits
 
 
 @dataclass(slots=True)
@@ -1670,7 +1670,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
             torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum, progress=sys.stderr.isatty())
             shutil.unpack_archive(archive, unpacked)  # safe, since its checksum is known
             os.replace(unpacked / "chest_xray", target)
-        except (OSError, ValueError, RuntimeError, http.client.HTTPException) as e:
+        except Exception as e:  # noqa: BLE001, the network, the server and the archive fail in many ways
             raise UserError(
                 f"the download failed or is damaged ({e!r}); try again, or fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"

@@ -147,7 +147,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         raise UserError(f"{own_data['root']}, the data folder of {path}, is missing; give its new path with --data DIR")
     root = data.find_root(args.data or own_data["root"])
     folder = data.read_folder(root, args.split == "test", checkpoint["input_size"])
-    data.check_classes(folder.records, checkpoint["classes"], str(root))
+    data.check_classes(folder.records, checkpoint["classes"], root)
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != own_data["fingerprint"]:
