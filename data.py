@@ -551,14 +551,14 @@ def make_record(path: str, split: str, row: dict[str, str], known, in_header: st
 
 def _examine_header(file):
     """A hash of the patient in a DICOM header, the only part ever written; "" if there is none."""
-    patient = ""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
-            patient = str(header.get("PatientID") or "").strip()
-    return "" if MISSING.fullmatch(normal_form(patient)) else hash_lines([patient])[:16]
+            patient = str(header.PatientID).strip()
+            return "" if MISSING.fullmatch(normal_form(patient)) else hash_lines([patient])[:16]
+    return ""
 
 
 def check_classes(records: list[Record], classes: list[str], root: Path) -> None:
@@ -1117,10 +1117,8 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=None
         angle = torch.as_tensor(turn, device=x.device).deg2rad()
         cos, sin = angle.cos(), angle.sin()
         columns, rows = columns * cos - rows * sin, columns * sin + rows * cos
-    columns = columns + 2 * right
-    rows = rows + 2 * down
     # By broadcasting: F.affine_grid's batched product takes longer than the resampling itself.
-    grid = torch.stack(torch.broadcast_tensors(columns, rows), -1).view(-1, size, size, 2)
+    grid = torch.stack(torch.broadcast_tensors(columns + 2 * right, rows + 2 * down), -1).view(-1, size, size, 2)
     return F.grid_sample(x, grid.expand(len(x), -1, -1, -1), align_corners=False, padding_mode="border")
 
 
@@ -1419,7 +1417,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             anatomy = np.random.default_rng([seed, patient, 0])
             today = np.random.default_rng([seed, patient, visit])
-            phantom, _ = _draw_phantom(anatomy, today, subtype)
+            phantom = _draw_phantom(anatomy, today, subtype)
             phantom.save(path, quality=int(today.integers(20, 96)))
         write_json(new / DEMO_MARK, {"images": images, "seed": seed})
         try:
@@ -1430,10 +1428,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
 
 
 def _draw_phantom(anatomy, today, subtype):
-    """One phantom as a grey Pillow image, from two random generators, and where its opacities are.
-
-    Opacities are ellipses (x, y, rx, ry) in parts of the image's width and height.
-    """
+    """One phantom as a grey Pillow image, from two random generators."""
     x = np.linspace(0, 1, PHANTOM_SIDE)
     y = x[:, None]
     middle = anatomy.uniform(0.46, 0.54)
@@ -1460,7 +1455,7 @@ def _draw_phantom(anatomy, today, subtype):
     image = image * today.uniform(120, 200) + today.uniform(0, 60)  # exposure
     width = today.integers(180, 450)
     height = int(width * today.uniform(0.75, 1))
-    return _to_image(image).resize((width, height), Image.BICUBIC), ellipses
+    return _to_image(image).resize((width, height), Image.BICUBIC)
 
 
 def _to_image(levels):
@@ -1656,17 +1651,15 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     """Fetch, verify and unpack the public dataset into folder/chest_xray; does nothing if it is already there.
 
     Raises:
-        UserError: no connection, a server silent for a minute, a wrong checksum, or a damaged archive.
+        UserError: no connection, a wrong checksum, or a damaged archive.
     """
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    patience = socket.getdefaulttimeout()
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            socket.setdefaulttimeout(60)  # download_url_to_file has no parameter for it
             torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum, progress=sys.stderr.isatty())
             shutil.unpack_archive(archive, unpacked)  # safe, since its checksum is known
             os.replace(unpacked / "chest_xray", target)
@@ -1675,8 +1668,6 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
                 f"the download failed or is damaged ({e!r}); try again, or fetch {url} (or on Kaggle "
                 f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
             ) from None
-        finally:
-            socket.setdefaulttimeout(patience)
     return target
 
 
@@ -1700,6 +1691,7 @@ def main() -> None:
             print(json.dumps(report, indent=1)) if args.json else print_check(report)
             return 1 if report["problems"] else 0
         if args.command == "download":
+            socket.setdefaulttimeout(60)  # seconds for a silent server; download_url_to_file has no parameter for it
             print(f"dataset ready in {download(Path(args.dir))}")
         else:
             draw_demo(Path(args.dir), args.images, args.seed)
