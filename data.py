@@ -31,7 +31,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import joblib
@@ -710,7 +710,7 @@ def seed_from(*numbers) -> int:
 # --- read ---
 
 # Part of the cache's name: raise it when the pixels of read_image or the notes of _build_cache change.
-READER_VERSION = 5
+READER_VERSION = 6
 DEFAULT_SIZE = 160  # side in pixels of what is cached, unless a model or --img-size wants another one
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
@@ -744,7 +744,7 @@ class ImageInfo:
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
     has_more_frames: bool = False  # than the first, which is used
-    hash: bytes = b""  # see difference_hash
+    hash: str = ""  # see difference_hash
     error: str = ""  # why the file can't be used; all else is the default then
 
 
@@ -1026,16 +1026,15 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
 def _examine(root, size, record):
     """A record's levels (see read_image), and a dict of what the cache stores about the image.
 
-    hash: of difference_hash, in hexadecimal; digest: SHA-256 of the file's bytes, 16 hexadecimal digits, empty if it
-    can't be read; reason: why it can't be used, else empty; the rest: see ImageInfo.
+    digest: SHA-256 of the file's bytes, 16 hexadecimal digits, empty if it can't be read; reason: why it can't be used,
+    else empty; the rest: see ImageInfo.
     """
     file = root / record.path
     image, info = read_image(file, size)
     reason = info.error or IS_MASK * info.is_mask
-    # Without an image the hash comes from the path, so that it matches no other.
-    bits = hashlib.sha256(os.fsencode(record.path)).digest() if reason else info.hash
-    note = {name: getattr(info, name) for name in ("width", "height", "depth", "mode", "view")}
-    return image, {**note, "hash": bits.hex(), "reason": reason, "digest": "" if info.error else sha256(file)[:16]}
+    if reason:
+        info.hash = hash_lines([record.path])  # so that it matches no other
+    return image, {**asdict(info), "reason": reason, "digest": "" if info.error else sha256(file)[:16]}
 
 
 def _hashes(notes):
@@ -1076,7 +1075,7 @@ def _open_cache(path, root, records, size):
     images, text = np.split(stored[:-32], [len(records) * size**2])
     notes = json.loads(text.tobytes())
     for record, note in zip(records, notes):
-        if note["reason"] not in ("", IS_MASK) and not read_image(root / record.path, size)[1].error:
+        if note["error"] and not read_image(root / record.path, size)[1].error:
             warn(f"{record.path} can be read now: decoding again")
             return None
     return torch.from_numpy(images.reshape(-1, size, size)), notes
@@ -1316,13 +1315,13 @@ SAME = 10
 BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True)  # of a thumbnail of 32 x 32
 
 
-def difference_hash(image: Image.Image) -> bytes:
-    """256 bits of a grey image that hardly change when it is compressed, resized or re-exposed.
+def difference_hash(image: Image.Image) -> str:
+    """256 bits of a grey image, in hexadecimal, that hardly change when it is compressed, resized or re-exposed.
 
     16 x 17 area-averaged pixels, each compared with its right neighbour.
     """
     small = np.asarray(image.resize((17, 16), Image.BOX))
-    return np.packbits(small[:, :-1] > small[:, 1:]).tobytes()
+    return np.packbits(small[:, :-1] > small[:, 1:]).tobytes().hex()
 
 
 def _connected(n, links):
