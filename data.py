@@ -11,7 +11,6 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
-import errno
 import functools
 import hashlib
 import io
@@ -109,7 +108,7 @@ def run_script(parser: Parser, work, advise=lambda: "no partial files were left"
         parser.error(f"{e}; {advise()}")
     except KeyboardInterrupt as e:
         parser.exit(143 if e.args else 130, f"interrupted; {advise()}\n")
-    sys.exit(code or 0)
+    sys.exit(code)
 
 
 def within(kind: type, low: float, high: float = math.inf):
@@ -175,10 +174,7 @@ def replacing(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:  # the error of a full disk does not name the file
-        reason = e.strerror or str(e)
-        if e.errno in (errno.ENOSPC, errno.EFBIG):
-            reason += f", {temporary.stat().st_size:,} bytes written"
-        raise OSError(e.errno, reason, str(path)) from None
+        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -525,6 +521,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         records.append(make_record(path, its_split, row, TABLE_COLUMNS, _examine_header(file), stamp))
     known = {r.label.lower(): r.label for r in records if r.split == records[0].split}  # of train, if it is among them
     check_classes(records, sorted(known.values()), root)
+    remark_patients(records, say)
     return records
 
 
@@ -595,7 +592,6 @@ def find_training(root: Path) -> list[Record]:
             f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would "
             f"be invalid; remove them from one side (python data.py check --json {root} lists them)"
         )
-    remark_patients(records)
     return [r for r in records if r.split != "test"]
 
 
@@ -974,8 +970,6 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     records = scan(root, "test") if is_test else find_training(root)
     if not records:
         raise UserError(f"{root}/test has no class folders with images")
-    if is_test:  # find_training does it for the others, with those of test/
-        remark_patients(records)
     images, notes = load_images(root, records, size)
     unusable = {i: {"path": records[i].path, "reason": n["reason"]} for i, n in enumerate(notes) if n["reason"]}
     warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in unusable.values()])
@@ -1501,7 +1495,6 @@ def check(root: Path) -> dict:
         raise UserError(f"{root} has no images in train/, val/, test/, nor in a metadata.csv; {'; '.join(warnings)}")
     for sides, patients in shared_patients(records).items():
         problems[f"patients in both {sides}"] = patients
-    remark_patients(records, remark)
 
     usable, folders, fingerprints = [], defaultdict(list), {}
     for name, part in itertools.groupby(records, lambda r: "test" if r.split == "test" else "train"):
@@ -1695,7 +1688,6 @@ def main() -> None:
         else:
             draw_demo(Path(args.dir), args.images, args.seed)
             print(f"{args.dir}: {args.images} synthetic phantoms, not radiographs")
-        return 0
 
     run_script(parser, work)
 
