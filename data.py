@@ -463,22 +463,21 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     """
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
-    has_labels = any("label" in row for row in table.values())
+    table_labels = {row["label"] for row in table.values() if "label" in row}
     folders = split_folders(root)
-    if split and split not in folders and not has_labels:
+    if split and split not in folders and not table_labels:
         raise UserError(
             f"{root} has no folder {split}/; expected images in {root}/{split}/CLASS/, "
             "or a metadata.csv with the columns file_name, label and split"
         )
     files, passed_over, errors = [], Counter(), []
-    for folder in [root] if has_labels else [folders[name] for name in splits if name in folders]:
+    for folder in [root] if table_labels else [folders[name] for name in splits if name in folders]:
         files += sorted(walk(folder, passed_over, errors.append))
     if errors:
         raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
-    if passed_over and not has_labels:
+    if passed_over and not table_labels:
         say(f"skipped, not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
-    labels = {"normal", "pneumonia", *(row["label"].lower() for row in table.values() if row.get("label"))}
     found, listed, odd = [], set(), defaultdict(list)
     blank = {column: "" for row in table.values() for column in row}
     for file in files:
@@ -489,18 +488,18 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             odd["metadata.csv has no row for these images"].append(path)
         row = blank | table.get(name, {})
         first, *below = path.split("/")
-        if not has_labels:
+        if not table_labels:
             row |= {"split": SPLIT_NAMES[first.lower()], "label": below[0] if len(below) > 1 else ""}
         if row["split"] not in splits:
             continue
         if not row["label"]:
             odd["left out, without a label or in no class folder"].append(path)
-        elif not has_labels and MASK.search("/".join(below[1:]).lower()):
+        elif not table_labels and MASK.search("/".join(below[1:]).lower()):
             odd["left out as masks or annotations, by their names"].append(path)
         else:
             found.append((path, row))
-            in_path = labels.intersection(path.lower().split("/"))
-            if in_path and row["label"].lower() not in in_path:
+            in_path = table_labels.intersection(path.split("/"))
+            if in_path and row["label"] not in in_path:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
