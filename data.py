@@ -11,6 +11,7 @@ of the operations, the stress test fixes them), copies and shortcuts, demo, chec
 import argparse
 import contextlib
 import csv
+import difflib
 import functools
 import hashlib
 import io
@@ -75,6 +76,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> None:
+        _, _, unknown = message.partition("unrecognized arguments: --")
+        for near in difflib.get_close_matches(f"--{unknown.partition(' ')[0]}", self._option_string_actions, n=1):
+            message += f"; did you mean {near}?" if unknown else ""
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -174,7 +178,8 @@ def replacing(path: Path):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as e:  # the error of a full disk does not name the file
-        raise OSError(e.errno, e.strerror or str(e), str(path)) from None
+        size = temporary.stat().st_size if temporary.exists() else 0
+        raise OSError(e.errno, f"{e.strerror or e}, {size:,} bytes written", str(path)) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -463,7 +468,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     """
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
-    table_labels = {row["label"] for row in table.values() if "label" in row}
+    table_labels = {row["label"].lower() for row in table.values() if "label" in row}
     folders = split_folders(root)
     if split and split not in folders and not table_labels:
         raise UserError(
@@ -498,8 +503,8 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             odd["left out as masks or annotations, by their names"].append(path)
         else:
             found.append((path, row))
-            in_path = table_labels.intersection(path.split("/"))
-            if in_path and row["label"] not in in_path:
+            in_path = table_labels.intersection(path.lower().split("/"))
+            if in_path and row["label"].lower() not in in_path:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)

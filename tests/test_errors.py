@@ -19,7 +19,7 @@ TRAIN = [
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
-    ("--epoch 1", "unrecognized arguments: --epoch 1"),
+    ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
     ("''", "unrecognized arguments:"),
     ("--output=", "--output: must not be empty"),
     ("--weights other/metrics.json", "is not a .safetensors or torch weights file"),
