@@ -17,7 +17,6 @@ import multiprocessing
 import sys
 import urllib.error
 import urllib.request
-import zipfile
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePath
@@ -34,7 +33,7 @@ import data
 from data import UserError
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 def pick_device(name: str) -> torch.device:
@@ -321,15 +320,15 @@ def flatten(content: dict, prefix: str = ""):
 # --- save and load ---
 
 
-def save(content: dict, path: Path) -> None:
-    """Write a dict of plain types and tensors, sealed; no reader ever sees a partial file."""
+def save(content: dict, path: Path, kind: str = FORMAT) -> None:
+    """Write a dict of plain types and tensors as a file of torch.save, followed by its SHA-256, the seal; no reader
+    ever sees a partial file.
+    """
     buffer = io.BytesIO()  # torch.save on a full disk raises RuntimeError, writing to a file OSError
-    torch.save(canonical(content), buffer)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        folder = archive.namelist()[0].split("/")[0]
-        archive.writestr(zipfile.ZipInfo(f"{folder}/{SEAL}"), seal(archive))
+    torch.save(canonical({**content, "format": kind, "format_version": FORMAT_VERSION}), buffer)
     with data.replacing(path) as f:
         f.write(buffer.getbuffer())
+        f.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
 
 
 def canonical(x):
@@ -339,19 +338,6 @@ def canonical(x):
     if isinstance(x, list | tuple):
         return [canonical(v) for v in x]
     return sys.intern(str(x)) if isinstance(x, str) else x
-
-
-SEAL = "seal"
-
-
-def seal(archive: zipfile.ZipFile) -> str:
-    """SHA-256 over the names and bytes of all members of a file of torch.save, except the seal itself."""
-    total = hashlib.sha256()
-    for name in archive.namelist():
-        if not name.endswith(f"/{SEAL}"):
-            with archive.open(name) as member:
-                total.update(f"{name} {hashlib.file_digest(member, 'sha256').hexdigest()}\n".encode())
-    return total.hexdigest()
 
 
 def load(path: str | Path, kind: str = FORMAT) -> dict:
@@ -367,11 +353,9 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
         runs = sorted(path.parent.glob("*/ckpt.pt"))
         way_out = f"; name one of the runs, such as {runs[-1].parent}" if runs else ""
         raise UserError(f"checkpoint {path} does not exist{way_out}")
+    stored = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:
-            stored = [archive.read(name).decode() for name in archive.namelist() if name.endswith(f"/{SEAL}")]
-            is_intact = stored == [seal(archive)]
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(stored), map_location="cpu", weights_only=True)
         found, version = content.get("format"), content.get("format_version")
     except Exception:  # noqa: BLE001, unpicklers fail in many ways on a damaged file
         raise UserError(f"{path} is damaged, or not a file of this suite") from None
@@ -379,7 +363,7 @@ def load(path: str | Path, kind: str = FORMAT) -> dict:
         raise UserError(f"{path} is not a {kind} of this suite")
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this code reads {FORMAT_VERSION}: train again")
-    if not is_intact:
+    if hashlib.sha256(stored[:-64]).hexdigest().encode() != stored[-64:]:
         raise UserError(f"{path} was altered or damaged after it was written")
     return content
 

@@ -458,8 +458,6 @@ def save_progress(
 ) -> None:
     """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json."""
     state = {
-        "format": STATE_FORMAT,
-        "format_version": models.FORMAT_VERSION,
         "arguments": about["arguments"],
         "fingerprint": d.folder.fingerprint,
         "world": world,
@@ -468,7 +466,7 @@ def save_progress(
         "history": history,
         **{name: part.state_dict() for name, part in learner.parts().items()},
     }
-    models.save(state, folder / "last.pt")
+    models.save(state, folder / "last.pt", STATE_FORMAT)
     write_metrics(folder, about, d, history, finished=False)
 
 
@@ -531,8 +529,6 @@ def make_checkpoint(
     cut = {"value": 0.5, "logit": 0.0} if len(d.classes) == 2 else {"value": None, "logit": None}
     architecture, _, model_arguments = models.resolve(about["arguments"]["model"])
     return {
-        "format": models.FORMAT,
-        "format_version": models.FORMAT_VERSION,
         "model": architecture,
         "model_arguments": model_arguments,
         "state_dict": learner.average.module.state_dict(),
