@@ -812,21 +812,17 @@ def threshold_rule(text: str) -> str:
 
 def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | None]:
     """The arguments, and with --resume the state in last.pt: the run's own arguments are the defaults then."""
-    resumed = data.Parser(prog=parser.prog, add_help=False)
-    resumed.add_argument("--resume")
-    resumed.add_argument("--output")
-    known, _ = resumed.parse_known_args()
-    folder, state = known.resume, None
-    if folder:
-        if known.output is not None:
+    args, state = parser.parse_args(), None
+    if args.resume is not None:
+        folder = args.resume
+        if args.output is not None:
             parser.error("--resume names the folder: leave out --output")
         try:
             state = models.load(Path(folder, "last.pt"), STATE_FORMAT)
         except UserError as e:
             parser.error(f"--resume {folder}: no run to continue ({e}); start a new one with another --output")
         parser.set_defaults(**state["arguments"])
-    args = parser.parse_args()
-    if state is not None:
+        args = parser.parse_args()
         if vars(args).keys() != state["arguments"].keys() | {"output", "resume"}:
             parser.error(f"the run in {folder} is from another version of this code")
         for name, value in fixed(state["arguments"]).items():
