@@ -283,32 +283,26 @@ def shorten(text: str, width: int) -> str:
 # --- write ---
 
 
-def to_text(row: Prediction | None, style: str | None, checkpoint: dict) -> str:
-    """A row as JSON, CSV or a line of the table; None gives the header."""
+def to_text(row: Prediction, style: str | None, checkpoint: dict, header: bool) -> str:
+    """A row as JSON, CSV or a line of the table, perhaps after a header."""
     classes, threshold = checkpoint["classes"], checkpoint["threshold"]["value"]
     if style == "json":
-        return f"{json.dumps(asdict(row))}\n" if row else ""
+        return f"{json.dumps(asdict(row))}\n"
     if style == "csv":
-        cells = csv_cells(row or Prediction(""), classes)
-        return data.to_csv([cells if row else dict(zip(cells, cells))], header=False)
+        cells = asdict(row) | {"flags": "; ".join(row.flags)}
+        if len(classes) > 2:
+            probabilities = cells.pop("probability") or {}
+            cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
+        return data.to_csv([cells], header)
     of = "P(label)" if threshold is None else f"P({classes[-1]})"
-    label, probability, image = "label", of, "image" if threshold is None else f"image (threshold {threshold:.3f})"
-    if row:
-        p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
-        label, probability = row.label or "error", "-" if p is None else f"{p:.4f}"
-        notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
-        image = f"{row.path}  [{notes}]" if notes else row.path
-    column = max(len(name) for name in [*classes, "error"])
-    return data.printable(f"{label:{column}}  {probability:>{len(of)}}  {image}") + "\n"
-
-
-def csv_cells(row: Prediction, classes: list[str]) -> dict:
-    """A column for each field, and for the probability of each of more than two classes."""
-    cells = asdict(row) | {"flags": "; ".join(row.flags)}
-    if len(classes) > 2:
-        probabilities = cells.pop("probability") or {}
-        cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
-    return cells
+    heading = ("label", of, "image" if threshold is None else f"image (threshold {threshold:.3f})")
+    p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
+    notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
+    image = f"{row.path}  [{notes}]" if notes else row.path
+    line = (row.label or "error", "-" if p is None else f"{p:.4f}", image)
+    width = max(len(name) for name in [*classes, "error"])
+    lines = [heading, line] if header else [line]
+    return "".join(data.printable(f"{a:{width}}  {b:>{len(of)}}  {c}") + "\n" for a, b, c in lines)
 
 
 def print_predictions(args: argparse.Namespace) -> int:
@@ -330,9 +324,8 @@ def print_predictions(args: argparse.Namespace) -> int:
     one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
     rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)
     counts, flagged = Counter(), 0  # of each label, None for errors; with any flag
-    sys.stdout.write(to_text(None, args.style, checkpoint))
     for row in tqdm(rows, unit="img", leave=False, disable=sys.stdout.isatty() or None):  # rows show progress too
-        sys.stdout.write(to_text(row, args.style, checkpoint))
+        sys.stdout.write(to_text(row, args.style, checkpoint, header=not counts))
         sys.stdout.flush()
         counts[row.label] += 1
         flagged += bool(row.flags)
