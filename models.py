@@ -6,7 +6,6 @@ Sections: build; weights; save and load; inference; heat maps; input check.
 """
 
 import argparse
-import contextlib
 import difflib
 import functools
 import hashlib
@@ -472,9 +471,7 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
 
     The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
-    changes no probability. The features come from the last stage of stride 8 or less, or else from the finest stage:
-    the 32-pixel cells of most last stages are too coarse for an opacity. If a model's head reads only the class token,
-    the last block's other tokens have no influence, and the block before it is used.
+    changes no probability.
 
     Args:
         model: in evaluation mode. x: normalised images [n, 1, side, side].
@@ -485,45 +482,41 @@ def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
     Raises:
         UserError: timm lists no stages of this model, or their output is not a map of the image.
     """
-    kept = []
-    size = x.shape[-1]
-    with torch.enable_grad(), contextlib.ExitStack() as hooks:
-        for layer, side in shown_stages(model, size):
-            keep = lambda layer, inputs, output, side=side: kept.append((output, side))
-            hooks.enter_context(layer.register_forward_hook(keep))
+    outputs, size = [], x.shape[-1]
+    layer, side = shown_layer(model, size)
+
+    def keep(layer, inputs, output):
+        outputs.extend(output if isinstance(output, list | tuple) else [output])
+
+    with torch.enable_grad(), layer.register_forward_hook(keep):
         logits = model(x)
         score = (logits[:, target] - logits.mean(1)).sum()
-    if not kept:
+    maps = [t for t in outputs if isinstance(t, Tensor) and len(t) == len(x) and to_grid(t, side) is not None]
+    if not maps:
         raise UserError(NO_MAP)
-    for output, side in reversed(kept):
-        features = find_map(output, side, len(x))
-        (gradient,) = torch.autograd.grad(score, features, retain_graph=True)
-        contribution = to_grid(features.detach() * gradient, side)
-        heat = F.relu(contribution.sum(1, keepdim=True)).float()
-        if contribution.any():
-            break
+    (gradient,) = torch.autograd.grad(score, maps[0])
+    contribution = to_grid(maps[0].detach() * gradient, side)
+    heat = F.relu(contribution.sum(1, keepdim=True)).float()
     heat = F.interpolate(heat, (size, size), mode="bilinear", align_corners=False)[:, 0]
     return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
 
 
-def shown_stages(model: nn.Module, size: int) -> list[tuple[nn.Module, int]]:
-    """The last two layers that a heat map may show, each with its number of cells along a side of such images."""
+def shown_layer(model: nn.Module, size: int) -> tuple[nn.Module, int]:
+    """The layer whose features a heat map shows, and its number of cells along a side of such images.
+
+    The last stage of stride 8 or less, or else the finest: the 32-pixel cells of most last stages are too coarse for
+    an opacity. Of equal blocks, as in a plain transformer, the last but one: of the last one's tokens, the head may
+    read the class token alone.
+    """
     if hasattr(model, "reroll"):  # its tokens are not in the order of the image's cells (Hiera)
         raise UserError(NO_MAP)
     try:
-        finest = min(info["reduction"] for info in model.feature_info)
-        stages = [info for info in model.feature_info if info["reduction"] <= max(STRIDE, finest)]
-        return [(model.get_submodule(info["module"]), round(size / info["reduction"])) for info in stages[-2:]]
-    except (AttributeError, LookupError, TypeError):
+        strides = [info["reduction"] for info in model.feature_info]
+        stride = max([s for s in strides if s <= STRIDE] or [min(strides)])
+        layers = [info["module"] for info in model.feature_info if info["reduction"] == stride]
+        return model.get_submodule(layers[-2:][0]), round(size / stride)
+    except (AttributeError, LookupError, TypeError, ValueError):
         raise UserError(NO_MAP) from None
-
-
-def find_map(output, side: int, count: int) -> Tensor:
-    """The tensor of a layer's output, or of several outputs, that is a map of count images."""
-    for tensor in output if isinstance(output, list | tuple) else [output]:
-        if isinstance(tensor, Tensor) and len(tensor) == count and to_grid(tensor, side) is not None:
-            return tensor
-    raise UserError(NO_MAP)
 
 
 def to_grid(t: Tensor, side: int) -> Tensor | None:
