@@ -539,11 +539,10 @@ def to_grid(t: Tensor, side: int) -> Tensor | None:
 # --- input check ---
 
 CELLS, FINE_CELLS = 16, 4  # along a side, see image_features
-FEATURES = CELLS**2 + FINE_CELLS**2 + 2
 
 
 def image_features(images: Tensor) -> Tensor:
-    """What an image looks like at a glance, float32 [n, FEATURES], from uint8 [n, side, side].
+    """What an image looks like at a glance, float32 [n, 274], from uint8 [n, side, side].
 
     Standardised grey levels on a coarse grid, the fine structure on a coarser one, contrast and brightness. Always
     computed on the CPU, so that the check gives the same result on every device.
@@ -566,11 +565,9 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
     """
     # Include mirrored images, so that they are not flagged.
     features = torch.cat([image_features(both) for batch in train_batches for both in (batch, batch.flip(2))]).double()
-    scale = features.std(0).clamp(min=1e-4)
-    standardised = (features - features.mean(0)) / scale
-    # Shrunk towards the identity, so that it is not singular with few images.
-    correlation = 0.9 * standardised.T @ standardised / len(features) + 0.1 * torch.eye(FEATURES)
-    whiten = torch.linalg.inv(torch.linalg.cholesky(correlation)).T / scale[:, None]
+    # Shrunk towards the variances alone, so that it is not singular with few images.
+    covariance = 0.9 * features.T.cov(correction=0) + 0.1 * features.var(0).clamp(min=1e-8).diag()
+    whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
     check = {"mean": features.mean(0).float(), "whiten": whiten.float(), "cut": 1.0}
     scores = torch.cat([unlikeness(check, batch) for batch in val_batches])
     check["cut"] = float(scores.quantile(0.99).clamp(min=1e-6))
@@ -578,14 +575,14 @@ def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
 
 
 def unlikeness(check: dict, images: Tensor) -> Tensor:
-    """float32 [n]; above check["cut"] an image is unlike the training images.
+    """float32 [n]; above 1 an image is unlike the training images.
 
     The distance of the features. If the flipped image's is smaller, the image is probably upside down, and the
     distance is multiplied by the ratio of the two.
     """
     both = [image_features(images), image_features(images.flip(1))]
     here, turned = (((features - check["mean"]) @ check["whiten"]).norm(dim=1) for features in both)
-    return here * (here / turned.clamp(min=1e-6)).clamp(min=1)
+    return here * (here / turned.clamp(min=1e-6)).clamp(min=1) / check["cut"]
 
 
 def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | float]:

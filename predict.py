@@ -148,7 +148,7 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
     classes = checkpoint["classes"]
     images, infos = zip(*[data.read_image(source, checkpoint["input_size"]) for source in sources])
     batch = torch.from_numpy(np.stack(images))  # black where one can't be read
-    unlike = models.unlikeness(checkpoint["input_check"], batch) / checkpoint["input_check"]["cut"]
+    unlike = models.unlikeness(checkpoint["input_check"], batch)
     with classifier.turns:
         logits = models.infer(classifier.model, [batch], checkpoint)
     decision = models.decide(logits, checkpoint)

@@ -458,7 +458,7 @@ def phantoms(demo):
 
 
 def flagged(check: dict, images: torch.Tensor) -> float:
-    return float((models.unlikeness(check, images) > check["cut"]).float().mean())
+    return float((models.unlikeness(check, images) > 1).float().mean())
 
 
 UNLIKE = {
