@@ -9,13 +9,9 @@ import argparse
 import difflib
 import functools
 import hashlib
-import http.client
 import io
 import json
-import multiprocessing
 import sys
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path, PurePath
@@ -25,6 +21,8 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
@@ -177,48 +175,48 @@ def build_pretrained(
     """
     if weights is not None:
         return from_file(name, classes, size, in_run_folder(weights))
-    origin = {"source": "random", "note": "random weights", "failed": "", "sha256": ""}
+    failed = ""
     if pretrained is not False:
-        _, config, _ = resolve(name)
-        origin["failed"] = f"timm has no pretrained weights for {name}"
-        if config.has_weights:
-            model, reason = from_hub(name, config, size)
-            if model is not None:
-                model.reset_classifier(len(classes))
-                place = config.hf_hub_id or config.url
-                note = f"timm's pretrained weights ({place}); stem summed to 1 channel; new head"
-                return model, {**origin, "source": "hub", "note": note, "failed": ""}, None
-            origin["failed"] = f"no pretrained weights for {name}: {reason}"
-        if pretrained:
-            raise UserError(f"{origin['failed']}; use --weights FILE or --no-pretrained")
+        try:
+            return *from_hub(name, classes, size), None
+        except UserError as e:
+            failed = str(e)
+            if pretrained:
+                raise UserError(f"{failed}; use --weights FILE or --no-pretrained") from None
+    origin = {"source": "random", "note": "random weights", "failed": failed, "sha256": ""}
     return build(name, len(classes), size), origin, None
 
 
-def from_hub(name: str, config: timm.models.PretrainedCfg, size: int) -> tuple[nn.Module | None, str]:
-    """timm's pretrained model with its own head, or None and the reason."""
-    from huggingface_hub import constants
+def from_hub(name: str, classes: list[str], size: int) -> tuple[nn.Module, dict]:
+    """timm's pretrained model with a new head, and its weights' origin.
 
+    Raises:
+        UserError: there are none, or they can't be fetched.
+    """
+    _, config, _ = resolve(name)
+    if not config.has_weights:
+        raise UserError(f"timm has no pretrained weights for {name}")
     offline = constants.HF_HUB_OFFLINE
     try:
         # In offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
         constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
-        return build(name, config.num_classes, size, pretrained=True), ""
+        model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-        sentence = data.one_line(e).partition(". ")[0].rstrip(".")
-        return None, sentence or type(e).__name__
+        reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
+        raise UserError(f"no pretrained weights for {name}: {reason}") from None
     finally:
         constants.HF_HUB_OFFLINE = offline
+    model.reset_classifier(len(classes))
+    note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+    return model, {"source": "hub", "note": note, "failed": "", "sha256": ""}
 
 
 def answers(address: str) -> bool:
     """Whether a server answers within six seconds; in a thread, since looking up its name may block for longer."""
-    request = urllib.request.Request(address, method="HEAD")
     try:
         with ThreadPool(1) as pool:
-            pool.apply_async(urllib.request.urlopen, (request, None, 4)).get(6)
-    except urllib.error.HTTPError:  # an answer too
-        return True
-    except (OSError, http.client.HTTPException, multiprocessing.TimeoutError):
+            pool.apply_async(get_session().head, (address,), {"timeout": 4}).get(6)
+    except Exception:  # noqa: BLE001, of whichever library the hub's uses
         return False
     return True
 
