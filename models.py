@@ -6,6 +6,7 @@ Sections: build; weights; save and load; inference; heat maps; input check.
 """
 
 import argparse
+import contextlib
 import difflib
 import functools
 import hashlib
@@ -34,11 +35,9 @@ FORMAT_VERSION = 6
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for auto, cpu, cuda, cuda:1, mps ...: auto takes CUDA, then MPS, then the CPU."""
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-    elif name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
+    """The device for auto, cpu, cuda, cuda:1, mps ...: auto takes an accelerator if there is one, else the CPU."""
+    if name == "auto":
+        name = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
@@ -70,15 +69,11 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
         except Exception as e:  # noqa: BLE001, the hub, the network and foreign files fail in many ways
             raise UserError(f"model {name} can't be looked up: {data.one_line(e)}") from None
         return architecture, timm.models.PretrainedCfg(**config), arguments or {}
-    try:
-        if timm.is_model(name) and "." not in name:
+    if timm.is_model(name):
+        with contextlib.suppress(RuntimeError):  # no such tag
             return name, timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg(), {}  # old names have none
-        return name, timm.get_pretrained_cfg(name, allow_unregistered=False), {}
-    except RuntimeError:
-        known = timm.list_models()
-        nearest = [n for n in known if n.startswith(name)] or difflib.get_close_matches(name, known, n=4, cutoff=0.5)
-        listed = ", ".join(nearest[:4]) or "none"
-        raise UserError(f"timm has no model {name!r}; nearest: {listed}") from None
+    nearest = timm.list_models(f"{name}*") or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+    raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 
 
 def preprocessing(name: str, size: int | None) -> dict:
@@ -130,17 +125,13 @@ def require_size(model: nn.Module, n_classes: int, size: int) -> None:
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """channels_last, which is faster, except where it crashes or is not supported."""
-    if device.type == "mps":  # batch norm's backward pass is wrong there (PyTorch issue 175189)
-        return torch.contiguous_format
-    if any(parameter.ndim == 5 for parameter in model.parameters()):
-        return torch.contiguous_format
+    is_bad = device.type == "mps"  # batch norm's backward pass is wrong there (PyTorch issue 175189)
+    is_bad |= any(parameter.ndim == 5 for parameter in model.parameters())
     for layer in model.modules():
         # In the backward pass of these layers oneDNN writes out of bounds (its issue 6035).
-        if device.type == "cpu" and isinstance(layer, nn.Conv2d):
-            shape = layer.kernel_size, layer.stride
-            if shape == ((1, 1), (2, 2)) and layer.in_channels < 16:
-                return torch.contiguous_format
-    return torch.channels_last
+        if device.type == "cpu" and isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+            is_bad |= layer.stride == (2, 2) and layer.in_channels < 16
+    return torch.contiguous_format if is_bad else torch.channels_last
 
 
 def n_parameters(model: nn.Module) -> int:
