@@ -222,7 +222,6 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     if "format" in content:
         checkpoint = load(path)
         content = checkpoint["state_dict"]
-    keeps_head = checkpoint is not None and checkpoint["classes"] == classes
     _, config, _ = resolve(name)
     state, others = find_state(content, build(name, len(classes), size), config.classifier)
     if not state:
@@ -244,9 +243,11 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
         note += f"; not used: {data.count(len(others), 'other')} ({others[0]})"
     if channels != 1:
         note += f"; {stem}: {channels} input channels summed to 1"
-    if not keeps_head:
+    if checkpoint is not None and checkpoint["classes"] == classes:
+        note += f"; its head for {', '.join(classes)}"
+    else:
         model.reset_classifier(len(classes))
-    note += f"; its head for {', '.join(classes)}" if keeps_head else "; new head"
+        note += "; new head"
     return model, {"source": str(path), "note": note, "failed": "", "sha256": data.sha256(path)}, checkpoint
 
 
@@ -283,16 +284,19 @@ def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dic
     needed = [key for key in known if not key.startswith(heads or ".") and not key.endswith(COUNTERS)]
     ends = [name.removesuffix(needed[0]) for name in tensors if name.endswith(needed[0])]
     prefixes = [prefix for prefix in ends if all(prefix + key in tensors for key in needed)]
-    prefix = min(prefixes, key=lambda prefix: "ema" not in prefix, default="")
+    if not prefixes:
+        return tensors, []
+    prefix = min(prefixes, key=lambda prefix: "ema" not in prefix)
     layers = tuple(f"{layer}." for layer, _ in model.named_children())
-    state = {}
+    state, others = {}, []
     for name, tensor in tensors.items():
         key = name.removeprefix(prefix)
         # A layer that the model lacks is kept, and makes loading fail: it means another architecture.
-        foreign = key not in known and (key.endswith(COUNTERS) or not key.startswith(layers))
-        if name.startswith(prefix) and not (prefixes and foreign):
+        belongs = key in known or (key.startswith(layers) and not key.endswith(COUNTERS))
+        if name.startswith(prefix) and belongs:
             state[key] = tensor
-    others = [name for name in tensors if name.removeprefix(prefix) not in state]
+        else:
+            others.append(name)
     return state, others
 
 
