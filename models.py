@@ -87,23 +87,23 @@ def preprocessing(name: str, size: int | None) -> dict:
     return {"input_size": size, "mean": float(np.mean(config.mean)), "std": float(np.mean(config.std))}
 
 
-def build(name: str, n_classes: int, size: int, **kwargs) -> nn.Module:
+def build(name: str, n_classes: int, size: int, pretrained: bool = False, **kwargs) -> nn.Module:
     """A timm model with one input channel and n_classes logits; kwargs go to timm.create_model.
 
     Raises:
         UserError: unknown name, or a model that can't have this input or a new classifier.
     """
     architecture, config, arguments = resolve(name)
+    options = {**arguments, **kwargs, "in_chans": 1, "num_classes": n_classes}
     if config.fixed_input_size:
-        arguments = {**arguments, "img_size": size}
-    options = {**arguments, "in_chans": 1, "num_classes": n_classes, **kwargs}
+        options["img_size"] = size
     try:
-        model = timm.create_model(architecture, pretrained_cfg=config, **options)
-        if not kwargs.get("pretrained"):
+        model = timm.create_model(architecture, pretrained, config, **options)
+        if not pretrained:
             # timm scales some heads by the number of classes: with two, logits would start 20 times too large.
             model.reset_classifier(n_classes)
     except (AssertionError, AttributeError, NotImplementedError, TypeError, ValueError) as e:
-        if kwargs.get("pretrained"):
+        if pretrained:
             raise
         needs = f"one input channel, {n_classes} classes and {size} x {size} pixels"
         raise UserError(f"{name} can't be built for {needs}: {data.one_line(e)}") from None

@@ -227,6 +227,9 @@ def test_a_model_is_taken_from_a_folder_with_its_own_arguments(tmp_path):
     assert models.preprocessing(name, None) == {"input_size": 160, "mean": 0.5, "std": 0.25}
     model = models.build(name, 2, 64)
     assert model.drop_rate == 0.4 and model.classifier.out_features == 2
+    # Those of a checkpoint may name another size than the run's.
+    checkpoint = to_checkpoint(VIT, models.build(VIT, 2, 64)) | {"model_arguments": {"img_size": 224}}
+    assert models.from_checkpoint(checkpoint, CPU)(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
 
 
 # --- weights from a file ---
