@@ -5,8 +5,7 @@ python train.py --data chest_xray --weights pretrained.pt        # own data, wei
 python train.py --resume runs/20260101-120000-resnet18           # resume after an interruption, bit for bit
 torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
 
-Sections: schedule and selection; data; learner and epoch; operating point; the run's files; the run;
-command line.
+Sections: schedule; data; learner and epoch; operating point; the run's files; the run; command line.
 """
 
 import argparse
@@ -46,7 +45,7 @@ STATE_FORMAT = "training state"
 REPORTS = ("test*", "val*", "train*", "report.md")  # what evaluate.py may have written into a run's folder
 
 
-# --- schedule and selection ---
+# --- schedule ---
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
@@ -54,22 +53,6 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
-
-
-def selected_epoch(history: list[dict], n_positive: int, n_negative: int) -> int:
-    """The epoch to keep, from 1 on: the latest one within a standard error of the best validation AUROC up to it.
-
-    AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better.
-
-    Args:
-        n_positive, n_negative: validation patients (images of one patient are alike).
-    """
-    selected, best = 0, 0.0
-    for epoch_log in history:
-        best = max(best, epoch_log["val_auroc"])
-        if epoch_log["val_auroc"] >= best - data.auroc_error(best, n_positive, n_negative):
-            selected = epoch_log["epoch"]
-    return selected
 
 
 # --- data ---
@@ -97,9 +80,19 @@ class TrainingSet:
         return self.labels[index] == len(self.classes) - 1
 
     def selected_epoch(self, history: list[dict]) -> int:
-        """See selected_epoch."""
-        positive = self.is_positive(self.val)
-        return selected_epoch(history, self.n_patients(self.val[positive]), self.n_patients(self.val[~positive]))
+        """The epoch to keep, from 1 on: the latest one within a standard error of the best validation AUROC up to it.
+
+        AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error is
+        that of so many patients, since images of one patient are alike.
+        """
+        is_positive = self.is_positive(self.val)
+        sizes = [self.n_patients(self.val[side]) for side in (is_positive, ~is_positive)]
+        selected, best = 0, 0.0
+        for epoch_log in history:
+            best = max(best, epoch_log["val_auroc"])
+            if epoch_log["val_auroc"] >= best - data.auroc_error(best, *sizes):
+                selected = epoch_log["epoch"]
+        return selected
 
     def traces(self, index: Tensor) -> dict:
         """What identifies the images later: their known patients, and their hashes as int64 [n, 4]."""

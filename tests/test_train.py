@@ -94,7 +94,9 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
 def test_selected_is_the_latest_epoch_within_a_standard_error_of_the_best(monkeypatch, aurocs, selected):
     monkeypatch.setattr(data, "auroc_error", lambda auroc, n_positive, n_negative: 0.005)
     history = [{"epoch": i, "val_auroc": auroc} for i, auroc in enumerate(aurocs, 1)]
-    assert train.selected_epoch(history, 10, 10) == selected
+    folder, images = SimpleNamespace(patient_index=np.arange(2)), torch.arange(2)
+    dataset = train.TrainingSet(None, folder, None, images, images, images, ["A", "B"])
+    assert dataset.selected_epoch(history) == selected
 
 
 def test_the_loss_counts_classes_the_same_in_every_batch():
