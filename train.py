@@ -435,15 +435,9 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]
     if args.resume is not None:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
-    else:
-        refuse_run(folder)
-    return folder, lock
-
-
-def refuse_run(folder: Path) -> None:
-    """Raise UserError if the folder has a run."""
-    if (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+    elif (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
         raise UserError(f"{folder} already has a run; use --resume {folder} to continue it, or another --output")
+    return folder, lock
 
 
 def save_progress(
@@ -616,8 +610,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
-    if is_first and args.output is not None and state is None:
-        refuse_run(Path(args.output))  # before minutes of decoding
 
     # data and model
     preprocessing = models.preprocessing(args.model, args.img_size)
