@@ -445,10 +445,8 @@ def save_progress(
 ) -> None:
     """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json."""
     state = {
-        "arguments": about["arguments"],
-        "fingerprint": d.folder.fingerprint,
+        **about,
         "world": world,
-        "origin": about["origin"],
         "parent": parent,
         "history": history,
         **{name: part.state_dict() for name, part in learner.parts().items()},
@@ -487,7 +485,7 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
 
 def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
     """Raise UserError if the state is from other data, another number of processes, or another run than ckpt.pt."""
-    if state["fingerprint"] != d.folder.fingerprint:
+    if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
