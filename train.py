@@ -127,18 +127,18 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         raise UserError("--threshold is for two classes; leave it out here")
     labels = torch.tensor([classes.index(r.label) for r in records])
     is_validation = data.is_validation(records, folder.patient_index, args.folds, args.fold)
-    is_readable = np.array([i not in folder.unusable for i in range(len(records))])
-    index = {}
-    for split, is_in_split in (("train", ~is_validation), ("val", is_validation)):
-        index[split] = torch.from_numpy(np.flatnonzero(is_in_split & is_readable))
-        sizes = labels[index[split]].bincount(minlength=len(classes)).tolist()
-        if 0 in sizes:
-            name = classes[sizes.index(0)]
-            raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
-    if sum(sizes) < evaluate.FEW_IMAGES or min(sizes) < evaluate.FEW_OF_A_CLASS:
-        images = count(sum(sizes), "validation image")
-        warn(f"only {images}, {min(sizes)} in one class: too few to choose an epoch or a threshold")
-    return TrainingSet(root, folder, folder.images, labels, index["train"], index["val"], classes)
+    is_usable = np.ones(len(records), bool)
+    is_usable[list(folder.unusable)] = False
+    train, val = (torch.from_numpy(np.flatnonzero(part & is_usable)) for part in (~is_validation, is_validation))
+    for split, index in (("train", train), ("val", val)):
+        for c, name in enumerate(classes):
+            if c not in labels[index]:
+                raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
+    n_rarest = int(labels[val].bincount().min())
+    if len(val) < evaluate.FEW_IMAGES or n_rarest < evaluate.FEW_OF_A_CLASS:
+        images = count(len(val), "validation image")
+        warn(f"only {images}, {n_rarest} in one class: too few to choose an epoch or a threshold")
+    return TrainingSet(root, folder, folder.images, labels, train, val, classes)
 
 
 def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
@@ -147,8 +147,11 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
     parent: traces of that run's training images.
     """
     records, hashes = d.records(d.val), d.folder.hashes[d.val]
-    for source, seen in (("this run", d.traces(d.train)), ("the --weights run", parent)):
-        is_seen, patients = data.seen_before(records, hashes, seen) if seen else (np.zeros(1, bool), set())
+    trained_on = {"this run": d.traces(d.train)}
+    if parent is not None:
+        trained_on["the --weights run"] = parent
+    for source, seen in trained_on.items():
+        is_seen, patients = data.seen_before(records, hashes, seen)
         if is_seen.any() or patients:
             warn(
                 f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
@@ -315,7 +318,6 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 # these and their stressed copies, weighted so that the border of the film is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
-UNFINISHED = "the default of an unfinished run"  # where the threshold of a checkpoint comes from until then
 
 
 def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
@@ -355,10 +357,7 @@ def fit_operating_point(
     origin = {"from": f"validation and {n_copies - 1} stressed copies; {how}"}
     if n_classes > 2:
         truth, importance = torch.from_numpy(all_labels), torch.from_numpy(all_weights)
-
-        def loss(slope: float) -> float:
-            return float(F.cross_entropy(all_logits * slope, truth, reduction="none") @ importance)
-
+        loss = lambda slope: float(F.cross_entropy(all_logits * slope, truth, reduction="none") @ importance)
         slope = minimize_scalar(loss, bounds=(LEAST_SLOPE, LARGEST_SLOPE), method="bounded").x
         threshold = {"value": None, "logit": None, "rule": "largest probability", **origin}
         return {"slope": float(slope), "intercept": 0.0, "threshold": threshold}
@@ -483,13 +482,13 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
     models.save(checkpoint, folder / "ckpt.pt")
 
 
-def check_state(state: dict, folder: Path, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
+def check_state(state: dict, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
     """Raise UserError if the state is from other data, another number of processes, or another run than ckpt.pt."""
+    folder, history = Path(args.output), state["history"]
     if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
-    history = state["history"]
     if not history:
         return
     checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better to fail now than at the end
@@ -521,7 +520,7 @@ def make_checkpoint(
         **preprocessing,
         "slope": 1.0,
         "intercept": 0.0,
-        "threshold": {**cut, "rule": "0.5", "from": UNFINISHED},
+        "threshold": {**cut, "rule": "0.5", "from": "the default of an unfinished run"},
         **d.checks,
         "validation": {key: epoch_log[key] for key in ("val_loss", "val_auroc", "val_accuracy")},
         "epoch": epoch_log["epoch"],  # of these weights
@@ -625,7 +624,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     learner = make_learner(model, args, device)
     history = []
     if state is not None:
-        check_state(state, Path(args.output), args, d, world)
+        check_state(state, args, d, world)
         for name, part in learner.parts().items():
             part.load_state_dict(state[name])
         history, origin, parent = state["history"], state["origin"], state["parent"]
@@ -704,7 +703,7 @@ def split_rows(d: TrainingSet) -> list[dict]:
     rows = []
     for i, r in enumerate(d.folder.records):
         row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
-        rows.append({**row, "split": used.get(i, "left out"), **r.groups, **mark})
+        rows.append(row | {"split": used.get(i, "left out")} | r.groups | mark)
     return rows
 
 
