@@ -28,7 +28,7 @@ from timm.models import load_model_config_from_hf
 from torch import Tensor, nn
 
 import data
-from data import UserError
+from data import UserError, warn
 
 FORMAT = "chest radiograph classifier"
 FORMAT_VERSION = 6
@@ -174,6 +174,7 @@ def build_pretrained(
             failed = str(e)
             if pretrained:
                 raise UserError(f"{failed}; use --weights FILE or --no-pretrained") from None
+            warn(f"RANDOM WEIGHTS: {failed}. Training starts from scratch; --weights FILE takes a local file")
     origin = {"source": "random", "note": "random weights", "failed": failed, "sha256": ""}
     return build(name, len(classes), size), origin, None
 

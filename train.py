@@ -592,17 +592,6 @@ def first_process_first(rank: int):
         dist.barrier()
 
 
-def start_model(args: argparse.Namespace, classes: list[str], size: int) -> tuple[torch.nn.Module, dict, dict | None]:
-    """A model, its weights' origin, and traces of what these weights were trained on."""
-    torch.manual_seed(args.seed)
-    # A resumed run brings its own weights, so that none are fetched.
-    weights, pretrained = (args.weights, args.pretrained) if args.resume is None else (None, False)
-    model, origin, checkpoint = models.build_pretrained(args.model, classes, size, weights, pretrained)
-    if origin["failed"]:
-        warn(f"RANDOM WEIGHTS: {origin['failed']}. Training starts from scratch; --weights FILE takes a local file")
-    return model, origin, checkpoint and checkpoint["trained_on"]
-
-
 def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
@@ -614,7 +603,11 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     with first_process_first(rank):
         d = read_data(args, size)
         folder, _lock = claim_folder(args) if is_first else (None, None)
-        model, origin, parent = start_model(args, d.classes, size)
+        torch.manual_seed(args.seed)
+        # A resumed run brings its own weights, so that none are fetched.
+        weights, pretrained = (args.weights, args.pretrained) if state is None else (None, False)
+        model, origin, checkpoint = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
+        parent = checkpoint and checkpoint["trained_on"]  # traces of what these weights were trained on
     args.output = broadcast(folder and str(folder))  # for the line that says how to continue
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU

@@ -350,10 +350,11 @@ def test_weights_come_from_a_hub_and_again_from_its_cache(close_hub, tmp_path):
         close_hub()
 
 
-def test_without_a_hub_training_goes_on_from_random_weights(close_hub):
+def test_without_a_hub_training_goes_on_from_random_weights(close_hub, capsys):
     close_hub()
     _, origin, _ = models.build_pretrained(SMALL, CLASSES, 64, None, None)
     assert origin["source"] == "random" and SMALL in origin["failed"]
+    assert "RANDOM WEIGHTS" in capsys.readouterr().err
 
 
 # --- save and load ---
