@@ -183,6 +183,7 @@ class Learner:
     average: ModelEmaV3  # of the weights: what is validated and kept
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    dtype: torch.dtype  # of autocast; float32 means that it is off
     is_frozen: bool  # all but the head, running statistics and dropout included
 
     def parts(self) -> dict:
@@ -216,23 +217,21 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
         layer_decay=args.layer_decay,
         foreach=True,
     )
-    half = pick_dtype(args.precision, device) == torch.float16 and device.type == "cuda"
+    precision = args.precision
+    if precision == "auto" and device.type == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    needs_scaling = dtype == torch.float16 and device.type == "cuda"
     return Learner(
         model=model,
         network=network,
         # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
         average=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10),
         optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=half),
+        scaler=torch.amp.GradScaler(device.type, enabled=needs_scaling),
+        dtype=dtype,
         is_frozen=args.freeze,
     )
-
-
-def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of autocast; float32 means that it is off."""
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
 
 
 def training_size(args: argparse.Namespace, size: int) -> int:
@@ -254,9 +253,7 @@ def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tens
     return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
 
 
-def train_epoch(
-    learner: Learner, class_weights: Tensor, loader, rates: list[float], first_step: int, dtype: torch.dtype
-) -> dict:
+def train_epoch(learner: Learner, class_weights: Tensor, loader, rates: list[float], first_step: int) -> dict:
     """One epoch; the losses are read once, at its end: reading one waits for the device.
 
     Args:
@@ -274,7 +271,7 @@ def train_epoch(
     for step, (rate, (x, y)) in enumerate(zip(rates, loader), first_step):
         for group in learner.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)  # timm's factor of each layer
-        with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.autocast(x.device.type, dtype=learner.dtype, enabled=learner.dtype != torch.float32):
             logits = learner.network(x)
         loss = weighted_loss(logits, y, class_weights)
         learner.optimizer.zero_grad()
@@ -634,14 +631,13 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     balance = "balanced" if args.balance else None
     class_weights = compute_class_weight(balance, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
     class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
-    dtype = pick_dtype(args.precision, device)
 
     if is_first:
         about = describe(args, d, origin, device)
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save_progress(folder, learner, about, d, history, world, parent)
         warn_overlap(d, parent)
-        print_start(args, origin["note"], d, model, crop, size, device, dtype)
+        print_start(args, origin["note"], d, learner, crop, size, device)
 
     if device.type == "cpu":
         keep_memory()
@@ -661,7 +657,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
             unit="step",
             disable=None if is_first else True,  # None: unless a terminal
         )
-        train_metrics = train_epoch(learner, class_weights, loader, rates, first_step, dtype)
+        train_metrics = train_epoch(learner, class_weights, loader, rates, first_step)
         speed = steps * batch_size / (time.perf_counter() - start)
 
         val_metrics = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
@@ -701,16 +697,16 @@ def split_rows(d: TrainingSet) -> list[dict]:
 
 
 def print_start(
-    args: argparse.Namespace, note: str, d: TrainingSet, model, crop: int, size: int, device, dtype
+    args: argparse.Namespace, note: str, d: TrainingSet, learner: Learner, crop: int, size: int, device
 ) -> None:
     """What is trained, on what, and what the table's columns are; note: on the weights."""
-    print(f"{args.model}, {models.n_parameters(model) / 1e6:.2f} M parameters, {note}")
+    print(f"{args.model}, {models.n_parameters(learner.model) / 1e6:.2f} M parameters, {note}")
     for index, purpose in ((d.train, "to train"), (d.val, "to validate")):
         patients = count(d.n_patients(index), "patient")
         print(f"{data.printable(str(d.root))}: {count(len(index), 'image')} of {patients} {purpose}")
     if len(d.classes) == 2:
         print(f"positive class: {d.classes[1]}, negative: {d.classes[0]}")
-    print(f"trained at {crop} px, validated at {size} px, on {device}, {dtype}")
+    print(f"trained at {crop} px, validated at {size} px, on {device}, {learner.dtype}")
     print("val acc.: at a probability of 0.5 before calibration; flat until the weight average catches up")
     print(HEADER)
 

@@ -58,7 +58,7 @@ def set_up(count: int):
         order = data.shuffle(count, seed=0, epoch=1)[: steps * BATCH].view(steps, BATCH)
         numbers = data.draw_numbers(operations, count, seed=0, epoch=1)
         loader = train.batches(dataset, order, operations, numbers, PREPROCESSING, CPU)
-        train.train_epoch(learner, torch.ones(2), loader, steps * [args.lr], 0, torch.float32)
+        train.train_epoch(learner, torch.ones(2), loader, steps * [args.lr], 0)
 
     return model, images, epoch
 

@@ -115,7 +115,7 @@ def learner_of(model, *flags):
 def test_layers_keep_their_own_share_of_the_rate():
     learner = learner_of(models.build("vit_tiny_patch16_224", 2, 32), "--layer-decay", "0.5")
     loader = [(torch.ones(2, 1, 32, 32), torch.tensor([0, 1]))]
-    train.train_epoch(learner, torch.ones(2), loader, [0.5], 0, torch.float32)
+    train.train_epoch(learner, torch.ones(2), loader, [0.5], 0)
     rates = {group["lr"] for group in learner.optimizer.param_groups}
     assert max(rates) == 0.5 and min(rates) == pytest.approx(0.5 * 0.5**13)
 
@@ -128,9 +128,9 @@ def test_weights_decay_and_norms_and_biases_do_not():
 
 
 def test_the_cpu_computes_in_float32_unless_asked():
-    cpu = torch.device("cpu")
-    assert train.pick_dtype("auto", cpu) == torch.float32
-    assert train.pick_dtype("bf16", cpu) == torch.bfloat16
+    model = models.build("mobilenetv3_small_050", 2, 32)
+    assert learner_of(model).dtype == torch.float32
+    assert learner_of(model, "--precision", "bf16").dtype == torch.bfloat16
 
 
 # --- operating point ---
