@@ -448,9 +448,8 @@ def calibrate(logits: Tensor, slope: float, intercept: float) -> Tensor:
     """
     scaled = logits.double() * slope
     scaled[:, -1] += intercept
-    n_classes = scaled.shape[1]
-    itself = torch.eye(n_classes, dtype=torch.bool)
-    others = scaled[:, None, :].expand(-1, n_classes, -1).masked_fill(itself, -torch.inf)
+    itself = torch.eye(scaled.shape[1], dtype=torch.bool)
+    others = scaled[:, None].masked_fill(itself, -torch.inf)  # [n, classes, classes]
     return scaled - others.logsumexp(2)
 
 
