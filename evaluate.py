@@ -1093,7 +1093,7 @@ def plot_mistakes(s: Scored, device: torch.device):
         image, _ = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
-            heat = predict.find_heat(model, image, mistake["prediction"], s.checkpoint)
+            heat = models.heat_map(model, image, mistake["prediction"], s.checkpoint)
         of = s.classes[-1] if s.is_binary else mistake["prediction"]
         called = f"{mistake['label']} called {mistake['prediction']}, P({of}) {mistake['probability']:.3f}"
         ax.imshow(predict.draw_heat_map(image, heat, [os.path.basename(path), called]))

@@ -460,38 +460,41 @@ MOST_PREFIX_TOKENS = 8  # class token, distillation token, registers
 NO_MAP = "this model has no feature map that could be shown as a heat map"
 
 
-def heat_map(model: nn.Module, x: Tensor, target: int) -> Tensor:
-    """HiResCAM (Draelos and Carin 2020): the sum over channels of feature times gradient.
+def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict) -> np.ndarray:
+    """Where the model sees evidence for a class: HiResCAM (Draelos and Carin 2020), the sum over channels of feature
+    times gradient.
 
     The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
     changes no probability.
 
     Args:
-        model: in evaluation mode. x: normalised images [n, 1, side, side].
+        model: in evaluation mode. image: uint8 [side, side].
+        target: one of the checkpoint's classes; its mean and std are used, too.
 
     Returns:
-        float32 [n, side, side] in [0, 1], each map divided by its own maximum; zero where nothing supports the class.
+        float32 [side, side] in [0, 1], divided by its maximum; all zero if nothing supports the class.
 
     Raises:
         UserError: timm lists no stages of this model, or their output is not a map of the image.
     """
-    outputs, size = [], x.shape[-1]
-    layer, side = shown_layer(model, size)
+    layer, side = shown_layer(model, len(image))
+    outputs = []
 
     def keep(layer, inputs, output):
         outputs.extend(output if isinstance(output, list | tuple) else [output])
 
+    x = data.to_float(torch.from_numpy(image)[None].to(next(model.parameters()).device))
     with torch.enable_grad(), layer.register_forward_hook(keep):
-        logits = model(x)
-        score = (logits[:, target] - logits.mean(1)).sum()
-    maps = [t for t in outputs if isinstance(t, Tensor) and len(t) == len(x) and to_grid(t, side) is not None]
+        logits = model(data.normalise(x, checkpoint))[0]
+        score = logits[checkpoint["classes"].index(target)] - logits.mean()
+    maps = [t for t in outputs if isinstance(t, Tensor) and len(t) == 1 and to_grid(t, side) is not None]
     if not maps:
         raise UserError(NO_MAP)
     (gradient,) = torch.autograd.grad(score, maps[0])
     contribution = to_grid(maps[0].detach() * gradient, side)
     heat = F.relu(contribution.sum(1, keepdim=True)).float()
-    heat = F.interpolate(heat, (size, size), mode="bilinear", align_corners=False)[:, 0]
-    return heat / heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    heat = F.interpolate(heat, image.shape, mode="bilinear", align_corners=False)[0, 0]
+    return (heat / heat.max().clamp(min=1e-12)).cpu().numpy()
 
 
 def shown_layer(model: nn.Module, size: int) -> tuple[nn.Module, int]:

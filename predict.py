@@ -237,19 +237,9 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     return canvas
 
 
-def find_heat(model: torch.nn.Module, image: np.ndarray, target: str, checkpoint: dict) -> np.ndarray:
-    """Where the model sees evidence for a class, float32 [size, size] in [0, 1], see models.heat_map.
-
-    image: uint8 [size, size], what the model saw. target: a class of the checkpoint.
-    """
-    device = next(model.parameters()).device
-    x = data.normalise(data.to_float(torch.from_numpy(image)[None].to(device)), checkpoint)
-    return models.heat_map(model, x, checkpoint["classes"].index(target))[0].cpu().numpy()
-
-
 def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, folder: Path) -> None:
     """Draw the heat map of a prediction; image: uint8 [size, size], what the model saw."""
-    heat = find_heat(classifier.model, image, row.label, classifier.checkpoint)
+    heat = models.heat_map(classifier.model, image, row.label, classifier.checkpoint)
     radiograph, info = data.read_image(row.path, None)
     shown = image if info.error else radiograph  # the file may be gone by now
     drawn = draw_heat_map(shown, heat, caption(row, classifier.checkpoint["classes"]))

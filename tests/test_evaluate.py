@@ -836,13 +836,13 @@ def test_the_grid_shows_each_mistake_with_the_map_of_the_predicted_class(run, tm
     targets = []
     heat_map = models.heat_map
 
-    def watch(model, x, target):
+    def watch(model, image, target, checkpoint):
         targets.append(target)
-        return heat_map(model, x, target)
+        return heat_map(model, image, target, checkpoint)
 
     monkeypatch.setattr(models, "heat_map", watch)
     found, _ = evaluate_files(tmp_path, run, "--threshold", 0.99, "--output", "out", "--plots", "--bootstrap", 0)
-    assert set(targets) == {0}  # at this threshold all mistakes are called normal
+    assert set(targets) == {"NORMAL"}  # at this threshold all mistakes are called normal
     panels = [ax for ax in figures["test-mistakes.png"].axes if ax.images]
     assert len(panels) == len(targets) == min(12, found["confusion"]["fn"])
 

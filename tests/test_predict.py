@@ -276,11 +276,10 @@ def test_the_heat_map_is_of_the_class_that_was_predicted(run_folder, normals, tm
     predict.classify(normals[:1], classifier, tmp_path)
     drawn = np.asarray(Image.open(next(tmp_path.glob("*_cam.png"))))
     image, _ = data.read_image(normals[0], 64)
-    x = data.normalise(data.to_float(torch.from_numpy(image)[None]), classifier.checkpoint)
     radiograph, _ = data.read_image(normals[0], None)
     height, width = radiograph.shape
-    for c in (0, 1):
-        heat = models.heat_map(classifier.model, x, c)[0].numpy()
+    for c, name in enumerate(classifier.checkpoint["classes"]):
+        heat = models.heat_map(classifier.model, image, name, classifier.checkpoint)
         expected = predict.overlay(radiograph, heat)
         assert np.array_equal(drawn[:height, -width:], expected) == (c == label)
 
