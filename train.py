@@ -14,6 +14,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -414,7 +415,7 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]
         UserError: another process trains in it, or it has a run already.
     """
     if args.output is None:
-        model = "".join(c if c.isalnum() or c in "._-" else "_" for c in args.model)
+        model = re.sub(r"[^\w.-]", "_", args.model)
         folder = Path("runs", f"{datetime.now():%Y%m%d-%H%M%S}-{model}")
         while folder.exists():  # of another run that was started in the same second
             folder = folder.with_name(f"{folder.name}-2")
@@ -663,10 +664,10 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         val_metrics = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
         epoch_log = {"epoch": epoch, "planned_epochs": args.epochs, **train_metrics, **val_metrics}
         epoch_log["images_per_second"] = round(speed, 1)
-        if is_first and d.selected_epoch([*history, epoch_log]) == epoch:
+        history.append(epoch_log)
+        if is_first and d.selected_epoch(history) == epoch:
             save_checkpoint(make_checkpoint(learner, d, preprocessing, about, epoch_log, parent), folder)
         epoch_log["seconds"] = round(time.perf_counter() - start, 3)
-        history.append(epoch_log)
         if is_first:
             save_progress(folder, learner, about, d, history, world, parent)
             print(ROW.format(**epoch_log), flush=True)
