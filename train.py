@@ -580,16 +580,6 @@ def broadcast(value):
     return box[0]
 
 
-@contextlib.contextmanager
-def first_process_first(rank: int):
-    """The others wait until the first one is done: it draws, fetches or decodes, and they find the files."""
-    if rank > 0:
-        dist.barrier()
-    yield
-    if rank == 0 and dist.is_initialized():
-        dist.barrier()
-
-
 def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
@@ -598,14 +588,17 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     # data and model
     preprocessing = models.preprocessing(args.model, args.img_size)
     size = preprocessing["input_size"]
-    with first_process_first(rank):
-        d = read_data(args, size)
-        folder, _lock = claim_folder(args) if is_first else (None, None)
-        torch.manual_seed(args.seed)
-        # A resumed run brings its own weights, so that none are fetched.
-        weights, pretrained = (args.weights, args.pretrained) if state is None else (None, False)
-        model, origin, checkpoint = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
-        parent = checkpoint and checkpoint["trained_on"]  # traces of what these weights were trained on
+    if not is_first:
+        dist.barrier()  # the first one draws, fetches or decodes, and the others find the files
+    d = read_data(args, size)
+    folder, _lock = claim_folder(args) if is_first else (None, None)
+    torch.manual_seed(args.seed)
+    # A resumed run brings its own weights, so that none are fetched.
+    weights, pretrained = (args.weights, args.pretrained) if state is None else (None, False)
+    model, origin, checkpoint = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
+    parent = checkpoint and checkpoint["trained_on"]  # traces of what these weights were trained on
+    if is_first and world > 1:
+        dist.barrier()
     args.output = broadcast(folder and str(folder))  # for the line that says how to continue
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
@@ -650,14 +643,9 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
         order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
-        loader = tqdm(
-            batches(d, order, operations, numbers, preprocessing, device),
-            f"epoch {epoch}",
-            steps,
-            leave=False,
-            unit="step",
-            disable=None if is_first else True,  # None: unless a terminal
-        )
+        loader = batches(d, order, operations, numbers, preprocessing, device)
+        is_silent = None if is_first else True  # None: unless a terminal
+        loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=is_silent)
         train_metrics = train_epoch(learner, class_weights, loader, rates, first_step)
         speed = steps * batch_size / (time.perf_counter() - start)
 
