@@ -331,15 +331,14 @@ def print_predictions(args: argparse.Namespace) -> int:
 
 def main() -> None:
     parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
-    parser.add_argument("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    parser.add_argument("--ckpt", metavar="FILE", help="checkpoint or run folder (default: newest)")
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
+    add("--ckpt", metavar="FILE", help="checkpoint or run folder (default: newest)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")
-    parser.add_argument(
-        "--cam", type=data.non_empty, metavar="DIR", help="write each image with its heat map (HiResCAM) to DIR"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--cam", type=data.non_empty, metavar="DIR", help="write each image with its heat map (HiResCAM) to DIR")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     data.run_script(parser, lambda: print_predictions(args))
 

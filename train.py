@@ -331,8 +331,9 @@ def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarr
     if border_logits is not None:
         terciles = np.searchsorted(np.quantile(border_logits, (1 / 3, 2 / 3)), border_logits)
         n_classes = labels.max() + 1
-        if len(np.unique(terciles * n_classes + labels)) == 3 * len(np.unique(labels)):
-            cells, how = terciles * n_classes + labels, f"{how}, also within each tercile of the border logit"
+        in_terciles = terciles * n_classes + labels
+        if len(np.unique(in_terciles)) == 3 * len(np.unique(labels)):
+            cells, how = in_terciles, f"{how}, also within each tercile of the border logit"
     return compute_sample_weight("balanced", cells), how
 
 
@@ -383,8 +384,8 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
     fpr, tpr, cuts = roc_curve(is_positive, z, sample_weight=weights, drop_intermediate=False)
     wanted = tpr - fpr if rule == "youden" else tpr >= float(rule.split("=")[1]) - 1e-12
     i = max(int(np.argmax(wanted)), 1)  # the first cut is infinite
-    below = cuts[i + 1] if i + 1 < len(cuts) else cuts[i] - 1e-6
-    return float((cuts[i] + below) / 2)
+    cuts = np.append(cuts, cuts[-1] - 1e-6)  # below all images
+    return float((cuts[i] + cuts[i + 1]) / 2)
 
 
 # --- the run's files ---
