@@ -214,7 +214,7 @@ def answers(address: str) -> bool:
 
 
 def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with weights of a file: every tensor must fit. The head is new unless a run has the same classes.
+    """build_pretrained with a file's weights: every tensor must fit. The head is new unless a run has the same classes.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.

@@ -155,8 +155,9 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
         is_seen, patients = data.seen_before(records, hashes, seen)
         if is_seen.any() or patients:
             warn(
-                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and on "
-                f"{len(patients)} of their patients: validation results, and choices based on them, are too optimistic"
+                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and "
+                f"on {len(patients)} of their patients: validation results, and choices based on them, are "
+                "too optimistic"
             )
 
 
