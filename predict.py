@@ -11,6 +11,7 @@ Sections: inputs, classify, heat maps, write.
 """
 
 import argparse
+import contextlib
 import functools
 import glob
 import hashlib
@@ -20,6 +21,7 @@ import os
 import re
 import sys
 import threading
+import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -200,6 +202,15 @@ MAP_END = "_cam.png"
 LOW = 0.3  # of a map's own maximum: lower values are not coloured
 TINT = (255, 110, 0)
 SMALLEST, LARGEST = 224, 2500  # longer side of a panel, in pixels
+FONTS = (
+    "DejaVuSans",
+    "NotoSans-Regular",
+    "arial",
+    "NotoSansCJK-Regular",
+    "DroidSansFallbackFull",
+    "wqy-microhei",
+    "msyh",
+)
 
 
 def overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
@@ -221,7 +232,6 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     height, width = (max(1, round(n * side / max(image.shape))) for n in image.shape)
     radiograph = Image.fromarray(image).resize((width, height))
     font_size = max(12, side // 28)
-    font = ImageFont.load_default(font_size)
     gap = font_size // 3
     canvas_width = max(2 * width + gap, 2 * SMALLEST)  # room for the caption of a narrow image
     canvas = Image.new("RGB", (canvas_width, height + gap + (font_size + gap) * len(lines)))
@@ -229,7 +239,7 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     canvas.paste(overlay(np.asarray(radiograph), heat), (width + gap, 0))
     top = height + gap
     for line in lines:
-        text = ascii(line)[1:-1]  # the font has no other letters
+        text, font = typeset(line, font_size)
         while font.getlength(text) > canvas_width - 2 * gap:
             text = shorten(text, len(text) - 1)
         ImageDraw.Draw(canvas).text((gap, top), text, font=font)
@@ -262,6 +272,22 @@ def caption(row: Prediction, classes: list[str]) -> list[str]:
         result = f"{row.label}: P({classes[-1]}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
     demo = ["DEMO MODEL, trained on synthetic phantoms"] * row.demo
     return [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
+
+
+def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
+    """Text and a font for it: Pillow's own, which has only ASCII, else the first of FONTS that has all letters.
+
+    Without one, letters lose their marks (Unicode's NFKD), and those that are still not ASCII are escaped.
+    """
+    text = data.printable(text)
+    for name in () if text.isascii() else FONTS:
+        with contextlib.suppress(OSError):  # not installed
+            font = ImageFont.truetype(name, size)
+            box = bytes(font.getmask("\U0010ffff"))  # drawn for a letter that the font lacks
+            if box not in [bytes(font.getmask(letter)) for letter in text]:
+                return text, font
+    letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
+    return ascii("".join(letters))[1:-1], ImageFont.load_default(size)
 
 
 def shorten(text: str, width: int) -> str:
