@@ -4,8 +4,8 @@ python data.py check data/chest_xray         # check a data folder; exit code 1 
 python data.py download                      # the public dataset (1.2 GB) into data/chest_xray
 python data.py demo data/demo --images 1000  # the synthetic set that the scripts use if there is no data
 
-Sections: command line and files (for all scripts), find, split, read, cache, change (augmentation draws the parameters
-of the operations, the stress test fixes them), copies and shortcuts, demo, check, download.
+Sections: command line and files (for all scripts), find, split, read, cache, change (operations on images, with
+random parameters to augment and fixed ones for the stress test), copies and shortcuts, demo, check, download.
 """
 
 import argparse
@@ -83,10 +83,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_script(parser: Parser, work, advise=lambda: "no partial files were left") -> None:
-    """Run work() and exit with its code, or with one line and 2 for a user's mistake, 1 for a closed output pipe, 130
-    for Ctrl-C, 143 for SIGTERM.
+    """Run work() and exit with its code, or with one line and 2 for a user's mistake or an I/O error, 1 for a closed
+    output pipe, 130 for Ctrl-C, 143 for SIGTERM.
 
-    advise: returns a hint on how to go on, shown after an interruption or a failed read or write.
+    advise: returns a hint on how to continue, shown after an interruption or a failed read or write.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115, a closed stream is None
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
@@ -129,7 +129,7 @@ def within(kind: type, low: float, high: float = math.inf):
 
 
 def non_empty(text: str) -> str:
-    """An argparse type: text that is not empty (an unset shell variable would be)."""
+    """An argparse type: text that is not empty (as an unset shell variable is)."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -216,7 +216,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     mark. Words for "missing" become "", except in file_name and path, where only backslashes change, to slashes.
 
     Args:
-        columns: names matched in upper or lower case; other columns keep their names as written.
+        columns: names matched in any case; other columns keep their names as written.
 
     Raises:
         UserError: not a readable table, a duplicate column, or a row with more cells than the header.
@@ -287,7 +287,7 @@ def parallel(work, items, name: str):
 
 HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
-# A DICOM file with its preamble, or one without: that begins with a low element of group 2 or 8.
+# A DICOM file with a preamble, or without one: then it begins with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
 
@@ -303,7 +303,7 @@ class Record:
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
     stamp: str  # size, times and inode: changes when the file does
-    groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv, the same in all records
+    groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv, the same keys for all
 
     @property
     def known_patient(self) -> bool:
@@ -374,7 +374,7 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
-        raise UserError(f"{root} {problem}; name the folder with train/ and test/, or run python data.py download")
+        raise UserError(f"{root} {problem}; give the folder with train/ and test/, or run python data.py download")
     inner = root / "chest_xray"
     return inner if inner.is_dir() and not split_folders(root) else root
 
@@ -459,7 +459,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     """The images of one split, or of all, sorted by split, class and path: those in ROOT/SPLIT/CLASS/ or, if
     metadata.csv has labels, those listed there, in any folder.
 
-    No image is decoded. One whose patient is unknown is its own patient. The images of a small val/ count as train.
+    No image is decoded. An image of no known patient is its own patient. The images of a small val/ count as train.
     In metadata.csv file_name may omit the extension. say(message, names) is called with each warning.
 
     Raises:
@@ -498,9 +498,9 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         if row["split"] not in splits:
             continue
         if not row["label"]:
-            odd["left out, without a label or in no class folder"].append(path)
+            odd["left out, no label or not in a class folder"].append(path)
         elif not table_labels and MASK.search("/".join(below[1:]).lower()):
-            odd["left out as masks or annotations, by their names"].append(path)
+            odd["left out, named like masks or annotations"].append(path)
         else:
             found.append((path, row))
             in_path = table_labels.intersection(path.lower().split("/"))
@@ -530,9 +530,9 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
 
 
 def make_record(path: str, split: str, row: dict[str, str], known, in_header: str = "", stamp: str = "") -> Record:
-    """A record of a row of metadata.csv or of a table of predictions, with a label; columns not in known are groups.
+    """A record from a labelled row of metadata.csv or of predictions; columns that are not in known become groups.
 
-    The patient is the row's, else in_header, else from the file's name, else the path.
+    The patient comes from the row, else in_header, else the file's name, else the path.
     """
     in_name, subtype, series = identify(posixpath.basename(path))
     patient = row.get("patient", "")
@@ -551,7 +551,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, in_header: st
 
 
 def _examine_header(file):
-    """A hash of the patient in a DICOM header, the only part ever written; "" if there is none."""
+    """A hash of the patient in a DICOM header, as the id itself is never stored; "" without one."""
     if is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
@@ -569,7 +569,7 @@ def check_classes(records: list[Record], classes: list[str], root: Path) -> None
             raise UserError(f"{root}/{split} has control characters in the name of a class, {label!r}; rename it")
         if label not in classes:
             raise UserError(
-                f"{root}/{split} has the class {label}, which is not one of {', '.join(classes)}; rename one?"
+                f"{root}/{split} has the class {label}, which is not one of {', '.join(classes)}; rename it?"
             )
 
 
@@ -582,7 +582,7 @@ def find_training(root: Path) -> list[Record]:
     """The records of train/ and val/; no image is decoded.
 
     Raises:
-        UserError: fewer than two classes, or a patient on both sides of a split.
+        UserError: fewer than two classes, or a patient in two splits.
     """
     records = scan(root)
     classes = sorted({r.label for r in records if r.split == "train"})
@@ -600,7 +600,7 @@ def find_training(root: Path) -> list[Record]:
 
 
 def shared_patients(records: list[Record]) -> dict[str, list[str]]:
-    """Known patients on both sides of a split: {"train and test": [patient, ...]}."""
+    """Known patients in two splits: {"train and test": [patient, ...]}."""
     shared = {}
     for a, b in itertools.combinations(SPLITS, 2):
         in_a, in_b = ({r.patient for r in records if r.split == split and r.known_patient} for split in (a, b))
@@ -617,7 +617,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     for patient in sorted(images):
         spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
-    say(f"images without a patient id (each counts as a patient), of {len(records)}", unknown)
+    say(f"of {len(records)} images, these have no patient id, so each counts as a patient", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
     say("patients with more than 5 % of all images; placeholders?", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
@@ -759,8 +759,8 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
 
     Returns:
-        uint8 array [size, size] (or [height, width]), and its ImageInfo. If it is missing, empty, damaged, not an
-        image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
+        uint8 array [size, size] (or [height, width]), and its ImageInfo. If the source is missing, empty, damaged,
+        not an image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
     from the black and white that find_range guesses. Transparent pixels become black, and EXIF rotation is applied.
@@ -799,7 +799,7 @@ def _read(source, size):
         _require_pixels(info)
         info.has_more_frames = is_file and getattr(image, "is_animated", False)
     is_deep = image.mode[0] in "IF"
-    if is_file and size:  # the JPEG decoder halves the image while that leaves twice what the resize needs
+    if is_file and size:  # the JPEG decoder halves the image, but keeps at least twice the size
         image.draft(None, (2 * size, 2 * size))
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
         raise UserError("16-bit colour or transparency can't be read; save it as greyscale")
@@ -842,7 +842,7 @@ def _require_pixels(info):
 def find_range(samples: ndarray) -> tuple[float, float]:
     """Black and white of samples of unknown depth, guessed from their values.
 
-    White is guessed as the smallest 2^d - 1, from 8 bits on, that at most a thousandth of the pixels exceed (or one).
+    White is guessed as the smallest 2^d - 1, d >= 8, that at most a thousandth of the pixels (or one) exceed.
     Pixels at an extreme of the type don't count: they are saturated or part of a burned-in marker. So a few odd pixels
     change nothing, and the depth is right if more than a thousandth of the pixels are in the upper half of the range
     (as in all of 1,665 public radiographs). A darker picture can't be distinguished from a brighter one of fewer bits:
@@ -907,7 +907,7 @@ def _open_dicom(file):
         raise UserError(f"unsupported DICOM pixels: {info.mode}, {bits} of {8 * size} bits, high bit {high_bit}")
 
     # Tables and window are applied to every possible sample value, and the pixels are looked up there. A
-    # negative sample counts from the end, where its bits are as an unsigned number.
+    # negative sample indexes from the end, like its bits read as an unsigned number.
     stored = np.arange(256**size).astype(values.dtype).astype(int)
     padding = dataset.get("PixelPaddingValue")
     is_padding = np.zeros(len(stored), bool)
@@ -921,7 +921,7 @@ def _open_dicom(file):
     for lookup in filter(None, map(dataset.get, ("ModalityLUTSequence", "VOILUTSequence"))):
         descriptor = lookup[0].LUTDescriptor
         black, white = 0, 2 ** descriptor[2] - 1
-        descriptor[2] = 16  # else pydicom counts entries of 8 bits in 8 bits, and refuses 12
+        descriptor[2] = 16  # else pydicom uses uint8 for 8 bits, and refuses 12
     shown = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
         shown = apply_voi_lut(np.rint(shown).astype(int), dataset)
@@ -1147,10 +1147,10 @@ def lower_resolution(x: Tensor, factor: float) -> Tensor:
 
 
 def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
-    """Replace a ring, its width relative to the sides, by that of others (float32 like x), or of the previous image.
+    """Replace the outer ring, of a width relative to the side, by that of others (like x) or of the previous image.
 
     The border shows the device and the technique, not the lungs; once exchanged, it is unrelated to the label (cut and
-    paste as in CutMix, Yun et al. 2019, but with the label of the lungs).
+    paste as in CutMix, Yun et al. 2019, but the label stays that of the lungs).
     """
     place = torch.linspace(0, 1, x.shape[-1], device=x.device)
     to_edge = torch.minimum(place, 1 - place)
@@ -1160,7 +1160,7 @@ def exchange_border(x: Tensor, width, others: Tensor | None = None) -> Tensor:
 
 @functools.cache
 def standard_normals(n: int, device: torch.device) -> Tensor:
-    """float32 [n], always the same: drawing new ones in each step would take most of noise's time."""
+    """float32 [n], always the same: drawing new ones in each step would dominate the cost of noise()."""
     return torch.randn(n, generator=torch.Generator().manual_seed(0)).to(device)
 
 
@@ -1219,7 +1219,7 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     """
     numbers = []
     for operation, _ in operations:
-        name = "random_resized_crop" if operation is resample else operation.__name__  # a seed keeps its crops
+        name = "random_resized_crop" if operation is resample else operation.__name__  # so seeds keep their crops
         generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
         numbers.append(torch.rand(n, NUMBERS, 1, 1, 1, generator=generator))
     return numbers
@@ -1460,13 +1460,13 @@ def _to_image(levels):
 
 
 def _ellipse(x, y, cx, cy, rx, ry):
-    """1 inside, 0 outside, over a soft edge."""
+    """1 inside, 0 outside, with a soft edge."""
     distance = ((x - cx) / rx) ** 2 + ((y - cy) / ry) ** 2
     return (3 - 2.5 * distance).clip(0, 1)
 
 
 def _smooth(rng, bumps):
-    """Noise in [-1, 1], bumps: how many along a side; float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
+    """Noise in [-1, 1] with this many bumps along a side: float32 [PHANTOM_SIDE, PHANTOM_SIDE]."""
     grid = Image.fromarray(rng.uniform(-1, 1, (bumps, bumps)).astype(np.float32))
     return np.asarray(grid.resize((PHANTOM_SIDE, PHANTOM_SIDE), Image.BICUBIC))
 
@@ -1496,7 +1496,7 @@ def check(root: Path) -> dict:
     remark = warnings.setdefault  # called with (message, names), as warn is
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/, test/, nor in a metadata.csv; {'; '.join(warnings)}")
+        raise UserError(f"{root} has no images in train/, val/ or test/, nor in metadata.csv; {'; '.join(warnings)}")
     for sides, patients in shared_patients(records).items():
         problems[f"patients in both {sides}"] = patients
 
@@ -1535,7 +1535,7 @@ def check(root: Path) -> dict:
     findings = {
         "split": problems["copies across splits"],
         "label": problems["copies whose labels differ"],
-        "patient": warnings["copies whose patients differ, counted as one"],
+        "patient": warnings["copies whose patients differ, counted as one patient"],
     }
     for group in copies.values():
         for attribute, found in findings.items():
@@ -1569,13 +1569,13 @@ def _summarise(notes):
 
 
 def _audit(notes, say):
-    """How well two classes are separated without the lungs: gradient boosting on border or file, out of fold by
-    patient.
+    """How well two classes are separated without the lungs: gradient boosting on border or file, cross-validated
+    by patient.
 
     Returns:
         for each pair of classes with 10 or more patients each, and for border (see border_features) and file: dict of
-        from, classes, auroc and ci95 (Hanley and McNeil 1982, of as many images as patients, since those of one patient
-        are alike).
+        from, classes, auroc and ci95 (Hanley and McNeil 1982, with one image counted per patient, since a
+        patient's are alike).
 
     say(message) is called with each clear separation.
     """
@@ -1678,7 +1678,7 @@ def main() -> None:
     sub = commands.add_parser("demo", help="draw a set of synthetic phantoms")
     sub.add_argument("dir", metavar="DIR", help="a new or empty folder")
     sub.add_argument("--images", type=within(int, 40, 10**6), default=1000, help="number of images")
-    sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="seed of every pixel")
+    sub.add_argument("--seed", type=within(int, 0, 2**32 - 1), default=0, help="random seed")
     args = parser.parse_args()
 
     def work():

@@ -102,12 +102,12 @@ class Scored:
 
     @property
     def reported(self) -> dict[int, str]:
-        """The classes that are scored against the rest, by position: the last of two, each of more."""
+        """The classes that are scored against the rest, by position: the last of two, or each of more."""
         return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
 
     @property
     def arguments(self) -> dict:
-        """Those of the training; predictions of another program have none, and each file is a model of its own."""
+        """Of the training run. Another program's predictions have none, so that each file is a model of its own."""
         return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
 
     def against_rest(self, c: int) -> Answers:
@@ -132,7 +132,7 @@ def decide(logits: ndarray, operating_point: dict) -> dict:
 
 
 def to_logit(probability: float) -> float:
-    """Log-odds; 0 and 1 count as the nearest numbers to them (-744 and 37), so that the others keep their order."""
+    """Log-odds; 0 and 1 are replaced by the nearest floats (log-odds -744 and 37), so that order is kept."""
     return float(logit(min(max(probability, math.ulp(0.0)), math.nextafter(1.0, 0.0))))
 
 
@@ -151,7 +151,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != own_data["fingerprint"]:
-            raise UserError(f"{path} was not trained on the images in {root}; name their folder with --data DIR")
+            raise UserError(f"{path} was not trained on the images in {root}; give their folder with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val if args.split == "val" else ~in_val
@@ -320,7 +320,7 @@ def describe_environment(device: torch.device) -> dict:
 
 
 def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarray, ndarray]:
-    """How many positives and negatives have each score, highest score first: two float64 [draws, different scores]."""
+    """How many positives and negatives have each score, highest score first: two float64 [draws, distinct scores]."""
     order = np.argsort(-score, kind="stable")
     starts = np.flatnonzero(np.diff(score[order], prepend=np.nan))  # first image of each group of equal scores
     weights = weights[:, order]
@@ -330,7 +330,7 @@ def tally(is_positive: ndarray, score: ndarray, weights: ndarray) -> tuple[ndarr
 
 
 def auroc(a: Answers, weights: ndarray, strata=(slice(None),)) -> ndarray:
-    """Area under the ROC curve: the share of pairs of a positive and a negative that are ranked right; ties count half.
+    """Area under the ROC curve: the share of pairs of a positive and a negative that are ranked correctly; ties: half.
 
     Args:
         weights: float64 [draws, n], how often each image was drawn. strata: masks of images, bool [n]; only pairs
@@ -451,7 +451,7 @@ class Bootstrap:
         for start in range(0, self.draws, most_rows):
             shape = min(most_rows, self.draws - start), n_patients
             drawn = rng.integers(n_patients, size=shape)
-            drawn += n_patients * np.arange(shape[0])[:, None]  # so that one bincount counts each row apart
+            drawn += n_patients * np.arange(shape[0])[:, None]  # so that one bincount counts each row by itself
             times = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(shape)
             blocks.append(measure(answers, names, times[:, patient_index].astype(float)))
         return np.concatenate(blocks, axis=1)
@@ -504,7 +504,7 @@ def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
 
 
 def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
-    """Warnings about what makes the figures invalid or easy to misread, a line each."""
+    """Warnings about what makes results invalid or easy to misread, a line each."""
     remarks, leaks = [], s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
         remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['lengths'][-1]}")
@@ -516,7 +516,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
             remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
-        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): results are rough")
+        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): imprecise results")
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None:
@@ -531,7 +531,7 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
 
 
 def model_values(s: Scored, bootstrap: Bootstrap) -> dict[str, ndarray]:
-    """Every metric, float64 [1 + draws]; for more than two classes only some, as means over each against the rest."""
+    """Every metric, float64 [1 + draws]; for more than two classes only some, as means over the classes."""
     each = [bootstrap.values(s.against_rest(c), METRICS) for c in s.reported]
     means = dict(zip(METRICS, np.mean(each, axis=0)))
     if s.is_binary:
@@ -686,7 +686,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
 
 
 def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
-    """How well the border alone predicts the class, and the model's figures where the border is wrong."""
+    """How well the border alone predicts the class, and the model's metrics where the border is wrong."""
     a = s.against_rest(1)
     border = replace(a, score=s.border, predicted=s.border > 0)
     groups = {}
@@ -727,7 +727,7 @@ def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
 
 
 def to_rows(s: Scored) -> list[dict]:
-    """One row per image for the CSV; the figures can be recomputed from it, except stress, border and shortcut."""
+    """One row per image for the CSV; the numbers can be recomputed from it, except stress, border and shortcut."""
     rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
@@ -772,7 +772,7 @@ def align(s: Scored, first: Scored) -> Scored:
         path, _ = min(labels ^ others)
         raise UserError(f"{both} have different images or labels, for example {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
-        raise UserError(f"{both} scored different images with the same names: name one folder with --data")
+        raise UserError(f"{both} scored different images with the same paths: choose one folder with --data")
     patients = dict(zip((r.path for r in first.records), first.patient_index))
     return replace(s, patient_index=np.array([patients[r.path] for r in s.records]))
 
@@ -832,7 +832,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
 # --- Markdown ---
 
 TITLES = {name: metric.title for name, metric in METRICS.items()}
-TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE"}
+TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE", "prevalence": "assumed prevalence"}
 
 
 def render(sections: dict[str, list | dict | None]) -> str:
@@ -864,7 +864,7 @@ def table(rows: dict[str, dict]) -> list[str]:
 
 
 def show(cell: str | float | dict | None) -> str:
-    """Text and counts as they are, figures rounded, estimates with their interval, a dash for what is undefined."""
+    """Text and counts as they are, numbers rounded, estimates with their interval, a dash for what is undefined."""
     match cell:
         case {"value": float(value), "ci95": [low, high]}:
             spread = f" (sd {cell['sd']:.3f})" if "sd" in cell else ""
@@ -884,23 +884,23 @@ def heading(r: dict) -> str:
 
 
 def report_sections(r: dict) -> dict:
-    """The report of one model, from its JSON: what was scored, on what, and how; its figures. See render."""
+    """The report of one model, from its JSON: what was scored, on what, and how; its numbers. See render."""
     d, t, stored = r["data"], r["threshold"], r.get("calibration", {})
     sizes = ", ".join(f"{n} {name}" for name, n in d["sizes"].items())
     facts = [
         *r["warnings"],
         f"{r['checkpoint']} on {d['root']}: {sizes}; {len(d['left_out'])} left out",
-        f"95 % intervals: {count(r['bootstrap']['draws'], 'bootstrap draw')} of patients",
+        f"95 % confidence intervals: {count(r['bootstrap']['draws'], 'bootstrap draw')} of patients",
     ]
     matrix = r["confusion"]
     if "positive" in r:
         facts.append(
-            f"threshold {show(t['value'])} on the probability of {r['positive']}: {t['rule']}, from {t['from']}"
+            f"threshold {show(t['value'])} on P({r['positive']}): rule {t['rule']}; operating point from {t['from']}"
         )
         matrix = [[matrix["tn"], matrix["fp"]], [matrix["fn"], matrix["tp"]]]
     if "prevalence" in stored and 0 < d["prevalence"] < 1:
         facts.append(
-            "probabilities assume equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to its logit "
+            "probabilities assume equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to their logits "
             f"(here {logit(d['prevalence']):+.3f}, which is also the calibration intercept to expect)"
         )
     if "shortcut" in r:
@@ -910,7 +910,7 @@ def report_sections(r: dict) -> dict:
         facts.append(f"worst balanced accuracy over clean and stressed images: {show(worst)} ({worst['row']})")
     kind = "at the threshold" if "positive" in r else "mean over the classes"
     half = r.get("at_half", {})
-    called = [f"called {name}" for name in r["classes"]]
+    called = [f"predicted {name}" for name in r["classes"]]
     return {
         heading(r): facts,
         "metrics": {name: {kind: estimate, "at 0.5": half.get(name)} for name, estimate in r["metrics"].items()},
@@ -927,7 +927,7 @@ def report_sections(r: dict) -> dict:
 GLOSSARY = [
     "Brier score: mean squared distance of the probability from the truth (0 or 1); lower is better",
     "NLL: negative log-likelihood, the mean of -ln(probability of the true class); confident mistakes cost most",
-    "ECE: expected calibration error, the mean distance of probability and observed frequency over ten bins",
+    "ECE: expected calibration error, the mean distance between probability and observed frequency in ten bins",
     "slope: below 1 the probabilities are too extreme, above 1 too cautious",
     "intercept: above 0 the probabilities are too low on the whole, below 0 too high",
     "MCC: Matthews correlation coefficient, from -1 to 1; 0 is guessing",
@@ -936,7 +936,7 @@ TO_WRITE = ["setting and dates", "eligibility", "reference standard", "intended 
 
 
 def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
-    """What a report file says besides its figures: those items of TRIPOD+AI and STARD-AI that are known here."""
+    """What a report file says besides its numbers: those items of TRIPOD+AI and STARD-AI that are known here."""
     d, t, made = r["data"], r["run"], r["provenance"]
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
@@ -1007,7 +1007,7 @@ def comparison_sections(c: dict) -> dict:
 PANELS = {  # title: names of the axes, and what else to know
     "ROC": ("1 - specificity", "sensitivity", "the dot is the threshold in use"),
     "calibration": ("mean probability", "observed frequency", "in ten bins; the diagonal is ideal"),
-    "decision curve": ("threshold", "net benefit", "of treating those called positive, all, or none (0)"),
+    "decision curve": ("threshold", "net benefit", "of treating predicted positives, all, or none (0)"),
     "probabilities": ("probability", "images", "of the last class, by true class; the line is the threshold"),
     "confusion matrix": ("predicted class", "true class", "numbers of images"),
     "training": ("epoch", "losses and validation AUROC", "the line is the selected epoch"),
@@ -1040,7 +1040,7 @@ def draw_roc(ax, a: Answers, label: str, colour: str) -> None:
 
 
 def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
-    """Per image, of treating those called positive, and of treating all (Vickers and Elkin 2006).
+    """Per image: of treating the predicted positives, and of treating all (Vickers and Elkin 2006).
 
     Treating none has a benefit of 0. At threshold t a false positive costs t / (1 - t) times what a true one gains.
     """
@@ -1095,7 +1095,7 @@ def plot_mistakes(s: Scored, device: torch.device):
         with contextlib.suppress(UserError):  # some architectures have no map to show
             heat = models.heat_map(model, image, mistake["prediction"], s.checkpoint)
         of = s.classes[-1] if s.is_binary else mistake["prediction"]
-        called = f"{mistake['label']} called {mistake['prediction']}, P({of}) {mistake['probability']:.3f}"
+        called = f"{mistake['label']} predicted as {mistake['prediction']}, P({of}) {mistake['probability']:.3f}"
         ax.imshow(predict.draw_heat_map(image, heat, [os.path.basename(path), called]))
     return figure
 
@@ -1217,12 +1217,12 @@ def main() -> None:
     help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
     add("inputs", nargs="*", metavar="FILE", help=help)
     add("--split", choices=("test", "val", "train"), default="test", help="images to score")
-    help = "another folder with the same classes, or the run's own if it was moved; writes files only with --output"
+    help = "data folder to use instead of the run's own; then files are written only with --output"
     add("--data", type=text, metavar="DIR", help=help)
     add("--positive", metavar="CLASS", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
-    help = "threshold to use instead of the stored one; writes files only with --output"
+    help = "threshold to use instead of the stored one; then files are written only with --output"
     add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
-    help = "also score copies with another exposure, geometry, sharpness, noise, or border"
+    help = "also score copies with altered exposure, geometry, sharpness, noise or border"
     add("--stress", action="store_true", help=help)
     add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")

@@ -1,4 +1,4 @@
-"""Build timm models, give them weights, save and load them, run them, draw heat maps, and spot unlike images.
+"""Build timm models, give them weights, save and load them, run them, draw heat maps, and flag unusual images.
 
 Every model has one grey input channel and one logit per class; the positive class is the last.
 
@@ -55,7 +55,7 @@ def pick_device(name: str) -> torch.device:
 def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     """timm's name of the architecture, its configuration (input, and where its weights are), and its own arguments.
 
-    name: a model of timm, with or without a tag; or one of the hub or a folder: hf-hub:OWNER/NAME, timm/NAME,
+    name: a timm model, with or without a tag; or one on the hub or in a folder: hf-hub:OWNER/NAME, timm/NAME,
     local-dir:FOLDER.
 
     Raises:
@@ -140,7 +140,7 @@ def n_parameters(model: nn.Module) -> int:
 
 # --- weights ---
 
-COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # buffers that other programs add
+COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # buffers that not every program saves
 SAFE = [  # types that may be saved beside the weights and run no code
     argparse.Namespace,
     np.dtype,
@@ -162,7 +162,7 @@ def build_pretrained(
 
     Returns:
         the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
-        failed (why there are none) and sha256 (of a file, else empty); and, for a run of this suite, its checkpoint.
+        failed (why not timm's) and sha256 (of a file, else empty); and, for a run of this suite, its checkpoint.
     """
     if weights is not None:
         return from_file(name, classes, size, in_run_folder(weights))
@@ -214,7 +214,7 @@ def answers(address: str) -> bool:
 
 
 def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with a file's weights: every tensor must fit. The head is new unless a run has the same classes.
+    """build_pretrained with weights from a file: every tensor must fit; only a run with these classes keeps its head.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -442,7 +442,7 @@ def decide(logits: Tensor, checkpoint: dict) -> Decision:
 
 
 def calibrate(logits: Tensor, slope: float, intercept: float) -> Tensor:
-    """Log-odds of each class against the rest, float64 [n, classes], from logits like them (Platt 1999).
+    """Log-odds of each class against the rest, float64 [n, classes], from logits of that shape (Platt 1999).
 
     All logits are multiplied by slope; intercept is added to the last.
     """
@@ -498,7 +498,7 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
 
 
 def shown_layer(model: nn.Module, size: int) -> tuple[nn.Module, int]:
-    """The layer whose features a heat map shows, and its number of cells along a side of such images.
+    """The layer whose features a heat map shows, and its number of cells along a side at this size.
 
     The last stage of stride 8 or less, or else the finest: the 32-pixel cells of most last stages are too coarse for
     an opacity. Of equal blocks, as in a plain transformer, the last but one: of the last one's tokens, the head may

@@ -291,7 +291,7 @@ def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
 
 
 def shorten(text: str, width: int) -> str:
-    """Text without a part of its first half, so that the names of classes and files can still be recognised."""
+    """Text with a part cut out nearer its start, so that names of classes and files can still be recognised."""
     front = (width - 3) // 3
     return text if len(text) <= width else f"{text[:front]}...{text[front + 3 - width :]}"
 
@@ -359,7 +359,7 @@ def main() -> None:
     parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    add("--ckpt", metavar="FILE", help="checkpoint or run folder (default: newest)")
+    add("--ckpt", metavar="FILE", help="run or checkpoint (default: newest finished run)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")

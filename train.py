@@ -81,7 +81,7 @@ class TrainingSet:
         return self.labels[index] == len(self.classes) - 1
 
     def selected_epoch(self, history: list[dict]) -> int:
-        """The epoch to keep, from 1 on: the latest one within a standard error of the best validation AUROC up to it.
+        """The epoch to keep, counted from 1: the latest within a standard error of the best validation AUROC until then.
 
         AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error is
         that of so many patients, since images of one patient are alike.
@@ -313,8 +313,8 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 
 # --- operating point ---
 #
-# In use, a model gets images made differently from its validation images. So calibration and threshold are fitted to
-# these and their stressed copies, weighted so that the border of the film is unrelated to the class.
+# In use, a model gets images acquired differently from its validation images. So calibration and threshold are fitted
+# to validation images and their stressed copies, weighted so that the image border is unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
 
@@ -328,7 +328,7 @@ def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarr
     Args:
         labels: int64 [n]. border_logits: float64 [n], see models.border_logit.
     """
-    cells, how = labels, "equal class weights"
+    cells, how = labels, "classes balanced"
     if border_logits is not None:
         terciles = np.searchsorted(np.quantile(border_logits, (1 / 3, 2 / 3)), border_logits)
         n_classes = labels.max() + 1
@@ -488,7 +488,7 @@ def check_state(state: dict, args: argparse.Namespace, d: TrainingSet, world: in
     if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use as many")
+        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same")
     if not history:
         return
     checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better to fail now than at the end
@@ -646,7 +646,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = batches(d, order, operations, numbers, preprocessing, device)
-        is_silent = None if is_first else True  # None: unless a terminal
+        is_silent = None if is_first else True  # None: off unless a terminal
         loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=is_silent)
         train_metrics = train_epoch(learner, class_weights, loader, rates, first_step)
         speed = steps * batch_size / (time.perf_counter() - start)
@@ -690,9 +690,9 @@ def split_rows(d: TrainingSet) -> list[dict]:
 def print_start(
     args: argparse.Namespace, note: str, d: TrainingSet, learner: Learner, crop: int, size: int, device
 ) -> None:
-    """What is trained, on what, and what the table's columns are; note: on the weights."""
+    """Print what is trained, on what, and the table's header; note: about the weights."""
     print(f"{args.model}, {models.n_parameters(learner.model) / 1e6:.2f} M parameters, {note}")
-    for index, purpose in ((d.train, "to train"), (d.val, "to validate")):
+    for index, purpose in ((d.train, "for training"), (d.val, "for validation")):
         patients = count(d.n_patients(index), "patient")
         print(f"{data.printable(str(d.root))}: {count(len(index), 'image')} of {patients} {purpose}")
     if len(d.classes) == 2:
@@ -720,8 +720,8 @@ def make_parser() -> data.Parser:
     parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (data/chest_xray, else the demo set)")
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="side of the input (160, or the model's own)")
+    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="input side (default: 160, or the model's own)")
     add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="number of patient folds; one is for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
@@ -737,19 +737,19 @@ def make_parser() -> data.Parser:
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
     add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak learning rate; transformers need less")
-    add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="of AdamW, not on norms and biases")
+    add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="AdamW weight decay; none on norms and biases")
     help = "learning-rate factor per layer, downwards"
     add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help=help)
-    add("--warmup-epochs", type=number(float, 0), default=1.0, help="linear warm-up, before the cosine")
-    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="for the average of the weights; 0: none")
-    add("--balance", action=yes_no, default=True, help="weight the classes equally in the loss")
+    add("--warmup-epochs", type=number(float, 0), default=1.0, help="epochs of linear warm-up before cosine decay")
+    add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="decay of the weight average (EMA); 0: off")
+    add("--balance", action=yes_no, default=True, help="give each class the same total weight in the loss")
     add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
     help = "lowest probability that counts as positive; or youden, or sensitivity=0.95, chosen on validation"
     add("--threshold", type=threshold_rule, default="0.5", metavar="RULE", help=help)
     add = parser.add_argument_group("run").add_argument
     add("--output", type=text, metavar="DIR", help="run folder (default: runs/DATE-TIME-MODEL)")
     add("--resume", type=text, metavar="DIR", help="continue a run; can change --data, --epochs, --device")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all but the split")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of everything but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 on CUDA")
     add("--compile", action=yes_no, default=False, help="torch.compile the model")

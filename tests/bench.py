@@ -1,6 +1,6 @@
 """How close the suite comes to the machine's limit; run by hand, not by pytest.
 
-    python tests/bench.py --only training evaluation    # speed over that of the model alone; 1 is the limit
+    python tests/bench.py --only training evaluation    # speed relative to the bare model; 1 is the limit
     python tests/bench.py --only scale                  # 5,000 and 50,000 images: linear time, flat memory?
 
 Speeds are ratios of two things measured in turn in the same process. Prints one table and one line of JSON.
@@ -37,7 +37,7 @@ def seconds(f) -> float:
 
 
 def ratio(limit, real) -> float:
-    """Median over rounds of the time of limit over the time of real, called in turn; 1 is as fast as the limit."""
+    """Median over rounds of limit's time divided by real's, called alternately; 1: as fast as the limit."""
     limit(), real()
     return float(np.median([seconds(limit) / seconds(real) for _ in range(ROUNDS)]))
 
@@ -64,7 +64,7 @@ def set_up(count: int):
 
 
 def training() -> dict:
-    """The real loop over forward, backward and optimizer on one resident batch; the size that is fed is the same."""
+    """The real loop relative to forward, backward and optimizer step on one batch of the same size in memory."""
     _, _, epoch = set_up(STEPS * BATCH)
     bare = models.build(NAME, 2, SIZE).to(memory_format=torch.channels_last).train()
     optimizer = create_optimizer_v2(bare, opt="adamw", lr=1e-3, weight_decay=0.05, foreach=True)
@@ -97,7 +97,7 @@ def evaluation() -> dict:
 
 
 def draw_noise(folder: Path, count: int) -> Path:
-    """A data folder of count different images, two of a patient."""
+    """A data folder of count different images, two per patient."""
     for label, pattern in (("NORMAL", "IM-{}-{}.jpeg"), ("PNEUMONIA", "person{}_virus_{}.jpeg")):
         target = folder / "train" / label
         target.mkdir(parents=True)
@@ -109,7 +109,7 @@ def draw_noise(folder: Path, count: int) -> Path:
 
 
 def watched(command: list, cwd: Path) -> tuple[float, float]:
-    """Run a command to its end: seconds, and most MB of memory that is no page cache."""
+    """Run a command to its end: seconds, and peak MB of memory without page cache."""
     start, most = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as out:
         process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out, cwd=cwd)
@@ -125,7 +125,7 @@ def watched(command: list, cwd: Path) -> tuple[float, float]:
 
 
 def few_steps(root: str, output: str) -> None:
-    """Run train.py with a few steps in the place of an epoch."""
+    """Run train.py with a few steps instead of an epoch."""
     original = train.train_epoch
 
     def replacement(learner, class_weights, loader, rates, *rest) -> dict:
@@ -137,7 +137,7 @@ def few_steps(root: str, output: str) -> None:
 
 
 def scale(work: Path, counts: list[int]) -> dict:
-    """Seconds and MB (page cache apart) of whole commands at each number of images."""
+    """Seconds and MB (without page cache) of whole commands for each number of images."""
     suite, result = Path(data.__file__).parent, defaultdict(list)
     find_bench = f"import sys; sys.path[:0] = [{str(suite / 'tests')!r}]; import bench"
     for count in counts:
@@ -162,7 +162,7 @@ PARTS = ("training", "evaluation", "scale")
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS[:-1], help=" ".join(PARTS))
-    parser.add_argument("--images", nargs="+", type=int, default=[5_000, 50_000], help="of the part scale")
+    parser.add_argument("--images", nargs="+", type=int, default=[5_000, 50_000], help="numbers of images, for scale")
     return parser
 
 

@@ -20,9 +20,9 @@ import evaluate
 
 
 def simulate(rng: np.random.Generator, images: int, separation: float) -> evaluate.Answers:
-    """Normal scores of variance 1, half of it the patient's, at the threshold of a sensitivity of 0.99.
+    """Gaussian scores of variance 1, half of it between patients; sensitivity 0.99 at the threshold.
 
-    Patients have 1 to 4 images, 1.46 on average, as in the public test split (624 of 428); 62 % of them are positive.
+    Patients have 1 to 4 images, 1.46 on average, as in the public test split (624 from 428); 62 % of them are positive.
     """
     sizes = rng.choice([1, 2, 3, 4], size=images, p=[0.7, 0.18, 0.08, 0.04])
     patients = np.repeat(np.arange(images), sizes)[:images]
@@ -35,9 +35,9 @@ def simulate(rng: np.random.Generator, images: int, separation: float) -> evalua
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", type=int, default=500, help="data sets in each row")
+    parser.add_argument("--sets", type=int, default=500, help="simulated data sets per row")
     args = parser.parse_args()
-    print("| images | AUROC | covered | sensitivity 0.99 covered |")
+    print("| images | AUROC | its coverage | coverage of sensitivity 0.99 |")
     print("| --- | --- | --- | --- |")
     for images in (100, 624, 5000):
         for auroc in (0.9, 0.99, 0.999):

@@ -27,7 +27,7 @@ import data
 
 
 def touch(root, *paths, content=b"x"):
-    """Files of any content, most for what never opens an image."""
+    """Write files of any content, for tests that never decode an image."""
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         (root / path).write_bytes(content)
@@ -74,7 +74,7 @@ def contents(folder):
 # --- command line and files ---
 
 
-def test_what_to_csv_writes_reads_back_and_no_spreadsheet_runs_it(tmp_path):
+def test_to_csv_output_reads_back_and_contains_no_formula(tmp_path):
     rows = [{"note": text, "logit": "-1.5"} for text in ("=1+1", "'=x", "a=b", 'two "quotes", a comma', "two\nlines")]
     text = data.to_csv(rows)
     data.write_text(tmp_path / "t.csv", text)
@@ -93,7 +93,7 @@ AS_WRITTEN = {  # the same table as other programs write it
 
 
 @pytest.mark.parametrize("kind", AS_WRITTEN)
-def test_a_table_reads_alike_however_it_is_written(tmp_path, kind):
+def test_a_table_reads_the_same_in_every_dialect(tmp_path, kind):
     table(tmp_path, AS_WRITTEN[kind])
     assert data.read_table(tmp_path / "metadata.csv", ("file_name", "label")) == [
         {"file_name": "x/1.png", "Age": "5", "label": "A"},
@@ -130,7 +130,7 @@ ENDS = {  # what the work does, the exit code, what is printed on stderr
 
 
 @pytest.mark.parametrize("case", ENDS)
-def test_an_ended_script_prints_one_line_and_leaves_nothing_half_written(tmp_path, monkeypatch, capsys, case):
+def test_a_stopped_script_prints_one_line_and_leaves_no_partial_file(tmp_path, monkeypatch, capsys, case):
     work, code, line = ENDS[case]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdout", Closed())
@@ -153,7 +153,7 @@ IDENTIFY = {  # the same number in two series is two patients, but v3 counts all
 
 
 @pytest.mark.parametrize("name", IDENTIFY)
-def test_a_file_name_says_patient_and_subtype(name):
+def test_a_file_name_gives_patient_and_subtype(name):
     patient, subtype, _ = data.identify(name)
     assert (patient, subtype) == IDENTIFY[name]
 
@@ -169,7 +169,7 @@ def test_scan_takes_images_and_counts_the_rest(tmp_path, capsys):
     assert [r.patient for r in records] == ["IM-1", "virus-2", "train/PNEUMONIA/x.jfif"]
     assert not records[2].known_patient
     said = capsys.readouterr().err
-    assert "2 .txt, 1 no extension" in said and "in no class folder: 1 (train/loose.png)" in said
+    assert "2 .txt, 1 no extension" in said and "not in a class folder: 1 (train/loose.png)" in said
     assert "disagree" not in said  # without a table
 
 
@@ -178,7 +178,7 @@ def test_masks_and_annotations_are_left_out_by_name_and_counted(tmp_path, capsys
     masks = ["train/A/lung masks/1.png", "train/A/1_mask.png", "train/A/Label/1.png", "train/A/seg_1.png"]
     touch(tmp_path, *images, *masks)
     assert [r.path for r in data.scan(tmp_path, "train")] == images
-    assert "as masks or annotations, by their names: 4" in capsys.readouterr().err
+    assert "named like masks or annotations: 4" in capsys.readouterr().err
 
 
 def test_several_folders_for_one_split_are_an_error_in_any_case(tmp_path):
@@ -254,10 +254,10 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
     assert "the folder disagree on the label; using metadata.csv: 1 (B/5.png)" in said
-    assert "without a label or in no class folder: 1 (x/6.png)" in said
+    assert "no label or not in a class folder: 1 (x/6.png)" in said
 
 
-def test_a_table_in_the_folder_of_a_split_decides_its_split(tmp_path):
+def test_rows_of_a_table_in_a_split_folder_get_that_split(tmp_path):
     touch(tmp_path, "train/1.png")
     table(tmp_path, "file_name,label\n1.png,Überweisung\n", folder="train")
     (record,) = data.scan(tmp_path, "train")
@@ -332,7 +332,7 @@ def deal(records, folds, copies=None):
     return chosen.argmax(0).tolist()
 
 
-def test_folds_keep_patients_together_and_strata_even_and_never_change():
+def test_folds_keep_patients_together_and_strata_balanced_and_never_change():
     records = many_records()
     folds = deal(records, 10)
     assert len({(r.patient, fold) for r, fold in zip(records, folds)}) == 600
@@ -346,7 +346,7 @@ def test_folds_keep_patients_together_and_strata_even_and_never_change():
     assert hashlib.sha256("".join(map(str, folds)).encode()).hexdigest()[:16] == "bda192c75a7e91e5"
 
 
-def test_copies_make_two_patients_one_in_numbers_and_folds():
+def test_patients_who_share_a_copy_become_one():
     records = many_records(60)
     paths = [r.path for r in records]
     copies = np.arange(len(records))
@@ -357,7 +357,7 @@ def test_copies_make_two_patients_one_in_numbers_and_folds():
         assert len({fold for r, fold in zip(records, found) if r.patient in ("p7", "p40", "p21")}) == n
 
 
-def test_a_val_folder_validates(tmp_path, capsys):
+def test_a_val_folder_is_used_for_validation(tmp_path, capsys):
     touch(tmp_path, *file_names("train", 0, 40), *file_names("val", 1000, 100))
     records = data.find_training(tmp_path)
     chosen = data.is_validation(records, np.arange(140), 5, 0)
@@ -380,7 +380,7 @@ def test_shared_patients_are_an_error(tmp_path):
 
 
 ODD_PATIENTS = {
-    "images without a patient id (each counts as a patient), of 2: 1 (train/A/1)": records_of("p", "train/A/1"),
+    "of 2 images, these have no patient id, so each counts as a patient: 1 (train/A/1)": records_of("p", "train/A/1"),
     "more than 5 % of all images; placeholders?: 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
     "use one spelling: 1 (00017b = 17B.0)": [*records_of("00017b", "8"), *records_of("17B.0", "x8", split="test")],
@@ -445,7 +445,7 @@ SHARE = (PICTURE / 255).astype(np.float32)
 
 
 def deepened(bits, picture=PICTURE):
-    """The picture's levels on the scale of so many bits."""
+    """The picture's levels, scaled to a bit depth."""
     scale = (2**bits - 1) / 255
     return (picture * scale).round().astype(np.uint16)
 
@@ -490,7 +490,7 @@ def test_any_depth_gives_the_same_grey_levels(bits):
         assert info.depth == bits
 
 
-def test_a_marker_at_the_extreme_of_the_type_sets_no_depth_and_a_large_picture_is_scaled_alike_in_all_parts():
+def test_a_saturated_marker_does_not_set_the_depth_and_a_large_picture_is_scaled_uniformly():
     large = np.tile(PICTURE, (20, 20))  # 2.2 million pixels
     samples = deepened(12, large)
     samples[:10] = 65535
@@ -635,7 +635,7 @@ def test_dicom_reads_as_the_grey_picture_without_and_with_a_window(bits, signed,
 
 @needs_pydicom
 @pytest.mark.parametrize("signed", [0, 1])
-def test_dicom_that_states_16_bits_is_guessed_unless_it_has_a_window(signed):
+def test_the_depth_of_16_bit_dicom_is_guessed_unless_it_has_a_window(signed):
     samples = stored(12, signed)
     samples[:10, :30] = np.iinfo(samples.dtype).max  # a burned-in marker
     found, info = read(dicom(samples, 16, RescaleSlope=2, RescaleIntercept=-100))
@@ -703,7 +703,7 @@ def test_dicom_padding_is_black_and_a_dark_picture_beside_it_stays_dark(case):
 
 
 @needs_pydicom
-def test_dicom_without_a_preamble_of_many_frames_or_in_colour_is_read():
+def test_multi_frame_colour_and_preambleless_dicom_is_read():
     found, _ = read(dicom(PICTURE, 8)[132:])
     np.testing.assert_array_equal(found, PICTURE)
     frames = np.stack([PICTURE, 255 - PICTURE])
@@ -715,7 +715,7 @@ def test_dicom_without_a_preamble_of_many_frames_or_in_colour_is_read():
 
 
 @needs_pydicom
-def test_the_patient_is_named_by_table_header_and_file_name_in_this_order(tmp_path):
+def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
     """A header is hashed, so that nothing of it is written anywhere."""
     for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", None, "anonymous", "0")):
         path = f"train/A/IM-000{i}-0001"  # known by its content
@@ -743,7 +743,7 @@ UNREADABLE = {  # what the reason says, and the header fields
 @needs_pydicom
 @pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
 @pytest.mark.parametrize("reason", UNREADABLE)
-def test_dicom_that_cannot_be_shown_right_is_refused_by_name(reason):
+def test_dicom_that_cannot_be_shown_correctly_is_refused_with_a_reason(reason):
     _, info = read(dicom(stored(12), 12, **UNREADABLE[reason]))
     assert reason in info.error
 
@@ -830,7 +830,7 @@ def test_a_changed_file_is_decoded_again(tmp_path):
     assert sorted(path.name.split("-v")[0] for path in (root / ".cache").iterdir()) == ["train-16", "train-8"]
 
 
-def test_an_interrupted_build_leaves_nothing_and_what_failed_for_a_moment_is_read_again(tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing_and_a_transient_failure_is_retried(tmp_path, monkeypatch):
     def interrupted(path, size):
         raise KeyboardInterrupt
 
@@ -848,7 +848,7 @@ def test_an_interrupted_build_leaves_nothing_and_what_failed_for_a_moment_is_rea
     np.testing.assert_array_equal(load(root).images, decoded(root))
 
 
-def test_a_cache_that_cannot_be_beside_the_data_goes_to_the_users_folder(tmp_path, monkeypatch, capsys):
+def test_the_cache_falls_back_to_the_users_folder(tmp_path, monkeypatch, capsys):
     root = touch(tree(tmp_path / "d"), ".cache")  # a file where the folder should be: stops root as well
     np.testing.assert_array_equal(load(root).images, decoded(root))
     assert f"no image cache in {root}/.cache" in capsys.readouterr().err
@@ -859,7 +859,7 @@ def test_a_cache_that_cannot_be_beside_the_data_goes_to_the_users_folder(tmp_pat
         load(root)
 
 
-def test_what_cannot_be_used_is_reported_by_both_calls_and_is_not_a_copy(tmp_path, capsys):
+def test_unusable_files_are_reported_on_every_call_and_are_not_copies(tmp_path, capsys):
     root = tree(tmp_path / "d")
     bad, mask = "train/NORMAL/IM-80-0001.jpeg", "train/PNEUMONIA/person1_virus_9.png"
     save(touch(root, bad), {mask: np.eye(20, dtype=np.uint8)})
@@ -872,7 +872,7 @@ def test_what_cannot_be_used_is_reported_by_both_calls_and_is_not_a_copy(tmp_pat
     assert capsys.readouterr().err.count(f"left out, can't be used: 2 ({bad}: not an image") == 2
 
 
-def test_the_fingerprint_is_of_files_paths_labels_and_splits(tmp_path):
+def test_the_fingerprint_covers_files_paths_labels_and_splits(tmp_path):
     root = tree(tmp_path / "d")
     records = load(root).records
     notes = [{"digest": data.sha256(root / r.path)[:16]} for r in records]
@@ -926,7 +926,7 @@ def test_only_the_chosen_images_are_flipped():
     assert torch.equal(flipped[0], X[0].flip(2)) and torch.equal(flipped[1], X[0])
 
 
-def test_the_border_comes_from_the_image_before():
+def test_the_border_comes_from_the_previous_image():
     x = torch.stack([torch.full((1, 100, 100), level) for level in (0.1, 0.5, 0.9)])
     changed = data.exchange_border(x.clone(), torch.tensor([0.04, 0.18, 0]).view(3, 1, 1, 1))
     assert torch.equal(changed[2], x[2])
@@ -954,7 +954,7 @@ DRAWN = [  # operation of robust, its parameter, and the lowest, mean and highes
 
 
 @pytest.mark.parametrize(("name", "parameter", "low", "mean", "high"), DRAWN)
-def test_robust_draws_the_parameters_that_it_says(name, parameter, low, mean, high):
+def test_robust_draws_the_documented_parameters(name, parameter, low, mean, high):
     ((operation, draw),) = [line for line in data.preset("robust", 32) if line[0].__name__ == name]
     (numbers,) = data.draw_numbers([(operation, draw)], 20_000, seed=0, epoch=0)
     drawn = draw(numbers)[parameter].double()
@@ -972,7 +972,7 @@ def test_each_operation_of_robust_changes_images_and_keeps_their_range():
     assert 0 <= whole.min() and whole.max() <= 1
 
 
-def test_what_an_image_becomes_does_not_depend_on_its_batch():
+def test_augmentation_does_not_depend_on_the_batch():
     operations = data.preset("robust", 32)[1:]  # the first exchanges borders within the batch
     numbers = data.draw_numbers(operations, 12, seed=0, epoch=0)
     together = data.augment(BATCH, operations, numbers)
@@ -1104,7 +1104,7 @@ def differing(a, b):
     return np.bitwise_count(bits[0] ^ bits[1]).sum()
 
 
-def test_the_hash_survives_what_copying_does():
+def test_the_hash_survives_resizing_compression_and_darkening():
     for seed in range(20):
         image = texture(seed)
         smaller = Image.fromarray(image).resize((120, 120), Image.Resampling.BICUBIC)
@@ -1122,7 +1122,7 @@ def test_the_hash_differs_between_images():
 
 
 def flip_bits(hashes, row, bits):
-    """One of the hashes with so many of its bits changed."""
+    """One of the hashes, with this many bits flipped."""
     changed = np.unpackbits(hashes[row].view(np.uint8))
     order = np.random.default_rng(row).permutation(256)
     changed[order[:bits]] ^= 1
@@ -1164,7 +1164,7 @@ def test_the_demo_set_is_a_function_of_the_seed(tmp_path):
     assert all(a[name] != c[name] for name in a)
 
 
-def test_the_demo_set_is_drawn_where_data_are_missing_and_announced(tmp_path, monkeypatch, capsys):
+def test_without_data_the_demo_set_is_drawn_and_announced(tmp_path, monkeypatch, capsys):
     draw_demo = data.draw_demo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "draw_demo", lambda root: draw_demo(root, images=40))
@@ -1175,7 +1175,7 @@ def test_the_demo_set_is_drawn_where_data_are_missing_and_announced(tmp_path, mo
     assert "DEMO DATA" in capsys.readouterr().err
 
 
-def test_the_demo_set_has_patients_of_two_images_in_all_kinds_and_no_problem(demo):
+def test_the_demo_set_has_two_images_per_patient_all_kinds_and_no_problem(demo):
     records = data.scan(demo)
     assert set(Counter(r.patient for r in records).values()) == {2}
     kinds = {(r.label, r.subtype) for r in records}
@@ -1238,7 +1238,7 @@ def test_check_counts_and_measures(tmp_path):
 NORMAL = "train/NORMAL/IM-1-0001.png"
 FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
     "same patient": ("train/NORMAL/IM-1-0002.png", None, ""),
-    "other patient": ("train/NORMAL/IM-9-0001.png", "warnings", "copies whose patients differ, counted as one"),
+    "other patient": ("train/NORMAL/IM-9-0001.png", "warnings", "copies whose patients differ, counted as one patient"),
     "other class": ("train/PNEUMONIA/IM-1-0001.png", "problems", "copies whose labels differ"),
     "other split": ("test/NORMAL/IM-9-0001.png", "problems", "copies across splits"),
     "shared patient": ("test/NORMAL/IM-1-0002.png", "problems", "patients in both train and test"),
@@ -1265,7 +1265,7 @@ FOUND = (
     "PROBLEM: classes without a readable image in test: 2 (NORMAL, PNEUMONIA)",
     "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
     "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
-    "WARNING: images without a patient id (each counts as a patient), of 9: 3",
+    "WARNING: of 9 images, these have no patient id, so each counts as a patient: 3",
     "fingerprint of train: ",
     "fingerprint of test: ",
 )

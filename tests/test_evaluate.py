@@ -82,7 +82,7 @@ def is_pneumonia(rows: list[dict], column: str = "label") -> np.ndarray:
 
 
 def answers(y, score, patients=None) -> evaluate.Answers:
-    """Answers about images, each of a patient of its own if none are given."""
+    """Answers about images, each from its own patient if none are given."""
     score = np.asarray(score, float)
     if patients is None:
         patients = np.arange(len(y))
@@ -102,7 +102,7 @@ def test_ranking_equals_scikit_learn(tmp_path, levels):
     assert metrics["auprc"]["value"] == pytest.approx(sk.average_precision_score(y, p), abs=1e-12)
 
 
-def test_a_draw_is_scored_as_the_repeated_images_are():
+def test_a_draw_is_scored_like_repeated_images():
     rng = np.random.default_rng(0)
     y = rng.random(200) < 0.7
     z = rng.integers(-15, 15, 200)
@@ -183,7 +183,7 @@ def test_the_mean_over_runs_varies_as_the_mean_over_other_runs_would():
 # --- calibration and decisions ---
 
 
-def test_calibration_figures_equal_scikit_learn_and_the_error_by_hand(tmp_path):
+def test_brier_and_nll_equal_scikit_learn_and_ece_a_value_by_hand(tmp_path):
     y = [0, 1, 1, 1, 0]
     p = [0.15, 0.15, 0.85, 0.87, 0.33]
     found = score(tmp_path, to_rows(y, p))["calibration"]
@@ -201,7 +201,7 @@ def test_the_calibration_slope_and_intercept_by_hand():
     assert found["intercept"] == pytest.approx(-0.8, abs=1e-6)
 
 
-def test_without_an_overlap_of_the_classes_there_is_no_slope():
+def test_classes_that_do_not_overlap_have_no_slope():
     y = np.array([False, False, True, True])
     z = np.array([-2.0, 1.0, 1.0, 2.0])  # they only touch
     found = evaluate.calibration(y, z)
@@ -415,7 +415,7 @@ def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
     assert rows[0] in (rivals / "out" / "report.md").read_text()
 
 
-def test_p_values_are_adjusted_for_their_number_by_hand():
+def test_holm_adjusted_p_values_match_those_by_hand():
     assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     assert evaluate.holm([0.6, 0.9]) == [1, 1]
 
@@ -591,7 +591,7 @@ def test_other_thresholds_and_images_overwrite_no_report(run, evaluated, demo, t
     assert_report(found, read_csv(tmp_path / "out" / "test.csv"))
 
 
-def test_validation_gives_the_figures_of_training(run, tmp_path):
+def test_scoring_val_reproduces_the_metrics_of_training(run, tmp_path):
     words = ("--split", "val", "--output", tmp_path, "--bootstrap", 0, "--device", "cpu")
     found, err = evaluate_files(tmp_path, run, *words)
     known = models.load(run)["validation"]
@@ -720,7 +720,7 @@ def three(run_folder, demo, tmp_path_factory) -> Path:
     return folder / "ckpt.pt"
 
 
-def test_three_classes_get_what_is_defined_for_them(three, tmp_path):
+def test_three_classes_get_the_metrics_defined_for_them(three, tmp_path):
     found, _ = evaluate_files(tmp_path, three, "--output", "out", "--bootstrap", 100)
     rows = read_csv(tmp_path / "out" / "test.csv")
     labels = np.array(["ABC".index(row["label"]) for row in rows])
@@ -764,7 +764,7 @@ def test_a_csv_that_cannot_be_scored_is_one_line_and_code_2(tmp_path, content, e
     assert [path.name for path in tmp_path.iterdir()] == ["bad.csv"]
 
 
-def test_data_other_than_the_runs_own_are_noticed(run, demo, tmp_path):
+def test_data_other_than_the_runs_own_is_refused(run, demo, tmp_path):
     for name in ("a", "b"):
         shutil.copytree(demo, tmp_path / name)
         about = {**models.load(run)["data"], "root": str(tmp_path / name)}
@@ -772,7 +772,7 @@ def test_data_other_than_the_runs_own_are_noticed(run, demo, tmp_path):
     first, second = sorted((tmp_path / "b" / "test" / "NORMAL").iterdir())[:2]
     shutil.copy(first, second)
     _, err = evaluate_files(tmp_path, "run_a", "run_b", "--bootstrap", 0, code=2)
-    assert "scored different images with the same names" in err
+    assert "scored different images with the same paths" in err
     min((tmp_path / "b" / "train" / "NORMAL").iterdir()).unlink()
     _, err = evaluate_files(tmp_path, "run_b", "--split", "val", code=2)
     assert "run_b was not trained on the images in" in err
@@ -849,7 +849,7 @@ def test_the_grid_shows_each_mistake_with_the_map_of_the_predicted_class(run, tm
 
 @pytest.mark.extra("matplotlib")
 @pytest.mark.filterwarnings("default")
-def test_panels_show_the_threshold_in_force_and_say_what_was_scored(run, tmp_path, figures):
+def test_panels_show_the_threshold_in_use_and_say_what_was_scored(run, tmp_path, figures):
     found, _ = evaluate_files(tmp_path, run, "--threshold", 0.3, "--output", "out", "--plots", "--bootstrap", 0)
     figure = figures["test.png"]
     panels = {ax.get_title(): ax for ax in figure.axes}

@@ -1,4 +1,4 @@
-"""Models: families of architectures, weights from files and a hub, checkpoints, decisions, heat maps, what is unlike."""
+"""Models: families of architectures, weights from files and a hub, checkpoints, decisions, heat maps, input check."""
 
 import functools
 import http.server
@@ -163,7 +163,7 @@ class Toy(nn.Module):
 
 
 def tokens(f, others: int):
-    """Cells as tokens, after others that stand for no cell."""
+    """Cells as tokens, after tokens that belong to no cell."""
     return torch.cat([100 * f.mean((2, 3))[:, None].expand(-1, others, -1), f.flatten(2).transpose(1, 2)], 1)
 
 
@@ -210,7 +210,7 @@ def test_unusual_models_get_a_map_or_an_error():
         ("lambda_resnet26t", "cuda", torch.contiguous_format),
     ],
 )
-def test_models_that_channels_last_crashes_or_does_not_fit_are_contiguous(name, device, expected):
+def test_models_that_fail_with_channels_last_are_contiguous(name, device, expected):
     model = models.build(name, 2, 64)
     assert models.memory_format(model, torch.device(device)) == expected
 
@@ -243,7 +243,7 @@ def test_a_model_is_taken_from_a_folder_with_its_own_arguments(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "file"), [(SMALL, "w.safetensors"), (VIT, "w.pt"), (DISTILLED, "w.pt")])
-def test_weights_of_colour_images_are_adapted(tmp_path, name, file):
+def test_weights_for_colour_images_are_adapted(tmp_path, name, file):
     state = timm.create_model(name, num_classes=5).state_dict()
     path = write_weights(tmp_path / file, state)
     model, origin, _ = load_weights(path, name=name)
@@ -344,7 +344,7 @@ def close_hub(monkeypatch, tmp_path):
     assert constants.HF_HUB_OFFLINE is False  # as it was before
 
 
-def test_weights_come_from_a_hub_and_again_from_its_cache(close_hub, tmp_path):
+def test_weights_come_from_the_hub_then_from_its_cache(close_hub, tmp_path):
     folder = tmp_path / "timm" / "mobilenetv3_small_050.lamb_in1k" / "resolve" / "main"
     folder.mkdir(parents=True)
     state = timm.create_model(SMALL).state_dict()
@@ -418,7 +418,7 @@ def test_the_newest_run_is_found_and_finished_ones_come_first(tmp_path, monkeypa
 # --- ask ---
 
 
-def test_logits_are_those_of_the_normalised_image_whatever_the_batches(small):
+def test_logits_are_of_the_normalised_image_for_any_batch_size(small):
     images = torch.randint(0, 256, (10, 64, 64), dtype=torch.uint8)
     index = torch.tensor([7, 3, 9, 0])
     found = models.infer(small, models.in_batches(images, index, 3), {"mean": 0.4, "std": 0.2})
@@ -443,7 +443,7 @@ def test_two_classes_are_calibrated_on_their_difference_and_decided_by_the_thres
     assert decide(logits, slope=0.5, intercept=0.25, threshold=0.26).predicted.tolist() == [1, 0, 0]
 
 
-def test_of_three_classes_the_largest_is_predicted():
+def test_of_three_classes_the_most_probable_is_predicted():
     logits = [[0.0, math.log(2), math.log(5)], [3.0, 1.0, 2.0]]
     found = decide(logits)
     assert found.probabilities[0].tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])

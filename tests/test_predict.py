@@ -136,7 +136,7 @@ def test_the_first_of_several_frames_is_used_and_flagged(run_folder, tmp_path):
 # --- order, batches, threads ---
 
 
-def test_rows_keep_their_order_where_a_later_batch_is_done_first(monkeypatch):
+def test_rows_keep_their_order_when_a_later_batch_finishes_first(monkeypatch):
     second_is_done = threading.Event()
 
     def work(numbers, **_):
@@ -229,7 +229,7 @@ def test_the_model_is_loaded_once_until_its_file_changes(run_folder, tmp_path):
 # --- what is written ---
 
 
-def test_csv_names_the_model_and_gives_a_spreadsheet_no_formula(run_folder, normals, tmp_path):
+def test_csv_names_the_model_and_contains_no_formula(run_folder, normals, tmp_path):
     shutil.copy(normals[0], tmp_path / "=1+1.jpeg")
     done = run_script("predict.py", "--ckpt", run_folder, "--csv", "=1+1.jpeg", "nope.png", cwd=tmp_path)
     assert done.stdout.startswith("path,label,probability,threshold,flags,unlike,error,demo,model,checksum,run\n")
@@ -239,7 +239,7 @@ def test_csv_names_the_model_and_gives_a_spreadsheet_no_formula(run_folder, norm
     assert bad["error"] == "no such file"
 
 
-def test_the_table_has_straight_columns_and_the_last_lines_count(run_folder, normals, tmp_path):
+def test_table_columns_are_aligned_and_the_last_lines_give_counts(run_folder, normals, tmp_path):
     names = ["a.jpeg", "a\x1b[2Jb.jpeg"]
     for name in names:
         shutil.copy(normals[0], tmp_path / name)
@@ -301,7 +301,7 @@ def test_radiograph_and_heat_map_are_side_by_side_over_the_caption(size, panel, 
     assert drawn[height:].max() == 255  # there is a caption
 
 
-def test_the_caption_says_file_label_probability_threshold_and_flags():
+def test_the_caption_gives_file_label_probability_threshold_and_flags():
     row = predict.Prediction("a/b.png", "NORMAL", 0.25, 0.5, ["colour image"], demo=True)
     lines = predict.caption(row, ["NORMAL", "PNEUMONIA"])
     assert lines[:2] == ["b.png", "NORMAL: P(PNEUMONIA) = 0.250, threshold 0.500"]

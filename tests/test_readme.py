@@ -45,7 +45,7 @@ SHELL = "say() { local IFS=$'\\t'; echo \"$*\" >&2; }\n" + "".join(f'{p}() {{ sa
 
 
 def find_commands(text):
-    """The indented lines, and the words set as code, that start a program; fenced blocks are no commands."""
+    """The indented lines, and the words set as code, that start a program; fenced blocks are not commands."""
     text = re.sub(r"```[^`]*```", "", text)
     code = [" ".join("".join(m).split()) for m in re.findall(r"^ {4}(\S.*)$|`([^`]+)`", text, re.MULTILINE)]
     return [line for line in code if re.search(r"(^|[;&|{(] *|\bdo )(python|torchrun|pip|curl) ", line)]
@@ -56,13 +56,13 @@ COMMANDS = [line for lines in SECTIONS.values() for line in lines]
 
 
 def expand(line, folder):
-    """The programs that bash would start, as lists of words: loops, globs, quotes and comments are its own."""
+    """The programs that bash would start, as lists of words: bash itself resolves loops, globs, quotes and comments."""
     done = subprocess.run(["bash", "-euc", SHELL + line], cwd=folder, capture_output=True, text=True, check=True)
     return [words.split("\t") for words in done.stderr.splitlines()]
 
 
 def start(program, words, folder):
-    """Run one command of README at little cost."""
+    """Run one command of README cheaply."""
     words = [*words, *CHEAP.get(words[0], [])]
     if program == "python":
         has_matplotlib = importlib.util.find_spec("matplotlib")  # optional: without it, the rest of the command
@@ -146,7 +146,7 @@ def test_the_imagenet_weights_become_a_state_dict(clone):
     assert torch.equal(model.conv_head.weight, state["conv_head.weight"])
 
 
-def test_predict_takes_what_the_example_hands_it(clone):
+def test_predict_accepts_what_the_example_passes(clone):
     names = {"array": np.zeros((80, 80), np.uint8)}
     exec(CALL, names)  # noqa: S102, it is our own
     a, b, array = names["rows"]
@@ -166,7 +166,7 @@ def test_the_service_answers_as_predict_does(clone):
     assert answer == {**expected, "path": "", "probability": pytest.approx(expected["probability"], abs=1e-6)}
 
 
-def test_the_exported_program_gives_predicts_probability_without_this_suite(clone):
+def test_the_exported_program_gives_the_probability_of_predict_py(clone):
     exec(EXPORT, {})  # noqa: S102, it is our own
     image, _ = data.read_image("img.jpeg", 64)
     np.save("images.npy", np.stack(3 * [image]))  # any number of images at once

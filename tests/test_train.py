@@ -64,7 +64,7 @@ def are_equal(a: dict, b: dict) -> bool:
 
 
 def without_times(folder) -> dict:
-    """metrics.json without what a clock decides."""
+    """metrics.json without timings."""
     metrics = metrics_of(folder)
     del metrics["seconds"]
     for epoch_log in metrics["epochs"]:
@@ -91,7 +91,7 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
         ([0.90, 0.95, 0.951, 0.60, 0.949, 0.944], 5),  # within a standard error of the best: the longer trained
     ],
 )
-def test_selected_is_the_latest_epoch_within_a_standard_error_of_the_best(monkeypatch, aurocs, selected):
+def test_the_latest_epoch_within_a_standard_error_of_the_best_is_selected(monkeypatch, aurocs, selected):
     monkeypatch.setattr(data, "auroc_error", lambda auroc, n_positive, n_negative: 0.005)
     history = [{"epoch": i, "val_auroc": auroc} for i, auroc in enumerate(aurocs, 1)]
     folder, images = SimpleNamespace(patient_index=np.arange(2)), torch.arange(2)
@@ -99,7 +99,7 @@ def test_selected_is_the_latest_epoch_within_a_standard_error_of_the_best(monkey
     assert dataset.selected_epoch(history) == selected
 
 
-def test_the_loss_counts_classes_the_same_in_every_batch():
+def test_the_loss_weights_classes_the_same_in_every_batch():
     logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [0.5, 0.0]])
     labels = torch.tensor([0, 1, 1])
     each = [math.log(1 + math.exp(-2)), math.log(1 + math.exp(-1)), math.log(1 + math.exp(0.5))]
@@ -112,7 +112,7 @@ def learner_of(model, *flags):
     return train.make_learner(model, args, torch.device("cpu"))
 
 
-def test_layers_keep_their_own_share_of_the_rate():
+def test_each_layer_keeps_its_learning_rate_factor():
     learner = learner_of(models.build("vit_tiny_patch16_224", 2, 32), "--layer-decay", "0.5")
     loader = [(torch.ones(2, 1, 32, 32), torch.tensor([0, 1]))]
     train.train_epoch(learner, torch.ones(2), loader, [0.5], 0)
@@ -157,7 +157,7 @@ def test_if_a_tercile_lacks_a_class_only_the_classes_are_weighted():
 
 
 def operating_point(z, labels):
-    """Of one logit for each image."""
+    """Fitted to one logit per image."""
     logits = np.stack([-z / 2, z / 2], 1)
     return train.fit_operating_point(logits[None], labels, None, "0.5")
 
@@ -173,7 +173,7 @@ def test_platt_finds_slope_and_intercept_at_equal_prevalence():
     assert found["threshold"]["value"] == 0.5
 
 
-def test_separated_classes_get_a_finite_slope_and_no_better_than_chance_a_small_one(capsys):
+def test_the_slope_is_finite_for_separated_classes_and_small_at_chance_level(capsys):
     labels = np.repeat([0, 1], 20)
     assert 0 < operating_point(labels * 2.0 - 1, labels)["slope"] < 10
     assert operating_point(1 - labels * 2.0, labels)["slope"] == train.LEAST_SLOPE
@@ -199,7 +199,7 @@ def test_a_threshold_rule_chooses_half_way_between_two_images(rule, cut):
     assert train.choose_cut(rule, labels == 1, z, np.ones(7)) == pytest.approx(cut)
 
 
-def test_three_classes_get_a_slope_alone():
+def test_three_classes_get_only_a_slope():
     rng = np.random.default_rng(0)
     logits = rng.normal(0, 1.5, (20_000, 3))
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
@@ -241,7 +241,7 @@ def watched(demo, tmp_path_factory):
     return train_watched(tmp_path_factory.mktemp("watched"), "--data", demo, *SHORT, "--img-size", 64, "--epochs", 2)
 
 
-def test_each_epoch_sees_each_image_changed_in_another_way(watched):
+def test_each_epoch_augments_each_image_differently(watched):
     first, second = watched.x
     assert len(first) == 80
     difference = (first - second).abs().mean((1, 2, 3))
@@ -256,7 +256,7 @@ def test_labels_are_the_folders_and_the_positive_class_is_the_last(watched):
     assert models.load(watched.folder)["classes"] == ["NORMAL", "PNEUMONIA"]
 
 
-def test_the_loss_gets_weights_that_make_the_classes_equal(watched):
+def test_the_loss_gets_weights_that_balance_the_classes(watched):
     classes = [row["class"] for row in rows_of(watched.folder, "train")]
     sizes = torch.tensor([classes.count("NORMAL"), classes.count("PNEUMONIA")])
     assert sizes[1] > 1.5 * sizes[0]
@@ -271,7 +271,7 @@ def test_the_rate_warms_up_to_its_peak_and_falls_to_almost_nothing(watched):
     assert rates[-1] < 0.1 * max(rates)
 
 
-def test_validated_and_kept_are_the_averaged_weights(watched):
+def test_the_averaged_weights_are_validated_and_kept(watched):
     state, checkpoint = state_of(watched.folder), models.load(watched.folder)
     assert are_equal(checkpoint["state_dict"], state["average"])
     assert not are_equal(state["average"], state["model"])  # the average lags behind
@@ -296,7 +296,7 @@ def test_without_augmentation_training_sees_what_evaluation_sees(demo, tmp_path)
         torch.testing.assert_close(expected[0], x)
 
 
-def test_it_learns_and_what_it_learnt_is_found_by_evaluation(tmp_path):
+def test_training_learns_and_evaluation_confirms_it(tmp_path):
     """Labels inverted or shuffled anywhere between the folders and the report would show here."""
     data.draw_demo(tmp_path / "d", images=300, seed=1)
     recipe = ("--model", "test_resnet", "--no-pretrained", "--img-size", 64, "--batch-size", 16, "--lr", 0.006)
@@ -378,7 +378,7 @@ def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypat
     assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
 
 
-def test_a_run_from_anothers_weights_knows_what_that_one_saw(run_folder, demo, tmp_path):
+def test_a_run_knows_what_its_starting_weights_were_trained_on(run_folder, demo, tmp_path):
     common = ("--data", demo, *SHORT[1:], "--img-size", 64, "--epochs", 1, "--weights", run_folder)
     assert "LEAK" not in run_train(tmp_path, *common, "--output", "same").err
     other = run_train(tmp_path, *common, "--fold", 3, "--output", "other")
@@ -452,7 +452,7 @@ def change_an_image(checkpoint, root):
         (lambda checkpoint, root: checkpoint["arguments"].update(seed=1), "does not belong to"),
     ],
 )
-def test_a_run_continues_with_its_own_images_and_checkpoint_alone(run_folder, demo, tmp_path, change, message):
+def test_a_run_continues_only_with_its_own_images_and_checkpoint(run_folder, demo, tmp_path, change, message):
     shutil.copytree(run_folder, tmp_path / "run")
     shutil.copytree(demo, tmp_path / "moved")
     checkpoint = models.load(tmp_path / "run")
@@ -505,7 +505,10 @@ def test_a_full_disk_loses_nothing(run_folder, tmp_path):
         done = run_train(tmp_path, "--resume", "r", "--epochs", 3, code=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-    assert "continue with: python train.py --resume r" in done.last and "File too large, 100,000 bytes written" in done.last
+    assert (
+        "continue with: python train.py --resume r" in done.last
+        and "File too large, 100,000 bytes written" in done.last
+    )
     assert (tmp_path / "r" / "last.pt").read_bytes() == before and not list((tmp_path / "r").glob(".*.tmp"))
 
 
