@@ -21,7 +21,6 @@ import math
 import os
 import posixpath
 import re
-import shlex
 import shutil
 import signal
 import socket
@@ -155,11 +154,6 @@ def warn(message: str, names: list[str] | None = None) -> None:
     """Print a line on stderr, in the first process of a distributed run only; nothing if the list of names is empty."""
     if names != [] and os.environ.get("RANK", "0") == "0":
         print(f"WARNING: {one_line(with_names(message, names))}", file=sys.stderr, flush=True)
-
-
-def command_line(*words) -> str:
-    """A command to show, quoted for the shell."""
-    return shlex.join(map(str, words))
 
 
 def count(n: int, noun: str) -> str:

@@ -20,6 +20,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -1180,7 +1181,7 @@ def evaluate(args: argparse.Namespace) -> None:
     result["bootstrap"] = {"unit": "patient", **vars(bootstrap)}
     result["provenance"] = {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "command": data.command_line("python", *sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "environment": describe_environment(models.pick_device(args.device)),
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN

@@ -15,6 +15,7 @@ import functools
 import math
 import os
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -710,7 +711,7 @@ def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
     print(f"took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
     image = d.root / d.folder.records[d.val[0]].path
     for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
-        print(data.printable(data.command_line("python", *words)))
+        print(data.printable(shlex.join(["python", *map(str, words)])))
 
 
 # --- command line ---
@@ -800,7 +801,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
 def how_to_continue(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
     if args.output is not None and Path(args.output, "last.pt").exists():
-        return f"continue with: {data.command_line('python', 'train.py', '--resume', args.output)}"
+        return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
     return "nothing saved yet"
 
 
