@@ -139,21 +139,20 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def one_line(message: str) -> str:
-    """A message for people: no line breaks or control characters, at most 300 characters."""
+def one_line(message: str, names: list[str] | None = None) -> str:
+    """A message for people, with the number of names and the first three: no line breaks or control characters, at
+    most 300 characters.
+    """
+    if names:
+        message = f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
     text = printable(" ".join(str(message).split()))
     return text if len(text) <= 300 else f"{text[:200]} ... {text[-95:]}"
-
-
-def with_names(message: str, names: list[str] | None) -> str:
-    """A message, followed by the number of names and the first three."""
-    return f"{message}: {len(names)} ({', '.join(names[:3])}{', ...' * (len(names) > 3)})" if names else message
 
 
 def warn(message: str, names: list[str] | None = None) -> None:
     """Print a line on stderr, in the first process of a distributed run only; nothing if the list of names is empty."""
     if names != [] and os.environ.get("RANK", "0") == "0":
-        print(f"WARNING: {one_line(with_names(message, names))}", file=sys.stderr, flush=True)
+        print(f"WARNING: {one_line(message, names)}", file=sys.stderr, flush=True)
 
 
 def count(n: int, noun: str) -> str:
@@ -1625,7 +1624,7 @@ def print_check(report: dict) -> None:
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
         for message, names in report[f"{kind}s"].items():
-            print(printable(f"{kind.upper()}: {with_names(message, names)}"))
+            print(f"{kind.upper()}: {one_line(message, names)}")
     verdict = "; results on this folder would be invalid" if report["problems"] else ""
     print(f"{count(len(report['problems']), 'problem')}, {count(len(report['warnings']), 'warning')}{verdict}")
 
