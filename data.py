@@ -376,14 +376,6 @@ def is_demo(root: Path) -> bool:
     return (root / DEMO_MARK).exists()
 
 
-def prepare_demo(root: Path) -> None:
-    """Draw the demo set if root is its default folder and does not exist; warn if root is a demo set."""
-    if root == DEMO_ROOT and not root.exists():
-        draw_demo(root)
-    if is_demo(root):
-        warn(f"DEMO DATA: {root} contains synthetic phantoms, not radiographs. No result says anything about patients.")
-
-
 def split_folders(root: Path) -> dict[str, Path]:
     """The folders of the splits, by split.
 
@@ -633,10 +625,8 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     if asked is not None and asked not in classes:
         raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
 
-    def rank(name):
-        return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name
-
-    positive = max(classes, key=rank)
+    ranked = [(name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name) for name in classes]
+    positive = max(ranked)[-1]
     classes.sort(key=lambda name: name == positive)
     if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
         warn(f"guessing that {positive} is positive, not {classes[0]}; set it with --positive CLASS")
@@ -958,12 +948,17 @@ class Folder:
 
 @functools.lru_cache(maxsize=2)
 def read_folder(root: Path, is_test: bool, size: int) -> Folder:
-    """Read a data folder and warn about it, once for all runs of a comparison; size: side of the square images.
+    """Read a data folder and warn about it, once for all runs of a comparison; the demo set is drawn if it is missing.
+
+    size: side of the square images.
 
     Raises:
         UserError: see scan, find_training and load_images.
     """
-    prepare_demo(root)
+    if root == DEMO_ROOT and not root.exists():
+        draw_demo(root)
+    if is_demo(root):
+        warn(f"DEMO DATA: {root} contains synthetic phantoms, not radiographs. No result says anything about patients.")
     records = scan(root, "test") if is_test else find_training(root)
     if not records:
         raise UserError(f"{root}/test has no class folders with images")

@@ -1168,10 +1168,10 @@ def test_without_data_the_demo_set_is_drawn_and_announced(tmp_path, monkeypatch,
     draw_demo = data.draw_demo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "draw_demo", lambda root: draw_demo(root, images=40))
-    data.prepare_demo(tmp_path)
+    with pytest.raises(data.UserError, match="images of no class"):
+        load(tmp_path)
     assert not list(tmp_path.iterdir())
-    data.prepare_demo(data.find_root(None))
-    assert len(data.scan(data.DEMO_ROOT)) == 40
+    assert len(load(data.find_root(None)).records) == 32
     assert "DEMO DATA" in capsys.readouterr().err
 
 
