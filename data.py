@@ -30,7 +30,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import joblib
@@ -295,7 +295,6 @@ class Record:
     patient: str  # the path itself where the patient is unknown
     subtype: str  # bacterial, viral, or whatever metadata.csv says
     series: str  # of file names, such as NORMAL2-IM
-    stamp: str  # size, times and inode: changes when the file does
     groups: dict[str, str] = field(default_factory=dict)  # further columns of metadata.csv, the same keys for all
 
     @property
@@ -303,25 +302,12 @@ class Record:
         return self.patient != self.path
 
 
-def identify(name: str) -> tuple[str | None, str, str]:
-    """Patient, subtype (bacterial, viral or empty) and name series, from the file names of the public copies.
-
-    The patient is None if the name follows no known scheme.
-    """
-    m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
-    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
-    if m is None:
-        return None, "", ""
-    series = m["series"]
-    subtype = {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), "")
-    if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients consecutively
-        return m["number"], subtype, series
-    return f"{series}-{int(m['number'])}", subtype, series
-
-
 def normal_form(patient: str) -> str:
-    """A patient's id without what spreadsheets change: case, blanks around it, leading zeros, a trailing .0."""
-    return re.sub(r"\.0+$", "", patient.strip().lower()).lstrip("0")
+    """A patient's id without what spreadsheets change (case, blanks around it, leading zeros, a trailing .0), or ""
+    for a word for "not known".
+    """
+    form = re.sub(r"\.0+$", "", patient.strip().lower()).lstrip("0")
+    return "" if MISSING.fullmatch(form) else form
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -468,7 +454,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     if passed_over and not table_labels:
         say(f"skipped, not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
-    found, listed, odd = [], set(), defaultdict(list)
+    records, listed, odd = [], set(), defaultdict(list)
     blank = {column: "" for row in table.values() for column in row}
     for file in files:
         path = file.relative_to(root).as_posix()
@@ -487,7 +473,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         elif not table_labels and MASK.search("/".join(below[1:]).lower()):
             odd["left out, named like masks or annotations"].append(path)
         else:
-            found.append((path, row))
+            records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
             in_path = table_labels.intersection(path.lower().split("/"))
             if in_path and row["label"].lower() not in in_path:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
@@ -496,55 +482,51 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     for message, paths in odd.items():
         say(message, paths)
 
-    n_val = sum(row["split"] == "val" for _, row in found)
-    is_small = 0 < n_val < 100  # the best-known copy has 16: too few to choose a model
-    if is_small:
+    records.sort(key=lambda r: (SPLITS.index(r.split), r.label))
+    n_val = sum(r.split == "val" for r in records)
+    if 0 < n_val < 100:  # the best-known copy has 16: too few to choose a model
         say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is split off by patient")
-    found.sort(key=lambda item: (SPLITS.index(item[1]["split"]), item[1]["label"]))
-    records = []
-    for path, row in found:
-        its_split = "train" if is_small and row["split"] == "val" else row["split"]
-        file = os.path.join(root, path)  # building a Path would take longer than reading the file's start
-        info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is reported by decoding
-        stamp = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
-        records.append(make_record(path, its_split, row, TABLE_COLUMNS, _examine_header(file), stamp))
+        records = [replace(r, split="train") if r.split == "val" else r for r in records]
     known = {r.label.lower(): r.label for r in records if r.split == records[0].split}  # of train, if it is among them
     check_classes(records, sorted(known.values()), root)
     remark_patients(records, say)
     return records
 
 
-def make_record(path: str, split: str, row: dict[str, str], known, in_header: str = "", stamp: str = "") -> Record:
+def make_record(path: str, split: str, row: dict[str, str], known, file: Path | None = None) -> Record:
     """A record from a labelled row of metadata.csv or of predictions; columns that are not in known become groups.
 
-    The patient comes from the row, else in_header, else the file's name, else the path.
+    The patient comes from the row, else from the header of a DICOM file (as a hash: the id itself is never stored),
+    else, like subtype and name series, from a name as in the public copies, else the path stands for it.
     """
-    in_name, subtype, series = identify(posixpath.basename(path))
-    patient = row.get("patient", "")
-    if MISSING.fullmatch(normal_form(patient)):
-        patient = in_header or in_name or path
+    name = posixpath.basename(path)
+    m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
+    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
+    patient, series = path, ""
+    if m:
+        series = m["series"]
+        patient = f"{series}-{int(m['number'])}"
+        if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients consecutively
+            patient = m["number"]
+    if file and is_dicom(file):
+        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
+            from pydicom import dcmread
+
+            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
+            in_header = str(header.PatientID).strip()
+            if normal_form(in_header):
+                patient = hash_lines([in_header])[:16]
+    if normal_form(row.get("patient", "")):
+        patient = row["patient"]
     return Record(
         path=path,
         label=row["label"],
         split=split,
         patient=patient,
-        subtype=row.get("subtype") or subtype,
+        subtype=row.get("subtype") or {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), ""),
         series=series,
-        stamp=stamp,
         groups={column: cell for column, cell in row.items() if column not in known},
     )
-
-
-def _examine_header(file):
-    """A hash of the patient in a DICOM header, as the id itself is never stored; "" without one."""
-    if is_dicom(file):
-        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
-            from pydicom import dcmread
-
-            header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
-            patient = str(header.PatientID).strip()
-            return "" if MISSING.fullmatch(normal_form(patient)) else hash_lines([patient])[:16]
-    return ""
 
 
 def check_classes(records: list[Record], classes: list[str], root: Path) -> None:
@@ -987,14 +969,18 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
     memory-mapped cache file: beside the data or, if that can't be written, in the user's cache folder.
 
     Args:
-        records: from scan or find_training; the file is rebuilt when a path or stamp of one of them changes.
+        records: from scan or find_training; the file is rebuilt when the path, size, times or inode of one changes.
 
     Raises:
         UserError: neither place can be written.
     """
-    key = hash_lines(f"{r.path} {r.stamp}" for r in records)
+    stamps = []
+    for record in records:
+        file = os.path.join(root, record.path)
+        info = os.stat(file, follow_symlinks=os.path.exists(file))  # a broken link is reported by decoding
+        stamps.append(f"{record.path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
     kind = "test" if records[0].split == "test" else "train"
-    name = f"{kind}-{size}-v{READER_VERSION}-{key[:16]}.bin"
+    name = f"{kind}-{size}-v{READER_VERSION}-{hash_lines(stamps)[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
     for is_missing, place in itertools.product((False, True), places):
@@ -1501,7 +1487,7 @@ def check(root: Path) -> dict:
                 warnings["left out, can't be read"].append(f"{record.path}: {note['reason']}")
             else:
                 shape = [note["width"], note["height"], note["width"] / note["height"]]
-                n_bytes, n_pixels = int(record.stamp.split()[0]), note["width"] * note["height"]
+                n_bytes, n_pixels = os.path.getsize(root / record.path), note["width"] * note["height"]
                 note["measures"] = [*shape, n_bytes / n_pixels, image.mean(), image.std()]
                 note |= {"record": record, "border": border}
                 usable.append(note)

@@ -148,14 +148,14 @@ IDENTIFY = {  # the same number in two series is two patients, but v3 counts all
     "IM-0115-0001.jpeg": ("IM-115", ""),
     "NORMAL-1003233-0001.jpeg": ("1003233", ""),
     "BACTERIA-1003233-0001.jpeg": ("1003233", "bacterial"),
-    "scan_0001.jpeg": (None, ""),
+    "scan_0001.jpeg": ("x/scan_0001.jpeg", ""),
 }
 
 
 @pytest.mark.parametrize("name", IDENTIFY)
 def test_a_file_name_gives_patient_and_subtype(name):
-    patient, subtype, _ = data.identify(name)
-    assert (patient, subtype) == IDENTIFY[name]
+    record = data.make_record(f"x/{name}", "train", {"label": "A"}, ())
+    assert (record.patient, record.subtype) == IDENTIFY[name]
 
 
 def test_scan_takes_images_and_counts_the_rest(tmp_path, capsys):
@@ -314,12 +314,12 @@ def many_records(patients=600):
     for i in range(patients):
         label, subtype, series = STRATA[min(int(rng.exponential(1.2)), 3)]
         for k in range(rng.integers(1, 9)):
-            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series, ""))
+            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series))
     return records
 
 
 def records_of(*patients, split="train", label="A"):
-    return [data.Record(f"{split}/{label}/{i}", label, split, p, "", "", "") for i, p in enumerate(patients)]
+    return [data.Record(f"{split}/{label}/{i}", label, split, p, "", "") for i, p in enumerate(patients)]
 
 
 def deal(records, folds, copies=None):
