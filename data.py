@@ -558,7 +558,7 @@ def find_training(root: Path) -> list[Record]:
             f"{root}/train has images of {', '.join(classes) or 'no class'}; "
             "expected two or more class folders, such as NORMAL/ and PNEUMONIA/, or a metadata.csv with labels"
         )
-    for sides, patients in shared_patients(records).items():
+    for sides, patients in shared_patients(records):
         raise UserError(
             f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would "
             f"be invalid; remove them from one side (python data.py check --json {root} lists them)"
@@ -566,14 +566,12 @@ def find_training(root: Path) -> list[Record]:
     return [r for r in records if r.split != "test"]
 
 
-def shared_patients(records: list[Record]) -> dict[str, list[str]]:
-    """Known patients in two splits: {"train and test": [patient, ...]}."""
-    shared = {}
+def shared_patients(records: list[Record]):
+    """Yield the known patients in two splits: ("train and test", [patient, ...])."""
     for a, b in itertools.combinations(SPLITS, 2):
         in_a, in_b = ({r.patient for r in records if r.split == split and r.known_patient} for split in (a, b))
         if in_a & in_b:
-            shared[f"{a} and {b}"] = sorted(in_a & in_b)
-    return shared
+            yield f"{a} and {b}", sorted(in_a & in_b)
 
 
 def remark_patients(records: list[Record], say=warn) -> None:
@@ -674,8 +672,8 @@ def seed_from(*numbers) -> int:
 
 # --- read ---
 
-# Part of the cache's name: raise it when the pixels of read_image or the notes of _build_cache change.
-READER_VERSION = 6
+# Part of the cache's name: raise it when the pixels of read_image or the fields of ImageInfo change.
+READER_VERSION = 7
 DEFAULT_SIZE = 160  # side in pixels of what is cached, unless a model or --img-size wants another one
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
@@ -710,7 +708,8 @@ class ImageInfo:
     view: str = ""  # ViewPosition of a DICOM header
     has_more_frames: bool = False  # than the first, which is used
     hash: str = ""  # see difference_hash
-    error: str = ""  # why the file can't be used; all else is the default then
+    error: str = ""  # why the file can't be used
+    digest: str = ""  # in a cache: of the file's bytes, 16 hexadecimal digits of their SHA-256
 
 
 def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
@@ -944,10 +943,9 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     records = scan(root, "test") if is_test else find_training(root)
     if not records:
         raise UserError(f"{root}/test has no class folders with images")
-    images, notes = load_images(root, records, size)
-    unusable = {i: {"path": records[i].path, "reason": n["reason"]} for i, n in enumerate(notes) if n["reason"]}
+    images, infos, hashes, fingerprint = load_images(root, records, size)
+    unusable = {i: {"path": records[i].path, "reason": info.error} for i, info in enumerate(infos) if info.error}
     warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in unusable.values()])
-    hashes = _hashes(notes)
     copy_index = copy_groups(hashes)
     labels = {(copy, r.label) for copy, r in zip(copy_index.tolist(), records)}
     n_contradictions = len(labels) - len(np.unique(copy_index))
@@ -960,16 +958,20 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         copy_index=copy_index,
         patient_index=number_patients(records, copy_index),
         unusable=unusable,
-        fingerprint=fingerprint(records, notes),
+        fingerprint=fingerprint,
     )
 
 
-def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, list[dict]]:
-    """The records' images, uint8 [n, size, size], and what _examine notes about each, decoded once and kept in one
-    memory-mapped cache file: beside the data or, if that can't be written, in the user's cache folder.
+def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, list[ImageInfo], ndarray, str]:
+    """The images of one split, or of train/ and val/, decoded once and kept in one memory-mapped cache file: beside the
+    data or, if that can't be written, in the user's cache folder.
 
     Args:
         records: from scan or find_training; the file is rebuilt when the path, size, times or inode of one changes.
+
+    Returns:
+        images, uint8 [n, size, size]; what is known about each; hashes, see Folder; and a fingerprint, SHA-256 over
+        digests, paths, labels and splits: the same for every copy of the data and every size.
 
     Raises:
         UserError: neither place can be written.
@@ -991,42 +993,37 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
             warn(f"no image cache in {place} ({e.strerror or e})")
         cached = _open_cache(place / name, root, records, size)
         if cached is not None:
-            return cached
+            images, infos = cached
+            hashes = np.frombuffer(bytes.fromhex("".join(info.hash for info in infos)), np.uint64).reshape(-1, 4)
+            lines = (f"{info.digest} {r.path} {r.label} {r.split}" for r, info in zip(records, infos))
+            return images, infos, hashes, hash_lines(lines)
     raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 
 
-def _examine(root, size, record):
-    """A record's levels (see read_image), and a dict of what the cache stores about the image.
-
-    digest: SHA-256 of the file's bytes, 16 hexadecimal digits, empty if it can't be read; reason: why it can't be used,
-    else empty; the rest: see ImageInfo.
-    """
-    file = root / record.path
-    image, info = read_image(file, size)
-    reason = info.error or IS_MASK * info.is_mask
-    if reason:
-        info.hash = hash_lines([record.path])  # so that it matches no other
-    return image, {**asdict(info), "reason": reason, "digest": "" if info.error else sha256(file)[:16]}
-
-
-def _hashes(notes):
-    """uint64 [n, 4]."""
-    return np.frombuffer(bytes.fromhex("".join(note["hash"] for note in notes)), np.uint64).reshape(-1, 4)
-
-
 def _build_cache(path, root, records, size):
-    """Write the levels of all images, the notes of _examine as JSON, and a SHA-256 of both.
+    """Write the levels of all images, what is known about each as JSON, and a SHA-256 of both.
 
     Other caches of the same split and size, and the leftovers of killed builds, are removed.
     """
+
+    def examine(record):
+        file = root / record.path
+        image, info = read_image(file, size)
+        info.digest = "" if info.error else sha256(file)[:16]
+        if info.is_mask:
+            info.error = IS_MASK
+        if info.error:
+            info.hash = hash_lines([record.path])  # so that it matches no other
+        return image, info
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    notes, checksum = [], hashlib.sha256()
+    infos, checksum = [], hashlib.sha256()
     with replacing(path) as f:
-        for image, note in parallel(functools.partial(_examine, root, size), records, "decoding"):
-            notes.append(note)
+        for image, info in parallel(examine, records, "decoding"):
+            infos.append(info)
             checksum.update(image)
             f.write(image)
-        text = json.dumps(notes).encode()
+        text = json.dumps(infos, default=asdict).encode()
         checksum.update(text)
         f.write(text + checksum.digest())
     split, _ = path.name.split(f"-v{READER_VERSION}-")
@@ -1037,7 +1034,7 @@ def _build_cache(path, root, records, size):
 
 
 def _open_cache(path, root, records, size):
-    """The images and notes that _build_cache wrote; None if they are missing, damaged or outdated."""
+    """The images, and what is known about each, that _build_cache wrote; None if missing, damaged or outdated."""
     if not os.access(path, os.R_OK) or not path.stat().st_size:
         return None
     stored = np.memmap(path, mode="c")  # copy-on-write: torch needs a writable array
@@ -1045,17 +1042,12 @@ def _open_cache(path, root, records, size):
         warn(f"the image cache {path} is damaged: decoding again")
         return None
     images, text = np.split(stored[:-32], [len(records) * size**2])
-    notes = json.loads(text.tobytes())
-    for record, note in zip(records, notes):
-        if note["error"] and not read_image(root / record.path, size)[1].error:
+    infos = json.loads(text.tobytes(), object_hook=lambda fields: ImageInfo(**fields))
+    for record, info in zip(records, infos):
+        if info.error not in ("", IS_MASK) and not read_image(root / record.path, size)[1].error:
             warn(f"{record.path} can be read now: decoding again")
             return None
-    return torch.from_numpy(images.reshape(-1, size, size)), notes
-
-
-def fingerprint(records: list[Record], notes: list[dict]) -> str:
-    """SHA-256 over digests, paths, labels and splits: the same for every copy of the data and every input size."""
-    return hash_lines(f"{note['digest']} {r.path} {r.label} {r.split}" for r, note in zip(records, notes))
+    return torch.from_numpy(images.reshape(-1, size, size)), infos
 
 
 # --- change ---
@@ -1467,54 +1459,57 @@ def check(root: Path) -> dict:
         UserError: the folder has no images, or see scan and load_images.
     """
     problems, warnings = defaultdict(list), defaultdict(list)
-    remark = warnings.setdefault  # called with (message, names), as warn is
+
+    def remark(message, names=None):
+        if names != []:
+            warnings[message] = names
+
     records = scan(root, say=remark)
     if not records:
-        raise UserError(f"{root} has no images in train/, val/ or test/, nor in metadata.csv; {'; '.join(warnings)}")
-    for sides, patients in shared_patients(records).items():
+        raise UserError("; ".join([f"{root} has no images in train/, val/ or test/, nor in metadata.csv", *warnings]))
+    for sides, patients in shared_patients(records):
         problems[f"patients in both {sides}"] = patients
 
-    usable, folders, fingerprints = [], defaultdict(list), {}
+    usable, folders = [], defaultdict(list)  # (record, info, border, measures) of each image; the same by folder
+    hashes, fingerprints = [], {}
     for name, part in itertools.groupby(records, lambda r: "test" if r.split == "test" else "train"):
         part = list(part)
-        images, notes = load_images(root, part, DEFAULT_SIZE)
-        fingerprints[name] = fingerprint(part, notes)
+        images, infos, part_hashes, fingerprints[name] = load_images(root, part, DEFAULT_SIZE)
+        hashes.append(part_hashes)
         borders = torch.cat([border_features(batch) for batch in images.split(500)])
-        for record, image, border, note in zip(part, images.numpy(), borders.numpy(), notes):
-            if note["reason"] == IS_MASK:
-                warnings[f"left out, {IS_MASK}"].append(record.path)
-            elif note["reason"]:
-                warnings["left out, can't be read"].append(f"{record.path}: {note['reason']}")
+        for record, info, image, border in zip(part, infos, images.numpy(), borders.numpy()):
+            if info.is_mask:
+                warnings[f"left out, {info.error}"].append(record.path)
+            elif info.error:
+                warnings["left out, can't be read"].append(f"{record.path}: {info.error}")
             else:
-                shape = [note["width"], note["height"], note["width"] / note["height"]]
-                n_bytes, n_pixels = os.path.getsize(root / record.path), note["width"] * note["height"]
-                note["measures"] = [*shape, n_bytes / n_pixels, image.mean(), image.std()]
-                note |= {"record": record, "border": border}
-                usable.append(note)
-                folders[f"{record.split}/{record.label}"].append(note)
+                bytes_per_pixel = os.path.getsize(root / record.path) / (info.width * info.height)
+                shape = info.width, info.height, info.width / info.height
+                usable.append((record, info, border, (*shape, bytes_per_pixel, image.mean(), image.std())))
+                folders[f"{record.split}/{record.label}"].append(usable[-1])
     labels = sorted({r.label for r in records})
     if len(labels) < 2:
         problems["only one class"] = labels
     for split, label in itertools.product(dict.fromkeys(r.split for r in records), labels):
         if f"{split}/{label}" not in folders:
             problems[f"classes without a readable image in {split}"].append(label)
-    lateral = [note["record"].path for note in usable if note["view"] in LATERAL]
+    lateral = [record.path for record, info, *_ in usable if info.view in LATERAL]
     if len(lateral) < len(usable):
         remark(f"lateral views among {len(usable)} images", lateral)
-    audit = _audit([note for note in usable if note["record"].split != "test"], remark)
+    audit = _audit([image for image in usable if image[0].split != "test"], remark)
 
     copies = defaultdict(list)
-    for note, number in zip(usable, copy_groups(_hashes(usable)).tolist()):
-        copies[number].append(note["record"])
-    findings = {
-        "split": problems["copies across splits"],
-        "label": problems["copies whose labels differ"],
-        "patient": warnings["copies whose patients differ, counted as one patient"],
-    }
+    for record, number in zip(records, copy_groups(np.concatenate(hashes)).tolist()):
+        copies[number].append(record)
+    rules = (
+        ("split", problems, "copies across splits"),
+        ("label", problems, "copies whose labels differ"),
+        ("patient", warnings, "copies whose patients differ, counted as one patient"),
+    )
     for group in copies.values():
-        for attribute, found in findings.items():
+        for attribute, findings, message in rules:
             if len({getattr(r, attribute) for r in group}) > 1:
-                found.append(" = ".join(r.path for r in group))
+                findings[message].append(" = ".join(r.path for r in group))
                 break
     return {
         "root": str(root),
@@ -1522,19 +1517,19 @@ def check(root: Path) -> dict:
         "fingerprints": fingerprints,
         "folders": {folder: _summarise(own) for folder, own in folders.items()},
         "audit": audit,
-        "problems": {message: names for message, names in problems.items() if names != []},
-        "warnings": {message: names for message, names in warnings.items() if names != []},
+        "problems": problems,
+        "warnings": warnings,
     }
 
 
-def _summarise(notes):
-    """Counts, and [5th percentile, median, 95th] of the measures, of one folder."""
-    records = [note["record"] for note in notes]
-    percentiles = np.percentile([note["measures"] for note in notes], (5, 50, 95), axis=0).T
+def _summarise(images):
+    """Counts, and [5th percentile, median, 95th] of the measures, of one folder; images: see check."""
+    records, infos, _, measures = zip(*images)
+    percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
-    modes = sorted(f"mode {note['mode']}, {note['depth']} bits" for note in notes)
+    modes = sorted(f"mode {info.mode}, {info.depth} bits" for info in infos)
     return {
-        "images": len(notes),
+        "images": len(images),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
         **dict(zip(MEASURES, percentiles.round(3).tolist())),
@@ -1542,7 +1537,7 @@ def _summarise(notes):
     }
 
 
-def _audit(notes, say):
+def _audit(images, say):
     """How well two classes are separated without the lungs: gradient boosting on border or file, cross-validated
     by patient.
 
@@ -1551,22 +1546,22 @@ def _audit(notes, say):
         from, classes, auroc and ci95 (Hanley and McNeil 1982, with one image counted per patient, since a
         patient's are alike).
 
-    say(message) is called with each clear separation.
+    images: see check; say(message) is called with each clear separation.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    notes = notes[:: 1 + len(notes) // 20_000]  # more would add nothing, but take time and memory
-    labels = np.array([note["record"].label for note in notes])
-    patients = np.array([note["record"].patient for note in notes])
-    modes = np.unique([note["mode"] for note in notes], return_inverse=True)[1]
+    images = images[:: 1 + len(images) // 20_000]  # more would add nothing, but take time and memory
+    labels = np.array([record.label for record, *_ in images])
+    patients = np.array([record.patient for record, *_ in images])
+    modes = np.unique([info.mode for _, info, *_ in images], return_inverse=True)[1]
     file = []
-    for note, mode in zip(notes, modes):
-        is_lossy = bool(LOSSY.fullmatch(note["record"].path))  # otherwise the bytes depend on the picture
-        file.append([*note["measures"][:3], note["measures"][3] * is_lossy, note["depth"], mode])
+    for (record, info, _, (*shape, bytes_per_pixel, _, _)), mode in zip(images, modes):
+        is_lossy = bool(LOSSY.fullmatch(record.path))  # otherwise the bytes depend on the picture
+        file.append([*shape, bytes_per_pixel * is_lossy, info.depth, mode])
     sources = {
-        "the border alone, without any lung,": np.array([note["border"] for note in notes]),
+        "the border alone, without any lung,": np.array([border for _, _, border, _ in images]),
         "the file alone (size, bytes per pixel, mode, depth)": np.array(file),
     }
     boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)

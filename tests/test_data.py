@@ -874,15 +874,21 @@ def test_unusable_files_are_reported_on_every_call_and_are_not_copies(tmp_path, 
 
 def test_the_fingerprint_covers_files_paths_labels_and_splits(tmp_path):
     root = tree(tmp_path / "d")
-    records = load(root).records
-    notes = [{"digest": data.sha256(root / r.path)[:16]} for r in records]
-    before = data.fingerprint(records, notes)
+    before = load(root).fingerprint
     shutil.copytree(root, tmp_path / "copy")
     assert load(tmp_path / "copy", size=8).fingerprint == before
-    for name in ("path", "label", "split"):
+    for name in ("label", "split"):
         changed = data.scan(root, "train")
         setattr(changed[0], name, "x")
-        assert data.fingerprint(changed, notes) != before
+        assert data.load_images(root, changed, 16)[3] != before
+    path = root / changed[0].path
+    content = path.read_bytes()
+    path.write_bytes(content + b"x")  # ignored by decoders
+    assert load(root).fingerprint != before
+    path.write_bytes(content)
+    assert load(root).fingerprint == before
+    path.rename(path.with_name("IM-0-0001.bmp"))  # the first by name, as before
+    assert load(root).fingerprint != before
 
 
 # --- change ---
