@@ -707,7 +707,7 @@ class ImageInfo:
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
     has_more_frames: bool = False  # than the first, which is used
-    hash: str = ""  # see difference_hash
+    hash: str = ""  # 256 bits, in hexadecimal, that hardly change when it is compressed, resized or re-exposed
     error: str = ""  # why the file can't be used
     digest: str = ""  # in a cache: of the file's bytes, 16 hexadecimal digits of their SHA-256
 
@@ -789,7 +789,9 @@ def _read(source, size):
     if image.mode != "L":
         image = image.convert("L")
     info.is_mask = image.resize((64, 64), Image.NEAREST).getcolors(3) is not None
-    info.hash = difference_hash(image)
+    # Of 17 x 16 area-averaged pixels, each compared with its right neighbour.
+    small = np.asarray(image.resize((17, 16), Image.BOX))
+    info.hash = np.packbits(small[:, :-1] > small[:, 1:]).tobytes().hex()
     if size:
         image = image.resize((size, size), Image.BICUBIC)
     return np.array(image), info
@@ -920,7 +922,7 @@ class Folder:
 
     records: list[Record]
     images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
-    hashes: ndarray  # uint64 [n, 4], see difference_hash; matches no other if there is no image
+    hashes: ndarray  # uint64 [n, 4], see ImageInfo; matches no other if there is no image
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
     unusable: dict[int, dict]  # position: path and reason of each file that can't be used
@@ -1279,15 +1281,6 @@ SAME = 10
 BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True)  # of a thumbnail of 32 x 32
 
 
-def difference_hash(image: Image.Image) -> str:
-    """256 bits of a grey image, in hexadecimal, that hardly change when it is compressed, resized or re-exposed.
-
-    16 x 17 area-averaged pixels, each compared with its right neighbour.
-    """
-    small = np.asarray(image.resize((17, 16), Image.BOX))
-    return np.packbits(small[:, :-1] > small[:, 1:]).tobytes().hex()
-
-
 def _connected(n, links):
     """Numbers of the connected components of n nodes, int64 [n], from 0 in order of appearance; links: int64 [m, 2]."""
     from scipy.sparse import coo_array
@@ -1366,7 +1359,7 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     Raises:
         UserError: folder is a file or not empty.
     """
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
+    if folder.is_file() or any(folder.glob("*")):
         raise UserError(f"{folder} exists and is not an empty folder; choose another one or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
