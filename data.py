@@ -504,10 +504,9 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
     m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
     patient, series = path, ""
     if m:
-        series = m["series"]
-        patient = f"{series}-{int(m['number'])}"
-        if series in ("NORMAL", "BACTERIA", "VIRUS"):  # the newer copies number all patients consecutively
-            patient = m["number"]
+        series, number = m["series"], m["number"]
+        is_newer = series in ("NORMAL", "BACTERIA", "VIRUS")  # those copies number all patients consecutively
+        patient = number if is_newer else f"{series}-{int(number)}"
     if file and is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
@@ -1548,11 +1547,11 @@ def _audit(images, say):
     images = images[:: 1 + len(images) // 20_000]  # more would add nothing, but take time and memory
     labels = np.array([record.label for record, *_ in images])
     patients = np.array([record.patient for record, *_ in images])
-    modes = np.unique([info.mode for _, info, *_ in images], return_inverse=True)[1]
+    modes = sorted({info.mode for _, info, *_ in images})
     file = []
-    for (record, info, _, (*shape, bytes_per_pixel, _, _)), mode in zip(images, modes):
+    for record, info, _, (*shape, bytes_per_pixel, _, _) in images:
         is_lossy = bool(LOSSY.fullmatch(record.path))  # otherwise the bytes depend on the picture
-        file.append([*shape, bytes_per_pixel * is_lossy, info.depth, mode])
+        file.append([*shape, bytes_per_pixel * is_lossy, info.depth, modes.index(info.mode)])
     sources = {
         "the border alone, without any lung,": np.array([border for _, _, border, _ in images]),
         "the file alone (size, bytes per pixel, mode, depth)": np.array(file),
@@ -1630,7 +1629,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
 
 
 def main() -> None:
-    parser = Parser(prog="data.py", description="Check, download or draw a data folder.")
+    parser = Parser(description="Check, download or draw a data folder.")
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="check a data folder; exit code 1 if results would be invalid")
     sub.add_argument("dir", metavar="DIR", help="folder with train/ and test/")

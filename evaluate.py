@@ -1213,7 +1213,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = data.Parser(prog="evaluate.py", description="Score checkpoints, or the predictions of other programs.")
+    parser = data.Parser(description="Score checkpoints, or the predictions of other programs.")
     add, text = parser.add_argument, data.non_empty
     help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
     add("inputs", nargs="*", metavar="FILE", help=help)

@@ -356,7 +356,7 @@ def print_predictions(args: argparse.Namespace) -> int:
 
 
 def main() -> None:
-    parser = data.Parser(prog="predict.py", description="Classify radiographs. For research, not for diagnosis.")
+    parser = data.Parser(description="Classify radiographs. For research, not for diagnosis.")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
     add("--ckpt", metavar="FILE", help="run or checkpoint (default: newest finished run)")

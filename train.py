@@ -718,7 +718,7 @@ def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
 
 
 def make_parser() -> data.Parser:
-    parser = data.Parser(prog="train.py", description="Fine-tune a timm model on chest radiographs.")
+    parser = data.Parser(description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
     add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
