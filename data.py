@@ -912,8 +912,6 @@ def _open_dicom(file):
 
 # --- cache ---
 
-IS_MASK = "a mask or drawing: at most three grey levels"
-
 
 @dataclass
 class Folder:
@@ -1012,7 +1010,7 @@ def _build_cache(path, root, records, size):
         image, info = read_image(file, size)
         info.digest = "" if info.error else sha256(file)[:16]
         if info.is_mask:
-            info.error = IS_MASK
+            info.error = "a mask or drawing: at most three grey levels"
         if info.error:
             info.hash = hash_lines([record.path])  # so that it matches no other
         return image, info
@@ -1045,7 +1043,7 @@ def _open_cache(path, root, records, size):
     images, text = np.split(stored[:-32], [len(records) * size**2])
     infos = json.loads(text.tobytes(), object_hook=lambda fields: ImageInfo(**fields))
     for record, info in zip(records, infos):
-        if info.error not in ("", IS_MASK) and not read_image(root / record.path, size)[1].error:
+        if info.error and not info.is_mask and not read_image(root / record.path, size)[1].error:
             warn(f"{record.path} can be read now: decoding again")
             return None
     return torch.from_numpy(images.reshape(-1, size, size)), infos
