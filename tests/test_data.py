@@ -1294,6 +1294,9 @@ def test_check_of_a_folder_without_a_usable_image_names_the_problem(tmp_path):
     report = data.check(touch(tmp_path, "train/A/1.png", "train/B/1.png"))
     assert report["problems"] == {"classes without a readable image in train": ["A", "B"]}
     assert report["audit"] == []
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(data.UserError, match="nor in metadata.csv$"):  # and no warning that applies to nothing
+        data.check(tmp_path / "empty")
 
 
 @needs_pydicom
