@@ -825,8 +825,8 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entries.append(entry)
     for test, p in zip(tests, holm([test["p"] for test in tests])):
         test["p_holm"] = p
-    entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
     about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
+    entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
     return {"model": count(len(groups), "model"), "split": first.split, "data": about, "compared": entries}
 
 

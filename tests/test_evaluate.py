@@ -400,6 +400,7 @@ def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
     good, middling, useless = found["compared"]
     assert [good["model"], useless["model"]] == ["good", "useless"]
     assert middling["difference"] == {}
+    assert found["data"]["root"] == "middling.csv"
     reference = middling["metrics"]["auroc"]["value"]
     gaps = [entry["difference"]["auroc"] for entry in (good, useless)]
     smallest = min(gap["p"] for gap in gaps)
