@@ -1139,8 +1139,12 @@ def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) ->
             raise UserError(problem)
 
 
-def model_files(s: Scored, r: dict, args: argparse.Namespace) -> dict:
-    """The files of one model: {name: content}."""
+def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) -> dict:
+    """The files of a report or a comparison: {name: content}."""
+    if "compared" in r:
+        figures = {"compare.png": plot_comparison(groups, r)} if args.plots else {}
+        return {"compare.json": r, "report.md": render(comparison_sections(r)), **figures}
+    s = groups[0][0]
     stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
     figures = {}
     if args.plots:
@@ -1185,29 +1189,20 @@ def evaluate(args: argparse.Namespace) -> None:
         "environment": describe_environment(models.pick_device(args.device)),
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
-    folder = None
-    if args.output:
-        folder = Path(args.output)
-    elif len(inputs) == 1 and not (asked or args.data):
-        folder = models.in_run_folder(inputs[0]).parent
-    if len(scored) > 1:
-        document = render(comparison_sections(result))
-        files = {"compare.json": result, "report.md": document}
-        if args.plots:
-            files["compare.png"] = plot_comparison(groups, result)
-    else:
-        document = render(report_sections(result))
-        files = model_files(scored[0], result, args) if folder else {}
     for r in result.get("compared", [result]):
         for line in r["warnings"]:
             warn(f"{line}: {r['checkpoint']}")
     last_lines = []
-    for name, content in files.items() if folder else ():
+    is_official = len(inputs) == 1 and not (asked or args.data)
+    if args.output or is_official:
+        folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
         folder.mkdir(parents=True, exist_ok=True)
-        write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
-        write(folder / name, content)
-        last_lines.append(f"written: {data.printable(str(folder / name))}")
-    print(json.dumps(result, indent=1) if args.json else document)
+        for name, content in make_files(groups, result, args).items():
+            write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
+            write(folder / name, content)
+            last_lines.append(f"written: {data.printable(str(folder / name))}")
+    sections = comparison_sections(result) if "compared" in result else report_sections(result)
+    print(json.dumps(result, indent=1) if args.json else render(sections))
     last_lines = last_lines or ["nothing written; use --output DIR"]
     print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
 
