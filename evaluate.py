@@ -78,9 +78,11 @@ class Scored:
 
     sources: list[str]  # run, checkpoint or CSV; for a cross-validation all of its runs
     model: str  # timm's name, or the CSV's
-    classes: list[str]  # the positive one last
+    arguments: dict  # of the training run; of a CSV its path, so that each is a model of its own
     split: str  # train, val, test, or predictions (of a CSV)
     records: list[data.Record]
+    classes: list[str]  # the positive one last
+    labels: ndarray  # int64 [n]: positions in classes
     patient_index: ndarray  # int64 [n], see data.number_patients
     logits: ndarray  # float64 [n, classes]: log-odds of each class against the rest, before calibration
     calibrated_logits: ndarray  # float64 [n, classes], see models.Decision
@@ -92,11 +94,6 @@ class Scored:
     checkpoint: dict | None = None  # None: another program's predictions
     n_parameters: int | None = None
 
-    @functools.cached_property
-    def labels(self) -> ndarray:
-        """int64 [n]: positions in classes."""
-        return np.array([self.classes.index(r.label) for r in self.records])
-
     @property
     def is_binary(self) -> bool:
         return len(self.classes) == 2
@@ -105,11 +102,6 @@ class Scored:
     def reported(self) -> dict[int, str]:
         """The classes that are scored against the rest, by position: the last of two, or each of more."""
         return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
-
-    @property
-    def arguments(self) -> dict:
-        """Of the training run. Another program's predictions have none, so that each file is a model of its own."""
-        return self.checkpoint["arguments"] if self.checkpoint else {"predictions": self.sources[0]}
 
     def against_rest(self, c: int) -> Answers:
         """What was predicted about class c."""
@@ -120,15 +112,18 @@ class Scored:
         return Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
 
 
-def decide(logits: ndarray, operating_point: dict) -> dict:
-    """The fields of Scored that follow from a model's logits and a checkpoint's slope, intercept and threshold."""
+def decide(records: list[data.Record], logits: ndarray, checkpoint: dict) -> dict:
+    """The fields of Scored that follow from a checkpoint's logits, classes, slope, intercept and threshold."""
     as_given = torch.from_numpy(logits)
-    decision = models.decide(as_given, operating_point)
+    decision = models.decide(as_given, checkpoint)
     return {
+        "records": records,
+        "classes": checkpoint["classes"],
+        "labels": np.array([checkpoint["classes"].index(r.label) for r in records]),
         "logits": models.calibrate(as_given, 1.0, 0.0).numpy(),
         "calibrated_logits": decision.calibrated_logits.numpy(),
         "predicted": decision.predicted.numpy(),
-        "threshold": operating_point["threshold"],
+        "threshold": checkpoint["threshold"],
     }
 
 
@@ -176,11 +171,10 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     scored = Scored(
         sources=[path],
         model=checkpoint["model"],
-        classes=checkpoint["classes"],
+        arguments=checkpoint["arguments"],
         split=args.split,
-        records=records,
         patient_index=folder.patient_index[index],
-        **decide(clean, checkpoint),
+        **decide(records, clean, checkpoint),
         about={
             "root": str(root),
             "demo": data.is_demo(root) or own_data["demo"],
@@ -194,7 +188,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         n_parameters=models.n_parameters(model),
     )
     for name, stressed in logits.items():
-        scored.stressed[name] = replace(scored, stressed={}, **decide(stressed, checkpoint))
+        scored.stressed[name] = replace(scored, stressed={}, **decide(records, stressed, checkpoint))
     return scored
 
 
@@ -267,16 +261,16 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
             f"{path}: expected two labels, found {', '.join(label or 'an empty cell' for label in sorted(labels))}"
         )
     data.remark_patients(records)
+    classes = data.sort_classes(labels, positive)
     threshold = {"value": 0.5, "logit": 0.0, "rule": "0.5", "from": "default"}
-    operating_point = {"slope": 1.0, "intercept": 0.0, "threshold": threshold, **asked}
+    as_given = {"classes": classes, "slope": 1.0, "intercept": 0.0, "threshold": threshold, **asked}
     return Scored(
         sources=[path],
         model=Path(path).stem,
-        classes=data.sort_classes(labels, positive),
+        arguments={"predictions": path},
         split="predictions",
-        records=records,
         patient_index=data.number_patients(records, np.arange(len(records))),
-        **decide(np.column_stack([np.zeros(len(records)), log_odds]), operating_point),
+        **decide(records, np.column_stack([np.zeros(len(records)), log_odds]), as_given),
         about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": Counter()},
     )
 
@@ -286,13 +280,9 @@ def pool(a: Scored, b: Scored) -> Scored:
     sources, records = a.sources + b.sources, a.records + b.records
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{', '.join(sources)} validated on the same images: they are not folds of one split")
-    arrays = {}
-    for name in ("patient_index", "logits", "calibrated_logits", "predicted", "border"):
-        if getattr(a, name) is not None:
-            arrays[name] = np.concatenate([getattr(a, name), getattr(b, name)])
+    arrays = {name: np.concatenate([x, vars(b)[name]]) for name, x in vars(a).items() if isinstance(x, ndarray)}
     one_per_run = {"value": None, "logit": None, "rule": "one per run", "from": "validation"}
     added = {name: a.about[name] + b.about[name] for name in ("copies", "left_out", "leaks")}
-    common = [name for name in a.stressed if name in b.stressed]  # without a class there is no exchanged border
     return replace(
         a,
         sources=sources,
@@ -300,7 +290,8 @@ def pool(a: Scored, b: Scored) -> Scored:
         **arrays,
         threshold=a.threshold if a.threshold == b.threshold else one_per_run,
         about={**a.about, **added},
-        stressed={name: pool(a.stressed[name], b.stressed[name]) for name in common},
+        # A run without images of a class has no copies with exchanged borders.
+        stressed={name: pool(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
         checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
     )
 
