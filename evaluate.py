@@ -522,26 +522,20 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
     return remarks
 
 
-def model_values(s: Scored, bootstrap: Bootstrap) -> dict[str, ndarray]:
-    """Every metric, float64 [1 + draws]; for more than two classes only some, as means over the classes."""
-    each = [bootstrap.values(s.against_rest(c), METRICS) for c in s.reported]
-    means = dict(zip(METRICS, np.mean(each, axis=0)))
-    if s.is_binary:
-        return means
-    # A wrong answer counts twice: for the true class, and for the predicted one.
-    accuracy = 1 - len(each) * (1 - means["accuracy"]) / 2
-    return {"auroc": means["auroc"], "accuracy": accuracy, "balanced_accuracy": means["sensitivity"]}
-
-
-def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tuple[dict, dict]:
-    """The metrics of a model, means over its runs, as arrays of draws; and the head of its report.
+def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tuple[ndarray, dict]:
+    """The AUROC of a model, the mean over its runs, as an array of draws; and the head of its report.
 
     runs: on the same images. number: of the model, in a comparison.
     """
-    s, of_runs = runs[0], [model_values(run, bootstrap) for run in runs]
+    s = runs[0]
+    of_classes = [[bootstrap.values(run.against_rest(c), METRICS) for run in runs] for c in s.reported]
+    of_runs = dict(zip(METRICS, np.mean(of_classes, axis=0).swapaxes(0, 1)))  # of each metric: [runs, 1 + draws]
+    if not s.is_binary:
+        # A wrong answer counts twice: for the true class, and for the predicted one.
+        accuracy = 1 - len(s.classes) * (1 - of_runs["accuracy"]) / 2
+        of_runs = {"auroc": of_runs["auroc"], "accuracy": accuracy, "balanced_accuracy": of_runs["sensitivity"]}
     drawn, metrics = {}, {}
-    for name in of_runs[0]:
-        values = np.stack([run[name] for run in of_runs])
+    for name, values in of_runs.items():
         drawn[name] = mean_over_runs(values, np.random.default_rng([bootstrap.seed, number]))
         n_patients = min(s.against_rest(c).n_patients(name) for c in s.reported)
         metrics[name] = with_interval(name, drawn[name], n_patients)
@@ -555,7 +549,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     sources = [source for run in runs for source in run.sources]
     remarks = [line for run in runs for line in find_remarks(run, metrics["auroc"]["ci95"])]
     sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
-    return drawn, {
+    return drawn["auroc"], {
         "checkpoint": ", ".join(sources),
         "sha256": ", ".join(data.sha256(models.in_run_folder(source)) for source in sources),
         "model": s.model,
@@ -781,20 +775,19 @@ def difference(mine: ndarray, reference: ndarray) -> dict:
     return {"value": value, "ci95": [value - half, value + half], "p": p}
 
 
-def holm(p: list[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979)."""
-    p = np.array(p)
-    order = np.argsort(p)
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1))
-    return adjusted.clip(max=1).tolist()
+def add_holm(tests: list[dict]) -> None:
+    """Add p_holm to each test: its p adjusted for the number of tests (Holm 1979)."""
+    adjusted = 0.0
+    for i, test in enumerate(sorted(tests, key=lambda test: test["p"])):
+        adjusted = max((len(tests) - i) * test["p"], adjusted)
+        test["p_holm"] = min(adjusted, 1.0)
 
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     first = groups[0][0]
     arguments = [runs[0].arguments for runs in groups]
-    entries, tests, reference = [], [], None
+    entries, draws = [], []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
         drawn, entry = summarise(runs, bootstrap, number)
@@ -802,20 +795,16 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         for name, value in runs[0].arguments.items():
             if any(others.get(name, value) != value for others in arguments):
                 varied[name] = value
-        entry |= {"number": number, "varied": varied, "difference": {}}
-        if number == 1:
-            reference = drawn["auroc"]
-        else:
-            tests.append(difference(drawn["auroc"], reference))
-            entry["difference"]["auroc"] = tests[-1]
+        gap = {"auroc": difference(drawn, draws[0])} if draws else {}
+        entry |= {"number": number, "varied": varied, "difference": gap}
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1] for s in runs]
             mean = np.mean([row["value"] for row in worst])
             names = ", ".join(row["row"] for row in worst)
             entry["worst_balanced_accuracy"] = {"value": mean, "row": names}
         entries.append(entry)
-    for test, p in zip(tests, holm([test["p"] for test in tests])):
-        test["p_holm"] = p
+        draws.append(drawn)
+    add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
     about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
     entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
     return {"model": count(len(groups), "model"), "split": first.split, "data": about, "compared": entries}

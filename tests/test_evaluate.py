@@ -417,8 +417,10 @@ def test_the_first_input_is_the_reference_and_the_table_is_sorted(rivals):
 
 
 def test_holm_adjusted_p_values_match_those_by_hand():
-    assert evaluate.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert evaluate.holm([0.6, 0.9]) == [1, 1]
+    for values, expected in (([0.01, 0.04, 0.03], [0.03, 0.06, 0.06]), ([0.6, 0.9], [1, 1])):
+        tests = [{"p": p} for p in values]
+        evaluate.add_holm(tests)
+        assert [test["p_holm"] for test in tests] == pytest.approx(expected)
 
 
 def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
