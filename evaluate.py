@@ -576,7 +576,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
 def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything in the files about one model; each dict of dicts in it can be shown as a table."""
     _, result = summarise([s], bootstrap)
-    result["failures"] = find_mistakes(s, 10)
+    result["failures"] = find_mistakes(s)
     matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist()
     if not s.is_binary:
         both = ("auroc", "sensitivity")
@@ -697,12 +697,12 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     return rows, {"value": rows[lowest]["balanced_accuracy"], "row": lowest}
 
 
-def find_mistakes(s: Scored, most: int) -> dict[str, dict]:
-    """The most confident mistakes (lowest log-odds of the true class), by path; most: at most how many."""
+def find_mistakes(s: Scored) -> dict[str, dict]:
+    """The twelve most confident mistakes (lowest log-odds of the true class), by path."""
     wrong = np.flatnonzero(s.predicted != s.labels)
     of_truth = s.calibrated_logits[wrong, s.labels[wrong]]
     mistakes = {}
-    for i in wrong[np.argsort(of_truth, kind="stable")][:most]:
+    for i in wrong[np.argsort(of_truth, kind="stable")][:12]:
         c = s.predicted[i]
         mistakes[s.records[i].path] = {
             "label": s.records[i].label,
@@ -996,14 +996,15 @@ PANELS = {  # title: names of the axes, and what else to know
 
 
 def new_figure(title: str, rows: int, columns: int, width: float, height: float):
-    """A figure and its panels, without pyplot, which would look for a display."""
+    """A figure with panels, its axes, row by row; without pyplot, which would look for a display."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
     rcParams["text.parse_math"] = False  # file names may have dollar signs
     figure = Figure(figsize=(width, height), layout="constrained")
     figure.suptitle(title)
-    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.subplots(rows, columns)
+    return figure
 
 
 def save_figure(path: Path, figure) -> None:
@@ -1032,8 +1033,8 @@ def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
 
 def plot_report(s: Scored, title: str, history: list[dict]):
     """Six panels of one model."""
-    figure, panels = new_figure(title, 2, 3, 15, 9)
-    roc, reliability, decision, distribution, matrix, training = panels
+    figure = new_figure(title, 2, 3, 15, 9)
+    roc, reliability, decision, distribution, matrix, training = figure.axes
     names = [predict.shorten(name, 16) for name in s.classes]
     thresholds = np.arange(1, 100) / 100
     for c in s.reported:
@@ -1056,21 +1057,20 @@ def plot_report(s: Scored, title: str, history: list[dict]):
         training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
         training.axvline(s.checkpoint["epoch"], color="k", ls="--")
         training.legend()
-    for ax, (panel, (x, y, _)) in zip(panels, PANELS.items()):
+    for ax, (panel, (x, y, _)) in zip(figure.axes, PANELS.items()):
         ax.set(title=panel, xlabel=x, ylabel=y, visible=ax.has_data())
     return figure
 
 
-def plot_mistakes(s: Scored, device: torch.device):
-    """The most confident mistakes, at most twelve, each beside its heat map for the predicted class."""
-    mistakes = find_mistakes(s, 12)
+def plot_mistakes(s: Scored, mistakes: dict[str, dict], device: torch.device):
+    """Mistakes, each beside its heat map for the predicted class."""
     rows = math.ceil(len(mistakes) / 4)
     title = "most confident mistakes; tinted: evidence for the predicted class"
-    figure, panels = new_figure(title, rows, 4, 16, 3 * rows)
+    figure = new_figure(title, rows, 4, 16, 3 * rows)
     model = models.from_checkpoint(s.checkpoint, device)
-    for ax in panels:
+    for ax in figure.axes:
         ax.set_axis_off()
-    for ax, (path, mistake) in zip(panels, mistakes.items()):
+    for ax, (path, mistake) in zip(figure.axes, mistakes.items()):
         image, _ = data.read_image(Path(s.about["root"], path), s.checkpoint["input_size"])
         heat = np.zeros(image.shape, np.float32)
         with contextlib.suppress(UserError):  # some architectures have no map to show
@@ -1083,11 +1083,11 @@ def plot_mistakes(s: Scored, device: torch.device):
 
 def plot_comparison(groups: list[list[Scored]], c: dict):
     """ROC curves, one of each run, in the colour of its model."""
-    figure, (ax,) = new_figure(heading(c), 1, 1, 8, 8)
+    figure = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
             label = f"{number}: {predict.shorten(', '.join(s.sources), 40)}"
-            draw_roc(ax, s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
+            draw_roc(figure.axes[0], s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
     return figure
 
 
@@ -1135,7 +1135,7 @@ def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) ->
             history = json.loads(metrics)["epochs"] if is_run else []
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
-            figures[f"{stem}-mistakes.png"] = plot_mistakes(s, models.pick_device(args.device))
+            figures[f"{stem}-mistakes.png"] = plot_mistakes(s, r["failures"], models.pick_device(args.device))
     card = render({**report_sections(r), **card_sections(r, list(figures))})
     files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
     if s.checkpoint:
