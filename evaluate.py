@@ -1094,31 +1094,6 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
 # --- command line ---
 
 
-def find_inputs(patterns: list[str]) -> list[str]:
-    """The inputs, including matches of patterns that the shell did not expand; or else the newest run."""
-    inputs = []
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        inputs += found or [pattern]
-    return list(dict.fromkeys(inputs)) or [str(models.newest_checkpoint())]
-
-
-def check_arguments(args: argparse.Namespace, checkpoints: list[dict | None]) -> None:
-    """Raise UserError if an option does not fit the inputs; checkpoints: None for a CSV."""
-    more_classes = any(checkpoint and len(checkpoint["classes"]) > 2 for checkpoint in checkpoints)
-    problems = {
-        "--threshold is for two classes; leave it out here": more_classes and args.threshold is not None,
-        "--stress is for two classes; leave it out here": more_classes and args.stress,
-        "--stress and --data are for checkpoints: a CSV has no images": not any(checkpoints)
-        and (args.stress or args.data),
-        "--positive is for CSV files: a checkpoint knows its positive class": all(checkpoints) and args.positive,
-        "--plots needs matplotlib: pip install matplotlib": args.plots and not importlib.util.find_spec("matplotlib"),
-    }
-    for problem, is_there in problems.items():
-        if is_there:
-            raise UserError(problem)
-
-
 def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) -> dict:
     """The files of a report or a comparison: {name: content}."""
     if "compared" in r:
@@ -1146,13 +1121,28 @@ def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) ->
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
     data.read_folder.cache_clear()  # a folder may have changed since another call in this process
+    inputs = []
+    for pattern in args.inputs:  # the shell may have left it unexpanded
+        matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
+        inputs += matches or [pattern]
+    inputs = list(dict.fromkeys(inputs)) or [str(models.newest_checkpoint())]
     asked = {}
     if args.threshold is not None:
         p = args.threshold
         asked = {"threshold": {"value": p, "logit": to_logit(p), "rule": f"{p:g}", "from": "command line"}}
-    inputs = find_inputs(args.inputs)
     checkpoints = [None if path.lower().endswith(".csv") else {**models.load(path), **asked} for path in inputs]
-    check_arguments(args, checkpoints)
+    more_classes = any(checkpoint and len(checkpoint["classes"]) > 2 for checkpoint in checkpoints)
+    for_images = not any(checkpoints) and (args.stress or args.data)
+    problems = {
+        "--threshold is for two classes; leave it out here": more_classes and asked,
+        "--stress is for two classes; leave it out here": more_classes and args.stress,
+        "--stress and --data are for checkpoints: a CSV has no images": for_images,
+        "--positive is for CSV files: a checkpoint knows its positive class": all(checkpoints) and args.positive,
+        "--plots needs matplotlib: pip install matplotlib": args.plots and not importlib.util.find_spec("matplotlib"),
+    }
+    for problem, is_there in problems.items():
+        if is_there:
+            raise UserError(problem)
     scored = [
         score_checkpoint(path, checkpoint, args) if checkpoint else score_csv(path, args.positive, asked)
         for path, checkpoint in zip(inputs, checkpoints)
