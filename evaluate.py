@@ -577,18 +577,17 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
     """Everything in the files about one model; each dict of dicts in it can be shown as a table."""
     _, result = summarise([s], bootstrap)
     result["failures"] = find_mistakes(s)
-    matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes))).tolist()
+    matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes)))
     if not s.is_binary:
         both = ("auroc", "sensitivity")
         each = {name: estimates(s.against_rest(c), bootstrap, both) for c, name in s.reported.items()}
-        return {**result, "each_class": each, "confusion": matrix}
+        return {**result, "each_class": each, "confusion": matrix.tolist()}
     a = s.against_rest(1)
     at_half = replace(a, predicted=a.score >= 0)
-    (tn, fp), (fn, tp) = matrix
     result |= {
         "positive": s.classes[1],
         "at_half": estimates(at_half, bootstrap, [name for name in METRICS if name not in RANKING]),
-        "confusion": {"tp": tp, "fp": fp, "fn": fn, "tn": tn},
+        "confusion": dict(zip(("tn", "fp", "fn", "tp"), matrix.ravel().tolist())),
         "calibration": calibration(a.is_positive, a.score),
         "subgroups": subgroups(s, bootstrap),
     }
@@ -596,7 +595,14 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
         result["calibration"]["before"] = calibration(a.is_positive, s.logits[:, 1])
         result["calibration"]["prevalence"] = 0.5  # at which the probability applies
     if s.border is not None:
-        result["shortcut"] = shortcut(s, bootstrap)
+        border = replace(a, score=s.border, predicted=s.border > 0)
+        groups = {}
+        for c, name in enumerate(s.classes):
+            is_misled = (s.labels == c) & (border.predicted != a.is_positive)
+            if is_misled.any():
+                groups[name] = group_estimates(a, is_misled, bootstrap)
+        border_auroc = estimates(border, bootstrap, ["auroc"])["auroc"]
+        result["shortcut"] = {"border_auroc": border_auroc, "groups": groups}
     if s.stressed:
         result["stress"], result["worst_balanced_accuracy"] = stress_table(s)
     return result
@@ -671,29 +677,15 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     return groups
 
 
-def shortcut(s: Scored, bootstrap: Bootstrap) -> dict:
-    """How well the border alone predicts the class, and the model's metrics where the border is wrong."""
-    a = s.against_rest(1)
-    border = replace(a, score=s.border, predicted=s.border > 0)
-    groups = {}
-    for c, name in enumerate(s.classes):
-        misled = (s.labels == c) & (border.predicted != a.is_positive)
-        if misled.any():
-            groups[name] = group_estimates(a, misled, bootstrap)
-    return {"border_auroc": estimates(border, bootstrap, ["auroc"])["auroc"], "groups": groups}
-
-
 def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     """Metrics of the images and of their stressed copies, and mean and worst of the copies, at the threshold in use;
     and the lowest balanced accuracy of them all, with the name of its row.
     """
-    rows = {}
-    for name, images in {"clean": s, **s.stressed}.items():
-        rows[name] = dict(zip(UNDER_STRESS, measure(images.against_rest(1), UNDER_STRESS)[:, 0]))
-    lowest = min(rows, key=lambda name: rows[name]["balanced_accuracy"])
-    _, *stressed = rows.values()
-    for name, of_all in {"mean": np.mean, "worst": np.min}.items():
-        rows[name] = {metric: of_all([row[metric] for row in stressed]) for metric in UNDER_STRESS}
+    names = ["clean", *s.stressed]
+    values = np.stack([measure(images.against_rest(1), UNDER_STRESS)[:, 0] for images in (s, *s.stressed.values())])
+    values = [*values, values[1:].mean(0), values[1:].min(0)]
+    rows = {name: dict(zip(UNDER_STRESS, row)) for name, row in zip([*names, "mean", "worst"], values)}
+    lowest = min(names, key=lambda name: rows[name]["balanced_accuracy"])
     return rows, {"value": rows[lowest]["balanced_accuracy"], "row": lowest}
 
 
@@ -786,22 +778,23 @@ def add_holm(tests: list[dict]) -> None:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     first = groups[0][0]
-    arguments = [runs[0].arguments for runs in groups]
     entries, draws = [], []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
         drawn, entry = summarise(runs, bootstrap, number)
-        varied = {}
-        for name, value in runs[0].arguments.items():
-            if any(others.get(name, value) != value for others in arguments):
-                varied[name] = value
+        varied = {
+            name: value
+            for name, value in runs[0].arguments.items()
+            if any(others.arguments.get(name, value) != value for others, *_ in groups)
+        }
         gap = {"auroc": difference(drawn, draws[0])} if draws else {}
         entry |= {"number": number, "varied": varied, "difference": gap}
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1] for s in runs]
-            mean = np.mean([row["value"] for row in worst])
-            names = ", ".join(row["row"] for row in worst)
-            entry["worst_balanced_accuracy"] = {"value": mean, "row": names}
+            entry["worst_balanced_accuracy"] = {
+                "value": np.mean([row["value"] for row in worst]),
+                "row": ", ".join(row["row"] for row in worst),
+            }
         entries.append(entry)
         draws.append(drawn)
     add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
