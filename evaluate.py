@@ -105,10 +105,8 @@ class Scored:
 
     def against_rest(self, c: int) -> Answers:
         """What was predicted about class c."""
-        stratum = None
-        if self.border is not None:
-            stratum = np.searchsorted(np.quantile(self.border, QUINTILES), self.border)
-        score = self.calibrated_logits[:, c]
+        border, score = self.border, self.calibrated_logits[:, c]
+        stratum = None if border is None else np.searchsorted(np.quantile(border, QUINTILES), border)
         return Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
 
 
@@ -235,11 +233,11 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         UserError: a column or value is missing or wrong, or there are not two labels.
     """
     rows = data.read_table(Path(path), CSV_COLUMNS)
-    columns = list(rows[0]) if rows else []
-    if not set(NEEDED) <= set(columns):
+    columns = rows[0].keys() if rows else set()
+    if not columns >= set(NEEDED):
         found = ", ".join(columns) or "none"
         raise UserError(f"{path} needs the columns {', '.join(NEEDED)} and one row per image; its columns are {found}")
-    if {"flags", "error"} <= set(columns):
+    if columns >= {"flags", "error"}:
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
     records, log_odds = [], []
     for row in rows:
@@ -476,9 +474,10 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
     shares = (values - low) / (1 - low)
     share = shares[0]
     right, wrong = share * n_patients, (1 - share) * n_patients
-    low_end = betaincinv(right, wrong + 1, 0.025) if right > 0 else 0.0
-    high_end = betaincinv(right + 1, wrong, 0.975) if wrong > 0 else 1.0
-    ends = [low_end, high_end]
+    ends = [
+        betaincinv(right, wrong + 1, 0.025) if right > 0 else 0.0,
+        betaincinv(right + 1, wrong, 0.975) if wrong > 0 else 1.0,
+    ]
     drawn = logit(np.clip(shares[1:], share / 6, 1 - (1 - share) / 6))
     drawn = drawn[np.isfinite(drawn)]  # none where all are 0, or all are 1
     if len(drawn) and drawn.std() > 1e-9:
@@ -495,8 +494,8 @@ def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
 # --- report ---
 
 
-def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
-    """Warnings about what makes results invalid or easy to misread, a line each."""
+def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) -> list[str]:
+    """Warnings about what makes results invalid or easy to misread, a line each; sizes: images of each class."""
     remarks, leaks = [], s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
         remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['lengths'][-1]}")
@@ -506,7 +505,6 @@ def find_remarks(s: Scored, auroc_interval: list[float] | None) -> list[str]:
         images, patients = leaks[f"{use}_images"], leaks[f"{use}_patients"]
         if images or patients:
             remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
-    sizes = np.bincount(s.labels, minlength=len(s.classes))
     if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
         remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): imprecise results")
     if not any(r.known_patient for r in s.records):
@@ -547,8 +545,8 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
         training = {name: value for name, value in s.checkpoint.items() if name not in large}
         training["data"] = {name: value for name, value in training["data"].items() if name != "left_out"}
     sources = [source for run in runs for source in run.sources]
-    remarks = [line for run in runs for line in find_remarks(run, metrics["auroc"]["ci95"])]
-    sizes = np.bincount(s.labels, minlength=len(s.classes)).tolist()
+    sizes = np.bincount(s.labels, minlength=len(s.classes))
+    remarks = [line for run in runs for line in find_remarks(run, sizes, metrics["auroc"]["ci95"])]
     return drawn["auroc"], {
         "checkpoint": ", ".join(sources),
         "sha256": ", ".join(data.sha256(models.in_run_folder(source)) for source in sources),
@@ -564,7 +562,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
             "images": len(s.records),
             "patients": len(np.unique(s.patient_index)),
             "unknown_patients": sum(not r.known_patient for r in s.records),
-            "sizes": dict(zip(s.classes, sizes)),
+            "sizes": dict(zip(s.classes, sizes.tolist())),
             "prevalence": sizes[1] / len(s.records) if s.is_binary else None,
         },
         "threshold": s.threshold,
@@ -661,10 +659,8 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     columns = {
         "subtype": [r.subtype for r in s.records],
         "series of file names": ["" if r.subtype else r.series for r in s.records],
+        **{name: thirds([r.groups[name] for r in s.records]) for name in s.records[0].groups},
     }
-    for name in s.records[0].groups:
-        columns[name] = thirds([r.groups[name] for r in s.records])
-
     a, groups = s.against_rest(1), {}
     for column, values in columns.items():
         # Padded, so that 9 comes before 10.
