@@ -99,15 +99,18 @@ class Scored:
         return len(self.classes) == 2
 
     @property
-    def reported(self) -> dict[int, str]:
-        """The classes that are scored against the rest, by position: the last of two, or each of more."""
-        return {c: name for c, name in enumerate(self.classes) if c or not self.is_binary}
+    def reported(self) -> list[int]:
+        """Positions of the classes that are scored against the rest: the last of two, or each of more."""
+        return [1] if self.is_binary else list(range(len(self.classes)))
 
-    def against_rest(self, c: int) -> Answers:
-        """What was predicted about class c."""
-        border, score = self.border, self.calibrated_logits[:, c]
+    @functools.cached_property
+    def answers(self) -> list[Answers]:
+        """For each class: what was predicted about it against the rest."""
+        border, each = self.border, []
         stratum = None if border is None else np.searchsorted(np.quantile(border, QUINTILES), border)
-        return Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
+        for c, score in enumerate(self.calibrated_logits.T):
+            each.append(Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum))
+        return each
 
 
 def decide(records: list[data.Record], logits: ndarray, checkpoint: dict) -> dict:
@@ -526,7 +529,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     runs: on the same images. number: of the model, in a comparison.
     """
     s = runs[0]
-    of_classes = [[bootstrap.values(run.against_rest(c), METRICS) for run in runs] for c in s.reported]
+    of_classes = [[bootstrap.values(run.answers[c], METRICS) for run in runs] for c in s.reported]
     of_runs = dict(zip(METRICS, np.mean(of_classes, axis=0).swapaxes(0, 1)))  # of each metric: [runs, 1 + draws]
     if not s.is_binary:
         # A wrong answer counts twice: for the true class, and for the predicted one.
@@ -535,7 +538,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     drawn, metrics = {}, {}
     for name, values in of_runs.items():
         drawn[name] = mean_over_runs(values, np.random.default_rng([bootstrap.seed, number]))
-        n_patients = min(s.against_rest(c).n_patients(name) for c in s.reported)
+        n_patients = min(s.answers[c].n_patients(name) for c in s.reported)
         metrics[name] = with_interval(name, drawn[name], n_patients)
         if len(runs) > 1:
             metrics[name]["sd"] = values[:, 0].std(ddof=1)
@@ -578,9 +581,9 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
     matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes)))
     if not s.is_binary:
         both = ("auroc", "sensitivity")
-        each = {name: estimates(s.against_rest(c), bootstrap, both) for c, name in s.reported.items()}
+        each = {name: estimates(a, bootstrap, both) for name, a in zip(s.classes, s.answers)}
         return {**result, "each_class": each, "confusion": matrix.tolist()}
-    a = s.against_rest(1)
+    a = s.answers[1]
     at_half = replace(a, predicted=a.score >= 0)
     result |= {
         "positive": s.classes[1],
@@ -661,7 +664,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
         "series of file names": ["" if r.subtype else r.series for r in s.records],
         **{name: thirds([r.groups[name] for r in s.records]) for name in s.records[0].groups},
     }
-    a, groups = s.against_rest(1), {}
+    a, groups = s.answers[1], {}
     for column, values in columns.items():
         # Padded, so that 9 comes before 10.
         names = sorted(set(values) - {""}, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
@@ -678,7 +681,7 @@ def stress_table(s: Scored) -> tuple[dict[str, dict], dict]:
     and the lowest balanced accuracy of them all, with the name of its row.
     """
     names = ["clean", *s.stressed]
-    values = np.stack([measure(images.against_rest(1), UNDER_STRESS)[:, 0] for images in (s, *s.stressed.values())])
+    values = np.stack([measure(images.answers[1], UNDER_STRESS)[:, 0] for images in (s, *s.stressed.values())])
     values = [*values, values[1:].mean(0), values[1:].min(0)]
     rows = {name: dict(zip(UNDER_STRESS, row)) for name, row in zip([*names, "mean", "worst"], values)}
     lowest = min(names, key=lambda name: rows[name]["balanced_accuracy"])
@@ -705,8 +708,8 @@ def to_rows(s: Scored) -> list[dict]:
     rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
-        for c, name in s.reported.items():
-            suffix = "" if s.is_binary else f"_{name}"
+        for c in s.reported:
+            suffix = "" if s.is_binary else f"_{s.classes[c]}"
             row[f"logit{suffix}"] = s.logits[i, c]
             row[f"calibrated_logit{suffix}"] = s.calibrated_logits[i, c]
             row[f"probability{suffix}"] = expit(s.calibrated_logits[i, c])
@@ -1027,7 +1030,7 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     names = [predict.shorten(name, 16) for name in s.classes]
     thresholds = np.arange(1, 100) / 100
     for c in s.reported:
-        a = s.against_rest(c)
+        a = s.answers[c]
         draw_roc(roc, a, names[c], f"C{c}")
         CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
         benefits = np.column_stack(net_benefit(a, thresholds))
@@ -1076,7 +1079,7 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     for number, runs in enumerate(groups, 1):
         for s in runs:
             label = f"{number}: {predict.shorten(', '.join(s.sources), 40)}"
-            draw_roc(figure.axes[0], s.against_rest(len(s.classes) - 1), label, f"C{number - 1}")
+            draw_roc(figure.axes[0], s.answers[-1], label, f"C{number - 1}")
     return figure
 
 
