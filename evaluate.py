@@ -151,7 +151,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
             raise UserError(f"{path} was not trained on the images in {root}; give their folder with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
-        chosen = in_val if args.split == "val" else ~in_val
+        chosen = in_val == (args.split == "val")
     left_out = [item for i, item in folder.unusable.items() if chosen[i]]
     chosen[list(folder.unusable)] = False
     index = np.flatnonzero(chosen)
@@ -758,12 +758,12 @@ def difference(mine: ndarray, reference: ndarray) -> dict:
     """{"value", "ci95", "p"} of the difference of two arrays of draws, paired by patient; no interval without draws."""
     apart = mine - reference
     value, drawn = apart[0], apart[np.isfinite(apart)][1:]
-    if not len(drawn):
-        return {"value": value, "ci95": None, "p": math.nan}
-    sd = drawn.std()
-    half = 1.96 * sd
-    p = 2 * ndtr(-abs(value) / sd) if sd > 1e-9 else 1.0
-    return {"value": value, "ci95": [value - half, value + half], "p": p}
+    ci95, p = None, math.nan
+    if len(drawn):
+        sd = drawn.std()
+        ci95 = [value - 1.96 * sd, value + 1.96 * sd]
+        p = 2 * ndtr(-abs(value) / sd) if sd > 1e-9 else 1.0
+    return {"value": value, "ci95": ci95, "p": p}
 
 
 def add_holm(tests: list[dict]) -> None:
@@ -829,7 +829,7 @@ def table(rows: dict[str, dict]) -> list[str]:
     for name in dict.fromkeys(itertools.chain(*named)):
         cells = [show(row.get(name)) for row in named]
         if set(cells) != {"-"}:
-            cells = [TITLES.get(cell, data.printable(cell)).replace("|", "\\|") for cell in (name, *cells)]
+            cells = [TITLES.get(cell, cell).replace("|", "\\|") for cell in (name, *cells)]
             width = max(map(len, cells))
             cells.insert(1, "-" * width)
             columns.append([cell.ljust(width) for cell in cells])
