@@ -440,6 +440,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
     table_labels = {row["label"].lower() for row in table.values() if "label" in row}
+    names = table_labels and table_labels | {"normal", "pneumonia"}  # of folders, to be compared with the labels
     folders = split_folders(root)
     if split and split not in folders and not table_labels:
         raise UserError(
@@ -474,7 +475,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             odd["left out, named like masks or annotations"].append(path)
         else:
             records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
-            in_path = table_labels.intersection(path.lower().split("/"))
+            in_path = names.intersection(path.lower().split("/"))
             if in_path and row["label"].lower() not in in_path:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
@@ -691,6 +692,7 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file's name, P
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
+DEPTHS = [2**bits - 1 for bits in range(8, 17)]  # the largest samples of 8 to 16 bits
 EXTREMES = (-2147483648, -32768, 32767, 65535, 2147483647)  # of samples of 16 and 32 bits
 
 
@@ -726,7 +728,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         not an image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
-    from the black and white that find_range guesses. Transparent pixels become black, and EXIF rotation is applied.
+    from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF rotation is applied.
     """
     try:
         if not isinstance(source, str | os.PathLike):
@@ -770,9 +772,12 @@ def _read(source, size):
     if is_deep:
         grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
         black, white = find_range(np.asarray(grid))
-        if image.format in ("PPM", "JPEG2000"):  # Pillow has scaled these to 16 bits
+        tags = getattr(image, "tag_v2", {})
+        if image.format in ("PPM", "JPEG2000") and image.mode != "F":  # Pillow has scaled these to 16 bits
             white = 65535.0
-        if getattr(image, "tag_v2", {}).get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
+        elif tags.get(281, (0,))[0] in DEPTHS:  # MaxSampleValue; another number is the brightest pixel's
+            white = float(tags[281][0])
+        if tags.get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
             black, white = white, black
         info.depth = int(abs(white - black)).bit_length()
     image = ImageOps.exif_transpose(image)
@@ -1460,14 +1465,13 @@ def check(root: Path) -> dict:
     for sides, patients in shared_patients(records):
         problems[f"patients in both {sides}"] = patients
 
-    usable, folders = [], defaultdict(list)  # (record, info, border, measures) of each image; the same by folder
+    usable, folders = [], defaultdict(list)  # (record, info, image, measures) of each; the same by folder
     hashes, fingerprints = [], {}
     for name, part in itertools.groupby(records, lambda r: "test" if r.split == "test" else "train"):
         part = list(part)
         images, infos, part_hashes, fingerprints[name] = load_images(root, part, DEFAULT_SIZE)
         hashes.append(part_hashes)
-        borders = torch.cat([border_features(batch) for batch in images.split(500)])
-        for record, info, image, border in zip(part, infos, images.numpy(), borders.numpy()):
+        for record, info, image in zip(part, infos, images.numpy()):
             if info.is_mask:
                 warnings[f"left out, {info.error}"].append(record.path)
             elif info.error:
@@ -1475,7 +1479,7 @@ def check(root: Path) -> dict:
             else:
                 bytes_per_pixel = os.path.getsize(root / record.path) / (info.width * info.height)
                 shape = info.width, info.height, info.width / info.height
-                usable.append((record, info, border, (*shape, bytes_per_pixel, image.mean(), image.std())))
+                usable.append((record, info, image, (*shape, bytes_per_pixel, image.mean(), image.std())))
                 folders[f"{record.split}/{record.label}"].append(usable[-1])
     labels = sorted({r.label for r in records})
     if len(labels) < 2:
@@ -1486,7 +1490,7 @@ def check(root: Path) -> dict:
     lateral = [record.path for record, info, *_ in usable if info.view in LATERAL]
     if len(lateral) < len(usable):
         remark(f"lateral views among {len(usable)} images", lateral)
-    audit = _audit([image for image in usable if image[0].split != "test"], remark)
+    audit = _audit([item for item in usable if item[0].split != "test"], remark)
 
     copies = defaultdict(list)
     for record, number in zip(records, copy_groups(np.concatenate(hashes)).tolist()):
@@ -1512,14 +1516,14 @@ def check(root: Path) -> dict:
     }
 
 
-def _summarise(images):
-    """Counts, and [5th percentile, median, 95th] of the measures, of one folder; images: see check."""
-    records, infos, _, measures = zip(*images)
+def _summarise(usable):
+    """Counts, and [5th percentile, median, 95th] of the measures, of one folder; usable: see check."""
+    records, infos, _, measures = zip(*usable)
     percentiles = np.percentile(measures, (5, 50, 95), axis=0).T
     subtypes = sorted(r.subtype for r in records if r.subtype)
     modes = sorted(f"mode {info.mode}, {info.depth} bits" for info in infos)
     return {
-        "images": len(images),
+        "images": len(usable),
         "patients": len({r.patient for r in records}),
         "unknown patients": sum(not r.known_patient for r in records),
         **dict(zip(MEASURES, percentiles.round(3).tolist())),
@@ -1527,7 +1531,7 @@ def _summarise(images):
     }
 
 
-def _audit(images, say):
+def _audit(usable, say):
     """How well two classes are separated without the lungs: gradient boosting on border or file, cross-validated
     by patient.
 
@@ -1536,22 +1540,23 @@ def _audit(images, say):
         from, classes, auroc and ci95 (Hanley and McNeil 1982, with one image counted per patient, since a
         patient's are alike).
 
-    images: see check; say(message) is called with each clear separation.
+    usable: see check; say(message) is called with each clear separation.
     """
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.metrics import roc_auc_score
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    images = images[:: 1 + len(images) // 20_000]  # more would add nothing, but take time and memory
-    labels = np.array([record.label for record, *_ in images])
-    patients = np.array([record.patient for record, *_ in images])
-    modes = sorted({info.mode for _, info, *_ in images})
-    file = []
-    for record, info, _, (*shape, bytes_per_pixel, _, _) in images:
+    usable = usable[:: 1 + len(usable) // 20_000]  # more would add nothing, but take time and memory
+    labels = np.array([record.label for record, *_ in usable])
+    patients = np.array([record.patient for record, *_ in usable])
+    modes = sorted({info.mode for _, info, *_ in usable})
+    borders, file = [], []
+    for record, info, image, (*shape, bytes_per_pixel, _, _) in usable:
+        borders.append(border_features(torch.from_numpy(image[None]))[0].numpy())
         is_lossy = bool(LOSSY.fullmatch(record.path))  # otherwise the bytes depend on the picture
         file.append([*shape, bytes_per_pixel * is_lossy, info.depth, modes.index(info.mode)])
     sources = {
-        "the border alone, without any lung,": np.array([border for _, _, border, _ in images]),
+        "the border alone, without any lung,": np.array(borders),
         "the file alone (size, bytes per pixel, mode, depth)": np.array(file),
     }
     boosting = HistGradientBoostingClassifier(learning_rate=0.2, max_iter=30, max_leaf_nodes=15, random_state=0)

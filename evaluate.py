@@ -645,16 +645,19 @@ def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
 
 
 def thirds(values: list[str]) -> list[str]:
-    """Replace numbers, and ages like 058Y, by the third that they are in, such as "1 to 25" or "over 25 to 58".
+    """Replace numbers, and ages like 058Y, by the third that they are in, such as "25 to 58".
 
     Other values, and three different numbers or fewer, are left unchanged. Empty text is a missing value.
     """
     numbers = [data.as_number(value) for value in values if value]
     if None in numbers or len(set(numbers)) <= 3:
         return values
-    lowest, low, high, highest = np.quantile(numbers, (0, 1 / 3, 2 / 3, 1), method="lower")
-    names = [f"{lowest:g} to {low:g}", f"over {low:g} to {high:g}", f"over {high:g} to {highest:g}"]
-    return [names[np.searchsorted((low, high), data.as_number(value))] if value else "" for value in values]
+    groups = defaultdict(list)
+    cuts = np.quantile(numbers, (1 / 3, 2 / 3))
+    for number in numbers:
+        groups[np.searchsorted(cuts, number)].append(number)
+    names = {third: f"{min(own):g} to {max(own):g}" for third, own in groups.items()}
+    return [names[np.searchsorted(cuts, data.as_number(value))] if value else "" for value in values]
 
 
 def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:

@@ -70,5 +70,6 @@ def test_user_errors_are_one_line_and_exit_code_2(script, arguments, message, de
     assert done.returncode == 2, done.stderr
     errors = [line for line in done.stderr.splitlines() if not line.startswith("WARNING:")]
     assert message in errors[-1] and len(errors[-1]) < 330, done.stderr
+    assert ("did you mean" in message) == ("did you mean" in errors[-1])
     usage = [line for line in errors[:-1] if not line.startswith(("usage:", " "))]
     assert not usage, done.stderr
