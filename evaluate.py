@@ -211,7 +211,7 @@ def ask(
         others = None if partners is None else folder.images[index[partners[batch]]]
         changed = data.stress(images, others, [r.path for r in records[batch]]) if stress else ()
         for name, copy in itertools.chain([("clean", images)], changed):
-            logits[name].append(models.infer(model, [copy], checkpoint))
+            logits[name].append(models.infer(model, copy, checkpoint))
         if checkpoint["border"] is not None:
             border.append(models.border_logit(checkpoint["border"], images))
     all_logits = {name: torch.cat(batches).numpy() for name, batches in logits.items()}

@@ -396,24 +396,13 @@ def is_finished(folder: Path) -> bool:
 
 
 @torch.inference_mode()
-def infer(model: nn.Module, batches, preprocessing: dict) -> Tensor:
-    """Logits, float64 [images, classes] on the CPU, of an iterable of uint8 batches [batch, side, side]; the model
-    runs in float32.
+def infer(model: nn.Module, images: Tensor, preprocessing: dict) -> Tensor:
+    """Logits, float64 [n, classes] on the CPU, of one batch of uint8 images [n, side, side]; the model runs in float32.
 
     preprocessing: mean and std, as a checkpoint has them.
     """
-    device = next(model.parameters()).device
-    logits = []
-    for batch in batches:
-        x = data.to_float(batch.to(device, non_blocking=True))
-        logits.append(model(data.normalise(x, preprocessing)).float())
-    return torch.cat(logits).cpu().double()
-
-
-def in_batches(images: Tensor, index: Tensor, size: int = 64):
-    """Yield uint8 batches of the images at index."""
-    for part in index.split(size):
-        yield images[part]
+    x = data.to_float(images.to(next(model.parameters()).device, non_blocking=True))
+    return model(data.normalise(x, preprocessing)).float().cpu().double()
 
 
 @dataclass
@@ -553,19 +542,23 @@ def image_features(images: Tensor) -> Tensor:
     return torch.cat([(coarse - mean) / (std + 4), (fine + 0.5).log(), (std + 1).log(), mean / 64], 1)
 
 
-def fit_input_check(train_batches, val_batches) -> dict[str, Tensor | float]:
+def fit_input_check(images: Tensor, train: Tensor, val: Tensor) -> dict[str, Tensor | float]:
     """Mean and whitening of the training images' features, and the cut that flags 1 % of the validation images.
 
     A Mahalanobis distance as in Lee et al. 2018, on plain features instead of a network's: a network trained for a
-    diagnosis ignores much of what makes an image a frontal radiograph. Batches are uint8 [n, side, side].
+    diagnosis ignores much of what makes an image a frontal radiograph.
+
+    Args:
+        images: uint8 [n, side, side]. train, val: int64, positions in images.
     """
     # Include mirrored images, so that they are not flagged.
-    features = torch.cat([image_features(both) for batch in train_batches for both in (batch, batch.flip(2))]).double()
+    batches = (images[part] for part in train.split(64))
+    features = torch.cat([image_features(both) for batch in batches for both in (batch, batch.flip(2))]).double()
     # Shrunk towards the variances alone, so that it is not singular with few images.
     covariance = 0.9 * features.T.cov(correction=0) + 0.1 * features.var(0).clamp(min=1e-8).diag()
     whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
     check = {"mean": features.mean(0).float(), "whiten": whiten.float(), "cut": 1.0}
-    scores = torch.cat([unlikeness(check, batch) for batch in val_batches])
+    scores = torch.cat([unlikeness(check, images[part]) for part in val.split(64)])
     check["cut"] = float(scores.quantile(0.99).clamp(min=1e-6))
     return check
 
@@ -581,21 +574,21 @@ def unlikeness(check: dict, images: Tensor) -> Tensor:
     return here * (here / turned.clamp(min=1e-6)).clamp(min=1) / check["cut"]
 
 
-def fit_border(features: Tensor, is_positive: np.ndarray) -> dict[str, Tensor | float]:
+def fit_border(images: Tensor, index: Tensor, labels: np.ndarray) -> dict[str, Tensor | float]:
     """A logistic regression of the class on the border alone; if it predicts well, that is a warning.
 
     Args:
-        features: float32 [n, 348] from data.border_features. is_positive: bool [n].
+        images: uint8 [n, side, side]. index: int64 [m], positions in images. labels: 0 or 1 for each position, [m].
 
     Returns:
-        weight of each feature, float64 [348], and bias.
+        weight of each of data.border_features, float64 [348], and bias.
     """
     from sklearn.linear_model import LogisticRegression  # here, since prediction does not need it
 
-    features = features.double()
+    features = torch.cat([data.border_features(images[part]) for part in index.split(64)]).double()
     mean = features.mean(0)
     scale = features.std(0).clamp(min=1e-3)  # a black edge does not vary
-    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), is_positive)
+    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), labels)
     weight = torch.from_numpy(fitted.coef_[0]) / scale
     return {"weight": weight, "bias": float(fitted.intercept_[0] - mean @ weight)}
 

@@ -152,7 +152,7 @@ def classify(sources: list, classifier: Classifier, maps: Path | None = None) ->
     batch = torch.from_numpy(np.stack(images))  # black where one can't be read
     unlike = models.unlikeness(checkpoint["input_check"], batch)
     with classifier.turns:
-        logits = models.infer(classifier.model, [batch], checkpoint)
+        logits = models.infer(classifier.model, batch, checkpoint)
     decision = models.decide(logits, checkpoint)
     rows = []
     for i, source in enumerate(sources):

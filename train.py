@@ -106,12 +106,8 @@ class TrainingSet:
     def checks(self) -> dict:
         """What a checkpoint stores about the training images: how they look, and a classifier of their border."""
         some = self.train[:: 1 + len(self.train) // 20_000]  # more would add nothing, but need a kilobyte each
-        batches = functools.partial(models.in_batches, self.images)
-        border = None
-        if len(self.classes) == 2:
-            features = torch.cat([data.border_features(batch) for batch in batches(some)])
-            border = models.fit_border(features, self.is_positive(some).numpy())
-        return {"input_check": models.fit_input_check(batches(some), batches(self.val)), "border": border}
+        border = models.fit_border(self.images, some, self.labels[some].numpy()) if len(self.classes) == 2 else None
+        return {"input_check": models.fit_input_check(self.images, some, self.val), "border": border}
 
 
 def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
@@ -299,7 +295,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 
     More than two classes: the mean AUROC of each against the rest.
     """
-    logits = models.infer(model, models.in_batches(d.images, d.val), preprocessing)
+    logits = torch.cat([models.infer(model, d.images[part], preprocessing) for part in d.val.split(64)])
     if not logits.isfinite().all():
         raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]

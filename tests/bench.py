@@ -91,7 +91,8 @@ def evaluation() -> dict:
             model(batch)
 
     def real() -> None:
-        models.infer(model, models.in_batches(images, torch.arange(len(images)), BATCH), PREPROCESSING)
+        for part in torch.arange(len(images)).split(BATCH):
+            models.infer(model, images[part], PREPROCESSING)
 
     return {"evaluation / forward": ratio(limit, real)}
 

@@ -420,11 +420,11 @@ def test_the_newest_run_is_found_and_finished_ones_come_first(tmp_path, monkeypa
 
 def test_logits_are_of_the_normalised_image_for_any_batch_size(small):
     images = torch.randint(0, 256, (10, 64, 64), dtype=torch.uint8)
-    index = torch.tensor([7, 3, 9, 0])
-    found = models.infer(small, models.in_batches(images, index, 3), {"mean": 0.4, "std": 0.2})
+    found = [models.infer(small, images[:size], {"mean": 0.4, "std": 0.2}) for size in (4, 10)]
     with torch.inference_mode():
-        expected = small((images[index][:, None] / 255 - 0.4) / 0.2)
-    torch.testing.assert_close(found, expected.double(), rtol=1e-4, atol=1e-6)
+        expected = small((images[:, None] / 255 - 0.4) / 0.2)
+    for logits in found:
+        torch.testing.assert_close(logits, expected[: len(logits)].double(), rtol=1e-4, atol=1e-6)
 
 
 def decide(logits, slope=1.0, intercept=0.0, threshold=0.0) -> models.Decision:
@@ -483,7 +483,7 @@ UNLIKE = {
 def test_what_is_not_an_upright_radiograph_is_flagged(phantoms, change):
     torch.manual_seed(7)
     images, test = phantoms
-    check = models.fit_input_check(images[20:].split(32), [images[:20]])
+    check = models.fit_input_check(images, torch.arange(20, len(images)), torch.arange(20))
     assert flagged(check, change(test)) >= 0.9
     assert flagged(check, test) <= 0.25
 
@@ -492,7 +492,7 @@ def test_the_cut_flags_one_in_a_hundred_of_the_validation_images():
     g = torch.Generator().manual_seed(8)
     images = nn.functional.interpolate(torch.rand(1200, 1, 6, 6, generator=g) * 255, (32, 32), mode="bicubic")
     images = images[:, 0].clamp(0, 255).to(torch.uint8)
-    check = models.fit_input_check([images[:700]], [images[700:]])
+    check = models.fit_input_check(images, torch.arange(700), torch.arange(700, 1200))
     assert flagged(check, images[700:]) == pytest.approx(0.01, abs=0.002)
 
 
@@ -500,8 +500,9 @@ def test_border_logit_matches_scikit_learn():
     images = torch.randint(0, 256, (60, 64, 64), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     is_positive = np.arange(60) % 2 == 0
     images[is_positive, :4] //= 2
-    features = data.border_features(images)
-    found = models.border_logit(models.fit_border(features, is_positive), images)
+    index = torch.randperm(60, generator=torch.Generator().manual_seed(5))
+    found = models.border_logit(models.fit_border(images, index, is_positive[index]), images)
     standard = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-    expected = standard.fit(features.double(), is_positive).decision_function(features.double())
+    features = data.border_features(images).double()
+    expected = standard.fit(features, is_positive).decision_function(features)
     np.testing.assert_allclose(found, expected, rtol=0.05, atol=0.05)
