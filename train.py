@@ -72,14 +72,8 @@ class TrainingSet:
     val: Tensor  # int64: positions of the validation images
     classes: list[str]  # the positive one last
 
-    def records(self, index: Tensor) -> list[data.Record]:
-        return [self.folder.records[i] for i in index.tolist()]
-
     def n_patients(self, index: Tensor) -> int:
         return len(np.unique(self.folder.patient_index[index]))
-
-    def is_positive(self, index: Tensor) -> Tensor:
-        return self.labels[index] == len(self.classes) - 1
 
     def selected_epoch(self, history: list[dict]) -> int:
         """The epoch to keep, counted from 1: the latest within a standard error of the best validation AUROC until then.
@@ -87,7 +81,7 @@ class TrainingSet:
         AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error is
         that of so many patients, since images of one patient are alike.
         """
-        is_positive = self.is_positive(self.val)
+        is_positive = self.labels[self.val] == len(self.classes) - 1
         sizes = [self.n_patients(self.val[side]) for side in (is_positive, ~is_positive)]
         selected, best = 0, 0.0
         for epoch_log in history:
@@ -98,16 +92,9 @@ class TrainingSet:
 
     def traces(self, index: Tensor) -> dict:
         """What identifies the images later: their known patients, and their hashes as int64 [n, 4]."""
-        patients = {r.patient for r in self.records(index) if r.known_patient}
+        records = [self.folder.records[i] for i in index]
         hashes = torch.from_numpy(self.folder.hashes[index].view(np.int64))
-        return {"patients": sorted(patients), "hashes": hashes}
-
-    @functools.cached_property
-    def checks(self) -> dict:
-        """What a checkpoint stores about the training images: how they look, and a classifier of their border."""
-        some = self.train[:: 1 + len(self.train) // 20_000]  # more would add nothing, but need a kilobyte each
-        border = models.fit_border(self.images, some, self.labels[some].numpy()) if len(self.classes) == 2 else None
-        return {"input_check": models.fit_input_check(self.images, some, self.val), "border": border}
+        return {"patients": sorted({r.patient for r in records if r.known_patient}), "hashes": hashes}
 
 
 def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
@@ -144,7 +131,7 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
 
     parent: traces of that run's training images.
     """
-    records, hashes = d.records(d.val), d.folder.hashes[d.val]
+    records, hashes = [d.folder.records[i] for i in d.val], d.folder.hashes[d.val]
     trained_on = {"this run": d.traces(d.train)}
     if parent is not None:
         trained_on["the --weights run"] = parent
@@ -389,10 +376,12 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 # --- the run's files ---
 
 
-def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: torch.device) -> dict:
-    """The part of metrics.json that does not change during a run."""
+def describe(args: argparse.Namespace, d: TrainingSet, history: list[dict], device: torch.device) -> dict:
+    """Arguments, planned lengths, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
+    lengths = dict.fromkeys([*(epoch_log["planned_epochs"] for epoch_log in history), args.epochs])
     return {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
+        "lengths": list(lengths),  # numbers of epochs; several if --resume changed the number
         "environment": evaluate.describe_environment(device),
         "data": {
             "root": str(d.root.resolve()),
@@ -403,7 +392,6 @@ def describe(args: argparse.Namespace, d: TrainingSet, origin: dict, device: tor
             "patients": {"train": d.n_patients(d.train), "val": d.n_patients(d.val)},
             "left_out": list(d.folder.unusable.values()),
         },
-        "origin": origin,
     }
 
 
@@ -437,33 +425,25 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]
 
 
 def save_progress(
-    folder: Path, learner: Learner, about: dict, d: TrainingSet, history: list[dict], world: int, parent: dict | None
-) -> None:
-    """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json."""
-    state = {
-        **about,
-        "world": world,
-        "parent": parent,
-        "history": history,
-        **{name: part.state_dict() for name, part in learner.parts().items()},
-    }
-    models.save(state, folder / "last.pt", STATE_FORMAT)
-    write_metrics(folder, about, d, history, finished=False)
+    folder: Path,
+    learner: Learner,
+    about: dict,
+    parent: dict | None,
+    d: TrainingSet,
+    history: list[dict],
+    finished: bool,
+) -> dict:
+    """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json; returns the latter.
 
-
-def planned_lengths(history: list[dict]) -> list[int]:
-    """The numbers of epochs that were planned; several if --resume changed the number."""
-    return list(dict.fromkeys(epoch_log["planned_epochs"] for epoch_log in history))
-
-
-def write_metrics(folder: Path, about: dict, d: TrainingSet, history: list[dict], finished: bool) -> dict:
-    """Write metrics.json, and return its content; about: what doesn't change in a run."""
+    about: what doesn't change in a run. parent: see warn_overlap.
+    """
+    parts = {name: part.state_dict() for name, part in learner.parts().items()}
+    models.save({**about, "parent": parent, "history": history, **parts}, folder / "last.pt", STATE_FORMAT)
     metrics = {
         **about,
         "finished": finished,
         "best_epoch": d.selected_epoch(history),  # the selected one
         "seconds": round(sum(epoch_log["seconds"] for epoch_log in history), 3),
-        "lengths": planned_lengths(history),
         "epochs": history,
     }
     data.write_json(folder / "metrics.json", metrics)
@@ -479,13 +459,19 @@ def save_checkpoint(checkpoint: dict, folder: Path) -> None:
     models.save(checkpoint, folder / "ckpt.pt")
 
 
-def check_state(state: dict, args: argparse.Namespace, d: TrainingSet, world: int) -> None:
-    """Raise UserError if the state is from other data, another number of processes, or another run than ckpt.pt."""
+def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Learner, world: int) -> None:
+    """Load the state into the learner.
+
+    Raises:
+        UserError: it is from other data, another number of processes, or another run than ckpt.pt.
+    """
     folder, history = Path(args.output), state["history"]
     if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same")
+    for name, part in learner.parts().items():
+        part.load_state_dict(state[name])
     if not history:
         return
     checkpoint = models.load(folder / "ckpt.pt")  # missing or damaged: better to fail now than at the end
@@ -499,10 +485,11 @@ def check_state(state: dict, args: argparse.Namespace, d: TrainingSet, world: in
         warn("--epochs changed: the remaining epochs follow the schedule of the new length")
 
 
-def make_checkpoint(
-    learner: Learner, d: TrainingSet, preprocessing: dict, about: dict, epoch_log: dict, parent: dict | None
-) -> dict:
-    """All that evaluation and prediction need, of the epoch in epoch_log."""
+def start_checkpoint(d: TrainingSet, preprocessing: dict, about: dict, parent: dict | None) -> dict:
+    """All that evaluation and prediction need, except what each epoch adds: state_dict, validation, epoch (of these
+    weights), and epochs (how many the run has made; more if the last ones were not selected).
+    """
+    some = d.train[:: 1 + len(d.train) // 20_000]  # more would add nothing, but need a kilobyte each
     trained = d.traces(d.train)
     if parent is not None:
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
@@ -512,17 +499,13 @@ def make_checkpoint(
     return {
         "model": architecture,
         "model_arguments": model_arguments,
-        "state_dict": learner.average.module.state_dict(),
         "classes": d.classes,
         **preprocessing,
         "slope": 1.0,
         "intercept": 0.0,
         "threshold": {**cut, "rule": "0.5", "from": "the default of an unfinished run"},
-        **d.checks,
-        "validation": {key: epoch_log[key] for key in ("val_loss", "val_auroc", "val_accuracy")},
-        "epoch": epoch_log["epoch"],  # of these weights
-        "epochs": epoch_log["epoch"],  # how many the run has made; more if the last ones were not selected
-        "lengths": [epoch_log["planned_epochs"]],  # planned; several if --resume changed the number
+        "input_check": models.fit_input_check(d.images, some, d.val),
+        "border": models.fit_border(d.images, some, d.labels[some].numpy()) if len(d.classes) == 2 else None,
         "finished": False,
         "trained_on": trained,  # by this run, and by those that its weights come from
         "chosen_on": d.traces(d.val),  # epoch and operating point
@@ -530,15 +513,14 @@ def make_checkpoint(
     }
 
 
-def finish_checkpoint(folder: Path, d: TrainingSet, history: list[dict], rule: str, device) -> None:
+def finish_checkpoint(folder: Path, d: TrainingSet, about: dict, n_epochs: int, device) -> None:
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
     logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
     labels = d.labels[d.val].numpy()
-    chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, rule)
-    made = {"epochs": len(history), "lengths": planned_lengths(history), "finished": True}
-    save_checkpoint({**checkpoint, **chosen, **made}, folder)
+    chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, about["arguments"]["threshold"])
+    save_checkpoint({**checkpoint, **about, **chosen, "epochs": n_epochs, "finished": True}, folder)
 
 
 # --- the run ---
@@ -607,9 +589,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     learner = make_learner(model, args, device)
     history = []
     if state is not None:
-        check_state(state, args, d, world)
-        for name, part in learner.parts().items():
-            part.load_state_dict(state[name])
+        restore(state, args, d, learner, world)
         history, origin, parent = state["history"], state["origin"], state["parent"]
         if len(history) == args.epochs and models.is_finished(Path(args.output)):
             if is_first:
@@ -626,11 +606,13 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
 
     if is_first:
-        about = describe(args, d, origin, device)
+        about = describe(args, d, history, device) | {"origin": origin, "world": world}
+        save = functools.partial(save_progress, folder, learner, about, parent, d, history)
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
-        save_progress(folder, learner, about, d, history, world, parent)
+        save(finished=False)
         warn_overlap(d, parent)
         print_start(args, origin["note"], d, learner, crop, size, device)
+        checkpoint = start_checkpoint(d, preprocessing, about, parent)
 
     if device.type == "cpu":
         keep_memory()
@@ -643,25 +625,26 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = batches(d, order, operations, numbers, preprocessing, device)
-        is_silent = None if is_first else True  # None: off unless a terminal
-        loader = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=is_silent)
-        train_metrics = train_epoch(learner, class_weights, loader, rates, first_step)
-        speed = steps * batch_size / (time.perf_counter() - start)
+        bar = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if is_first else True)
+        epoch_log = {"epoch": epoch, "planned_epochs": args.epochs}
+        epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
+        epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
 
-        val_metrics = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
-        epoch_log = {"epoch": epoch, "planned_epochs": args.epochs, **train_metrics, **val_metrics}
-        epoch_log["images_per_second"] = round(speed, 1)
+        validation = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
+        epoch_log |= validation
         history.append(epoch_log)
         if is_first and d.selected_epoch(history) == epoch:
-            save_checkpoint(make_checkpoint(learner, d, preprocessing, about, epoch_log, parent), folder)
+            weights = learner.average.module.state_dict()
+            checkpoint |= {"state_dict": weights, "validation": validation, "epoch": epoch, "epochs": epoch}
+            save_checkpoint(checkpoint, folder)
         epoch_log["seconds"] = round(time.perf_counter() - start, 3)
         if is_first:
-            save_progress(folder, learner, about, d, history, world, parent)
+            save(finished=False)
             print(ROW.format(**epoch_log), flush=True)
 
     if is_first:
-        finish_checkpoint(folder, d, history, args.threshold, device)
-        print_end(folder, d, write_metrics(folder, about, d, history, finished=True))
+        finish_checkpoint(folder, d, about, len(history), device)
+        print_end(folder, d, save(finished=True))
     if world > 1:
         dist.destroy_process_group()
 

@@ -316,8 +316,9 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
     assert not are_equal(checkpoint["state_dict"], state_of(tmp_path / "r")["average"])
 
 
-def test_the_operating_point_uses_stressed_copies(run_folder, tmp_path, monkeypatch):
+def test_the_operating_point_uses_stressed_copies(run_folder, demo, tmp_path, monkeypatch):
     shutil.copytree(run_folder, tmp_path / "r")
+    shutil.copytree(demo, tmp_path / "moved")
     (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration: --resume does only that
     ask = evaluate.ask
 
@@ -328,8 +329,9 @@ def test_the_operating_point_uses_stressed_copies(run_folder, tmp_path, monkeypa
         return {**dict.fromkeys(logits, right), "clean": logits["clean"]}, border
 
     monkeypatch.setattr(evaluate, "ask", ask_better_under_stress)
-    run_train(tmp_path, "--resume", "r")
+    run_train(tmp_path, "--resume", "r", "--data", "moved")
     before, after = models.load(run_folder), models.load(tmp_path / "r")
+    assert after["data"] == metrics_of(tmp_path / "r")["data"]
     assert abs(math.log(after["slope"] / before["slope"])) > 1
     assert "18 stressed copies" in after["threshold"]["from"]
 
