@@ -76,15 +76,22 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 
 
-def preprocessing(name: str, size: int | None) -> dict:
-    """input_size in pixels, and mean and std of grey levels in [0, 1] as timm's weights expect them.
+def settings(name: str, size: int | None) -> dict:
+    """What a checkpoint says about a model besides its weights: model and model_arguments (see resolve), input_size in
+    pixels, and mean and std of grey levels in [0, 1] as timm's weights expect them.
 
     If size is None, it is the model's own if that is fixed, else 160.
     """
-    _, config, _ = resolve(name)
+    architecture, config, arguments = resolve(name)
     if size is None:
         size = config.input_size[-1] if config.fixed_input_size else data.DEFAULT_SIZE
-    return {"input_size": size, "mean": float(np.mean(config.mean)), "std": float(np.mean(config.std))}
+    return {
+        "model": architecture,
+        "model_arguments": arguments,
+        "input_size": size,
+        "mean": float(np.mean(config.mean)),
+        "std": float(np.mean(config.std)),
+    }
 
 
 def build(name: str, n_classes: int, size: int, pretrained: bool = False, **kwargs) -> nn.Module:
@@ -162,25 +169,27 @@ def build_pretrained(
 
     Returns:
         the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
-        failed (why not timm's) and sha256 (of a file, else empty); and, for a run of this suite, its checkpoint.
+        failed (why not timm's) and sha256 (of a file, else empty); and what a run of this suite was trained on, else None.
     """
+    origin = {"source": "random", "note": "random weights", "failed": "", "sha256": ""}
     if weights is not None:
-        return from_file(name, classes, size, in_run_folder(weights))
-    failed = ""
+        path = in_run_folder(weights)
+        model, note, trained_on = from_file(name, classes, size, path)
+        return model, origin | {"source": str(path), "note": note, "sha256": data.sha256(path)}, trained_on
     if pretrained is not False:
         try:
-            return *from_hub(name, classes, size), None
+            model, note = from_hub(name, len(classes), size)
+            return model, origin | {"source": "hub", "note": note}, None
         except UserError as e:
-            failed = str(e)
             if pretrained:
-                raise UserError(f"{failed}; use --weights FILE or --no-pretrained") from None
-            warn(f"RANDOM WEIGHTS: {failed}. Training starts from scratch; --weights FILE takes a local file")
-    origin = {"source": "random", "note": "random weights", "failed": failed, "sha256": ""}
+                raise UserError(f"{e}; use --weights FILE or --no-pretrained") from None
+            warn(f"RANDOM WEIGHTS: {e}. Training starts from scratch; --weights FILE takes a local file")
+            origin["failed"] = str(e)
     return build(name, len(classes), size), origin, None
 
 
-def from_hub(name: str, classes: list[str], size: int) -> tuple[nn.Module, dict]:
-    """timm's pretrained model with a new head, and its weights' origin.
+def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
+    """timm's pretrained model with a new head, and the note of build_pretrained.
 
     Raises:
         UserError: there are none, or they can't be fetched.
@@ -188,38 +197,34 @@ def from_hub(name: str, classes: list[str], size: int) -> tuple[nn.Module, dict]
     _, config, _ = resolve(name)
     if not config.has_weights:
         raise UserError(f"timm has no pretrained weights for {name}")
-    offline = constants.HF_HUB_OFFLINE
+    offline, is_reached = constants.HF_HUB_OFFLINE, False
+    # In a thread, since looking up the server's name may block for longer. Errors are of whichever library is used.
+    with contextlib.suppress(Exception), ThreadPool(1) as pool:
+        pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
+        is_reached = True
     try:
         # In offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
-        constants.HF_HUB_OFFLINE = offline or not answers(constants.ENDPOINT)
+        constants.HF_HUB_OFFLINE = not is_reached
         model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
         reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
         raise UserError(f"no pretrained weights for {name}: {reason}") from None
     finally:
         constants.HF_HUB_OFFLINE = offline
-    model.reset_classifier(len(classes))
-    note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
-    return model, {"source": "hub", "note": note, "failed": "", "sha256": ""}
+    model.reset_classifier(n_classes)
+    return model, f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
 
 
-def answers(address: str) -> bool:
-    """Whether a server answers within six seconds; in a thread, since looking up its name may block for longer."""
-    try:
-        with ThreadPool(1) as pool:
-            pool.apply_async(get_session().head, (address,), {"timeout": 4}).get(6)
-    except Exception:  # noqa: BLE001, of whichever library the hub's uses
-        return False
-    return True
+def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, str, dict | None]:
+    """A model with the weights in a file: every tensor must fit; only a run with these classes keeps its head.
 
-
-def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
-    """build_pretrained with weights from a file: every tensor must fit; only a run with these classes keeps its head.
+    Returns:
+        the model; the note of build_pretrained; and what a run of this suite was trained on, else None.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
-    content, checkpoint = read_weights(path), None
+    content, checkpoint = read_weights(path), {}
     if "format" in content:
         checkpoint = load(path)
         content = checkpoint["state_dict"]
@@ -244,12 +249,12 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
         note += f"; not used: {data.count(len(others), 'other')} ({others[0]})"
     if channels != 1:
         note += f"; {stem}: {channels} input channels summed to 1"
-    if checkpoint is not None and checkpoint["classes"] == classes:
+    if checkpoint.get("classes") == classes:
         note += f"; its head for {', '.join(classes)}"
     else:
         model.reset_classifier(len(classes))
         note += "; new head"
-    return model, {"source": str(path), "note": note, "failed": "", "sha256": data.sha256(path)}, checkpoint
+    return model, note, checkpoint.get("trained_on")
 
 
 def in_run_folder(path: str | Path) -> Path:

@@ -485,7 +485,7 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
         warn("--epochs changed: the remaining epochs follow the schedule of the new length")
 
 
-def start_checkpoint(d: TrainingSet, preprocessing: dict, about: dict, parent: dict | None) -> dict:
+def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict | None) -> dict:
     """All that evaluation and prediction need, except what each epoch adds: state_dict, validation, epoch (of these
     weights), and epochs (how many the run has made; more if the last ones were not selected).
     """
@@ -495,12 +495,9 @@ def start_checkpoint(d: TrainingSet, preprocessing: dict, about: dict, parent: d
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
         trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
     cut = {"value": 0.5, "logit": 0.0} if len(d.classes) == 2 else {"value": None, "logit": None}
-    architecture, _, model_arguments = models.resolve(about["arguments"]["model"])
     return {
-        "model": architecture,
-        "model_arguments": model_arguments,
+        **settings,
         "classes": d.classes,
-        **preprocessing,
         "slope": 1.0,
         "intercept": 0.0,
         "threshold": {**cut, "rule": "0.5", "from": "the default of an unfinished run"},
@@ -567,8 +564,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     is_first = rank == 0  # it writes, prints and validates
 
     # data and model
-    preprocessing = models.preprocessing(args.model, args.img_size)
-    size = preprocessing["input_size"]
+    settings = models.settings(args.model, args.img_size)
+    size = settings["input_size"]
     if not is_first:
         dist.barrier()  # the first one draws, fetches or decodes, and the others find the files
     d = read_data(args, size)
@@ -576,8 +573,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     torch.manual_seed(args.seed)
     # A resumed run brings its own weights, so that none are fetched.
     weights, pretrained = (args.weights, args.pretrained) if state is None else (None, False)
-    model, origin, checkpoint = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
-    parent = checkpoint and checkpoint["trained_on"]  # traces of what these weights were trained on
+    model, origin, parent = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
     if is_first and world > 1:
         dist.barrier()
     args.output = broadcast(folder and str(folder))  # for the line that says how to continue
@@ -612,7 +608,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         save(finished=False)
         warn_overlap(d, parent)
         print_start(args, origin["note"], d, learner, crop, size, device)
-        checkpoint = start_checkpoint(d, preprocessing, about, parent)
+        checkpoint = start_checkpoint(d, settings, about, parent)
 
     if device.type == "cpu":
         keep_memory()
@@ -624,13 +620,13 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
         order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
-        loader = batches(d, order, operations, numbers, preprocessing, device)
+        loader = batches(d, order, operations, numbers, settings, device)
         bar = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if is_first else True)
         epoch_log = {"epoch": epoch, "planned_epochs": args.epochs}
         epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
 
-        validation = broadcast(validate(learner.average.module, d, preprocessing) if is_first else None)
+        validation = broadcast(validate(learner.average.module, d, settings) if is_first else None)
         epoch_log |= validation
         history.append(epoch_log)
         if is_first and d.selected_epoch(history) == epoch:

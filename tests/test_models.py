@@ -217,8 +217,8 @@ def test_models_that_fail_with_channels_last_are_contiguous(name, device, expect
 
 def test_input_size_is_as_requested_else_the_models_own():
     names = (SMALL, VIT, "mobilenetv3_large_100_miil")  # the last one is an old name of timm
-    assert [models.preprocessing(name, None)["input_size"] for name in names] == [160, 224, 160]
-    assert models.preprocessing(VIT, 64)["input_size"] == 64
+    assert [models.settings(name, None)["input_size"] for name in names] == [160, 224, 160]
+    assert models.settings(VIT, 64)["input_size"] == 64
 
 
 def test_a_model_that_does_not_fit_is_refused(small):
@@ -231,7 +231,8 @@ def test_a_model_is_taken_from_a_folder_with_its_own_arguments(tmp_path):
     config["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.25] * 3, "first_conv": "conv_stem"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     name = f"local-dir:{tmp_path}"
-    assert models.preprocessing(name, None) == {"input_size": 160, "mean": 0.5, "std": 0.25}
+    expected = {"input_size": 160, "mean": 0.5, "std": 0.25, "model": SMALL, "model_arguments": {"drop_rate": 0.4}}
+    assert models.settings(name, None) == expected
     model = models.build(name, 2, 64)
     assert model.drop_rate == 0.4 and model.classifier.out_features == 2
     # Those of a checkpoint may name another size than the run's.
@@ -279,10 +280,10 @@ def test_weights_may_be_wrapped_as_other_programs_do(tmp_path, small, wrap, not_
 def test_a_head_is_taken_from_a_run_of_the_same_classes(tmp_path, small):
     before = small.state_dict()
     models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
-    model, origin, parent = load_weights(tmp_path, CLASSES)
+    model, origin, trained_on = load_weights(tmp_path, CLASSES)
     assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == []
     assert "its head for NORMAL, PNEUMONIA" in origin["note"]
-    assert parent["trained_on"]["patients"] == ["IM-1"]
+    assert trained_on["patients"] == ["IM-1"]
     model, origin, _ = load_weights(tmp_path, CLASSES[::-1])
     assert not torch.equal(model.classifier.weight, small.classifier.weight)
     assert "new head" in origin["note"]
