@@ -220,17 +220,6 @@ def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch
     )
 
 
-def training_size(args: argparse.Namespace, size: int) -> int:
-    """Side of the crops that training sees.
-
-    A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
-    """
-    _, config, _ = models.resolve(args.model)
-    if args.augment == "none" or config.fixed_input_size:
-        return size
-    return min(max(round(size * 0.75 / 32) * 32, 32), size)
-
-
 def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Cross-entropy of logits [batch, classes], each image weighted by its class.
 
@@ -579,7 +568,11 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     args.output = broadcast(folder and str(folder))  # for the line that says how to continue
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
-    crop = training_size(args, size)
+    _, config, _ = models.resolve(args.model)
+    crop = size
+    if args.augment != "none" and not config.fixed_input_size:
+        # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+        crop = min(max(round(size * 0.75 / 32) * 32, 32), size)
     models.require_size(model, len(d.classes), crop)
     models.require_size(model, len(d.classes), size)
     learner = make_learner(model, args, device)
