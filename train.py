@@ -538,15 +538,6 @@ def keep_memory() -> None:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
-def broadcast(value):
-    """The first process's value, in every process."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
-
-
 def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
@@ -555,24 +546,26 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     # data and model
     settings = models.settings(args.model, args.img_size)
     size = settings["input_size"]
+    output = [None]  # the run's folder, from the first process
     if not is_first:
-        dist.barrier()  # the first one draws, fetches or decodes, and the others find the files
+        dist.broadcast_object_list(output)  # wait until the first one has drawn, fetched and decoded
     d = read_data(args, size)
-    folder, _lock = claim_folder(args) if is_first else (None, None)
+    if is_first:
+        folder, _lock = claim_folder(args)
+        output = [str(folder)]
     torch.manual_seed(args.seed)
     # A resumed run brings its own weights, so that none are fetched.
     weights, pretrained = (args.weights, args.pretrained) if state is None else (None, False)
     model, origin, parent = models.build_pretrained(args.model, d.classes, size, weights, pretrained)
     if is_first and world > 1:
-        dist.barrier()
-    args.output = broadcast(folder and str(folder))  # for the line that says how to continue
+        dist.broadcast_object_list(output)
+    (args.output,) = output  # for the line that says how to continue
     if device.type == "cuda" and d.images.numel() < torch.cuda.mem_get_info(device)[0] // 2:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     _, config, _ = models.resolve(args.model)
-    crop = size
-    if args.augment != "none" and not config.fixed_input_size:
-        # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
-        crop = min(max(round(size * 0.75 / 32) * 32, 32), size)
+    is_cropped = args.augment != "none" and not config.fixed_input_size
+    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+    crop = min(max(round(size * 0.75 / 32) * 32, 32), size) if is_cropped else size
     models.require_size(model, len(d.classes), crop)
     models.require_size(model, len(d.classes), size)
     learner = make_learner(model, args, device)
@@ -580,10 +573,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if state is not None:
         restore(state, args, d, learner, world)
         history, origin, parent = state["history"], state["origin"], state["parent"]
-        if len(history) == args.epochs and models.is_finished(Path(args.output)):
-            if is_first:
-                print(f"the run in {args.output} is finished; --epochs N trains it longer")
-            return
 
     # what every epoch needs
     batch_size = min(args.batch_size * world, len(d.train))
@@ -619,17 +608,18 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
 
-        validation = broadcast(validate(learner.average.module, d, settings) if is_first else None)
+        if not is_first:
+            continue
+        validation = validate(learner.average.module, d, settings)
         epoch_log |= validation
         history.append(epoch_log)
-        if is_first and d.selected_epoch(history) == epoch:
+        if d.selected_epoch(history) == epoch:
             weights = learner.average.module.state_dict()
             checkpoint |= {"state_dict": weights, "validation": validation, "epoch": epoch, "epochs": epoch}
             save_checkpoint(checkpoint, folder)
         epoch_log["seconds"] = round(time.perf_counter() - start, 3)
-        if is_first:
-            save(finished=False)
-            print(ROW.format(**epoch_log), flush=True)
+        save(finished=False)
+        print(ROW.format(**epoch_log), flush=True)
 
     if is_first:
         finish_checkpoint(folder, d, about, len(history), device)
@@ -760,6 +750,8 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
             if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {value}")
+        if len(state["history"]) == args.epochs and models.is_finished(Path(folder)):
+            parser.exit(0, f"the run in {folder} is finished; --epochs N trains it longer\n")
         args.output = folder
     if args.fold >= args.folds:
         parser.error(f"--fold {args.fold} does not exist: the {args.folds} folds are 0 to {args.folds - 1}")
