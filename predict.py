@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import os
@@ -213,30 +212,25 @@ FONTS = (
 )
 
 
-def overlay(image: np.ndarray, heat: np.ndarray) -> Image.Image:
-    """The radiograph in RGB with its heat map over it: more opaque where higher, clear below LOW.
+def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Image.Image:
+    """The radiograph, beside it the same with its heat map (more opaque where higher), and lines of text below.
 
     Args:
         image: uint8 [height, width]. heat: float32 in [0, 1], of any size.
     """
-    picture = Image.fromarray(image).convert("RGB")
-    heat = np.asarray(Image.fromarray(heat).resize(picture.size, Image.Resampling.BILINEAR))
-    opacity = np.where(heat < LOW, 0, 150 * heat).astype(np.uint8)
-    picture.paste(TINT, mask=Image.fromarray(opacity))
-    return picture
-
-
-def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Image.Image:
-    """The radiograph, beside it the same with its heat map, and lines of text below; image and heat as for overlay."""
     side = min(max(SMALLEST, *image.shape), LARGEST)
     height, width = (max(1, round(n * side / max(image.shape))) for n in image.shape)
     radiograph = Image.fromarray(image).resize((width, height))
+    tinted = radiograph.convert("RGB")
+    heat = np.asarray(Image.fromarray(heat).resize(tinted.size, Image.Resampling.BILINEAR))
+    opacity = np.where(heat < LOW, 0, 150 * heat).astype(np.uint8)
+    tinted.paste(TINT, mask=Image.fromarray(opacity))
     font_size = max(12, side // 28)
     gap = font_size // 3
     canvas_width = max(2 * width + gap, 2 * SMALLEST)  # room for the caption of a narrow image
     canvas = Image.new("RGB", (canvas_width, height + gap + (font_size + gap) * len(lines)))
     canvas.paste(radiograph, (0, 0))
-    canvas.paste(overlay(np.asarray(radiograph), heat), (width + gap, 0))
+    canvas.paste(tinted, (width + gap, 0))
     top = height + gap
     for line in lines:
         text, font = typeset(line, font_size)
@@ -248,20 +242,18 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
 
 
 def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, folder: Path) -> None:
-    """Draw the heat map of a prediction; image: uint8 [size, size], what the model saw."""
+    """Draw the heat map of a prediction; image: uint8 [size, size], what the model saw.
+
+    The file is named after the end of the path, with a digest of the whole path, since two may have the same end.
+    """
     heat = models.heat_map(classifier.model, image, row.label, classifier.checkpoint)
     radiograph, info = data.read_image(row.path, None)
     shown = image if info.error else radiograph  # the file may be gone by now
     drawn = draw_heat_map(shown, heat, caption(row, classifier.checkpoint["classes"]))
-    with data.replacing(folder / map_name(row.path)) as f:
+    end = re.sub(r"[^\w-]+", "_", row.path).encode()[-100:]  # file systems count bytes
+    name = f"{end.decode(errors='ignore').strip('_')}_{data.hash_lines([row.path])[:6]}{MAP_END}"
+    with data.replacing(folder / name) as f:
         drawn.save(f, "PNG")
-
-
-def map_name(path: str) -> str:
-    """A file name from the end of a path, with a digest of the whole path, since two may have the same end."""
-    name = re.sub(r"[^\w-]+", "_", path)
-    name = name.encode()[-100:].decode(errors="ignore").strip("_")  # file systems count bytes
-    return f"{name}_{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}{MAP_END}"
 
 
 def caption(row: Prediction, classes: list[str]) -> list[str]:
