@@ -930,6 +930,11 @@ class Folder:
     unusable: dict[int, dict]  # position: path and reason of each file that can't be used
     fingerprint: str
 
+    def traces(self, index) -> dict:
+        """What identifies the images at index later: their known patients, and their hashes as int64 [n, 4]."""
+        patients = {self.records[i].patient for i in index if self.records[i].known_patient}
+        return {"patients": sorted(patients), "hashes": torch.from_numpy(self.hashes[index].view(np.int64))}
+
 
 @functools.lru_cache(maxsize=2)
 def read_folder(root: Path, is_test: bool, size: int) -> Folder:
@@ -1314,14 +1319,11 @@ def copy_groups(hashes: ndarray) -> ndarray:
     return _connected(len(unique), np.concatenate(links))[place.ravel()]
 
 
-def seen_before(records: list[Record], hashes: ndarray, seen: dict) -> tuple[ndarray, set[str]]:
-    """Which images are copies of one in seen["hashes"], bool [n], and which known patients are in seen["patients"].
-
-    hashes: uint64 [n, 4] of the records; seen: patients and hashes as a checkpoint has them.
-    """
-    groups = copy_groups(np.concatenate([hashes, seen["hashes"].numpy().view(np.uint64)]))
-    is_seen = np.isin(groups[: len(records)], groups[len(records) :])
-    return is_seen, {r.patient for r in records if r.known_patient}.intersection(seen["patients"])
+def seen_before(traces: dict, seen: dict) -> tuple[ndarray, set[str]]:
+    """Which images are copies of one that was seen, bool [n], and which patients were seen; both: see Folder.traces."""
+    groups = copy_groups(torch.cat([traces["hashes"], seen["hashes"]]).numpy().view(np.uint64))
+    is_seen = np.isin(groups[: len(traces["hashes"])], groups[len(traces["hashes"]) :])
+    return is_seen, {*traces["patients"]}.intersection(seen["patients"])
 
 
 def border_features(images: Tensor) -> Tensor:

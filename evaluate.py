@@ -167,7 +167,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     leaks = Counter()
     # Every model is chosen on its validation images.
     for use in ["trained_on"] if args.split == "val" else ["trained_on", "chosen_on"]:
-        is_seen, patients = data.seen_before(records, folder.hashes[index], checkpoint[use])
+        is_seen, patients = data.seen_before(folder.traces(index), checkpoint[use])
         leaks |= {f"{use}_images": int(is_seen.sum()), f"{use}_patients": len(patients)}
     scored = Scored(
         sources=[path],

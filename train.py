@@ -90,12 +90,6 @@ class TrainingSet:
                 selected = epoch_log["epoch"]
         return selected
 
-    def traces(self, index: Tensor) -> dict:
-        """What identifies the images later: their known patients, and their hashes as int64 [n, 4]."""
-        records = [self.folder.records[i] for i in index]
-        hashes = torch.from_numpy(self.folder.hashes[index].view(np.int64))
-        return {"patients": sorted({r.patient for r in records if r.known_patient}), "hashes": hashes}
-
 
 def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     """Find, decode and split the images.
@@ -131,15 +125,14 @@ def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
 
     parent: traces of that run's training images.
     """
-    records, hashes = [d.folder.records[i] for i in d.val], d.folder.hashes[d.val]
-    trained_on = {"this run": d.traces(d.train)}
+    trained_on = {"this run": d.folder.traces(d.train)}
     if parent is not None:
         trained_on["the --weights run"] = parent
     for source, seen in trained_on.items():
-        is_seen, patients = data.seen_before(records, hashes, seen)
+        is_seen, patients = data.seen_before(d.folder.traces(d.val), seen)
         if is_seen.any() or patients:
             warn(
-                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(records), 'validation image')} and "
+                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(d.val), 'validation image')} and "
                 f"on {len(patients)} of their patients: validation results, and choices based on them, are "
                 "too optimistic"
             )
@@ -479,7 +472,7 @@ def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict |
     weights), and epochs (how many the run has made; more if the last ones were not selected).
     """
     some = d.train[:: 1 + len(d.train) // 20_000]  # more would add nothing, but need a kilobyte each
-    trained = d.traces(d.train)
+    trained = d.folder.traces(d.train)
     if parent is not None:
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
         trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
@@ -494,7 +487,7 @@ def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict |
         "border": models.fit_border(d.images, some, d.labels[some].numpy()) if len(d.classes) == 2 else None,
         "finished": False,
         "trained_on": trained,  # by this run, and by those that its weights come from
-        "chosen_on": d.traces(d.val),  # epoch and operating point
+        "chosen_on": d.folder.traces(d.val),  # epoch and operating point
         **about,
     }
 
