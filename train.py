@@ -292,14 +292,13 @@ def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarr
     If a class is missing from a tercile, or without border logits, only the classes are weighted.
 
     Args:
-        labels: int64 [n]. border_logits: float64 [n], see models.border_logit.
+        labels: int64 [n]. border_logits: float64 [n], see models.border_logit; None for more than two classes.
     """
     cells, how = labels, "classes balanced"
     if border_logits is not None:
         terciles = np.searchsorted(np.quantile(border_logits, (1 / 3, 2 / 3)), border_logits)
-        n_classes = labels.max() + 1
-        in_terciles = terciles * n_classes + labels
-        if len(np.unique(in_terciles)) == 3 * len(np.unique(labels)):
+        in_terciles = 2 * terciles + labels
+        if len(np.unique(in_terciles)) == 6:
             cells, how = in_terciles, f"{how}, also within each tercile of the border logit"
     return compute_sample_weight("balanced", cells), how
 
