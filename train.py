@@ -153,64 +153,47 @@ def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tenso
 # --- learner and epoch ---
 
 
-@dataclass
 class Learner:
     """The model in training, and everything that changes with it."""
 
-    model: torch.nn.Module  # has the weights
-    network: torch.nn.Module  # to call: the model, perhaps wrapped or compiled
-    average: ModelEmaV3  # of the weights: what is validated and kept
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    dtype: torch.dtype  # of autocast; float32 means that it is off
-    is_frozen: bool  # all but the head, running statistics and dropout included
-
-    def parts(self) -> dict:
-        """The parts whose state is saved, by name."""
-        return {
-            "model": self.model,
+    def __init__(self, model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> None:
+        """Put the model on the device, wrapped for several processes and compiled if asked for."""
+        self.model = model.to(device, memory_format=models.memory_format(model, device))
+        self.is_frozen = args.freeze  # all but the head, running statistics and dropout included
+        if args.freeze:
+            model.requires_grad_(False)
+            heads = model.get_classifier()
+            for head in heads if isinstance(heads, tuple) else [heads]:  # a distilled model has two
+                head.requires_grad_(True)
+        self.network = model  # to call: perhaps wrapped or compiled
+        if dist.is_initialized():
+            self.network = DistributedDataParallel(model)  # starts from the weights of the first process
+        if args.compile:
+            self.network = torch.compile(self.network)
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt="adamw",
+            lr=args.lr,
+            weight_decay=args.weight_decay,
+            layer_decay=args.layer_decay,
+            foreach=True,
+        )
+        # The average of the weights, which is validated and kept. The warm-up lets it look back over 2 to 6 % of the
+        # steps so far: a longer memory ruins short runs.
+        self.average = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
+        precision = args.precision
+        if precision == "auto" and device.type == "cuda":
+            precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        # Of autocast; float32 means that it is off.
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+        needs_scaling = self.dtype == torch.float16 and device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(device.type, enabled=needs_scaling)
+        self.parts = {  # whose state is saved
+            "model": model,
             "average": self.average.module,
             "optimizer": self.optimizer,
             "scaler": self.scaler,
         }
-
-
-def make_learner(model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> Learner:
-    """Put the model on the device, wrapped for several processes and compiled if asked for."""
-    model.to(device, memory_format=models.memory_format(model, device))
-    if args.freeze:
-        model.requires_grad_(False)
-        heads = model.get_classifier()
-        for head in heads if isinstance(heads, tuple) else [heads]:  # a distilled model has two
-            head.requires_grad_(True)
-    network = model
-    if dist.is_initialized():
-        network = DistributedDataParallel(model)  # starts from the weights of the first process
-    if args.compile:
-        network = torch.compile(network)
-    optimizer = create_optimizer_v2(
-        model,
-        opt="adamw",
-        lr=args.lr,
-        weight_decay=args.weight_decay,
-        layer_decay=args.layer_decay,
-        foreach=True,
-    )
-    precision = args.precision
-    if precision == "auto" and device.type == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
-    needs_scaling = dtype == torch.float16 and device.type == "cuda"
-    return Learner(
-        model=model,
-        network=network,
-        # The warm-up lets it look back over 2 to 6 % of the steps so far: a longer memory ruins short runs.
-        average=ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10),
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler(device.type, enabled=needs_scaling),
-        dtype=dtype,
-        is_frozen=args.freeze,
-    )
 
 
 def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
@@ -418,7 +401,7 @@ def save_progress(
 
     about: what doesn't change in a run. parent: see warn_overlap.
     """
-    parts = {name: part.state_dict() for name, part in learner.parts().items()}
+    parts = {name: part.state_dict() for name, part in learner.parts.items()}
     models.save({**about, "parent": parent, "history": history, **parts}, folder / "last.pt", STATE_FORMAT)
     metrics = {
         **about,
@@ -451,7 +434,7 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
         raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same")
-    for name, part in learner.parts().items():
+    for name, part in learner.parts.items():
         part.load_state_dict(state[name])
     if not history:
         return
@@ -560,7 +543,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     crop = min(max(round(size * 0.75 / 32) * 32, 32), size) if is_cropped else size
     models.require_size(model, len(d.classes), crop)
     models.require_size(model, len(d.classes), size)
-    learner = make_learner(model, args, device)
+    learner = Learner(model, args, device)
     history = []
     if state is not None:
         restore(state, args, d, learner, world)

@@ -47,7 +47,7 @@ def set_up(count: int):
     torch.manual_seed(0)
     model = models.build(NAME, 2, SIZE)
     args = train.make_parser().parse_args(f"--batch-size {BATCH} --lr 0.001 --precision fp32".split())
-    learner = train.make_learner(model, args, CPU)
+    learner = train.Learner(model, args, CPU)
     images = torch.randint(0, 256, (count, SIZE, SIZE), dtype=torch.uint8)
     labels, everything = torch.randint(0, 2, (count,)), torch.arange(count)
     dataset = train.TrainingSet(Path(), None, images, labels, everything, everything, ["A", "B"])

@@ -109,7 +109,7 @@ def test_the_loss_weights_classes_the_same_in_every_batch():
 
 def learner_of(model, *flags):
     args = train.make_parser().parse_args(flags)
-    return train.make_learner(model, args, torch.device("cpu"))
+    return train.Learner(model, args, torch.device("cpu"))
 
 
 def test_each_layer_keeps_its_learning_rate_factor():
