@@ -106,9 +106,8 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         raise UserError("--threshold is for two classes; leave it out here")
     labels = torch.tensor([classes.index(r.label) for r in records])
     is_validation = data.is_validation(records, folder.patient_index, args.folds, args.fold)
-    is_usable = np.ones(len(records), bool)
-    is_usable[list(folder.unusable)] = False
-    train, val = (torch.from_numpy(np.flatnonzero(part & is_usable)) for part in (~is_validation, is_validation))
+    usable = np.setdiff1d(np.arange(len(records)), list(folder.unusable))
+    train, val = (torch.from_numpy(usable[part[usable]]) for part in (~is_validation, is_validation))
     for split, index in (("train", train), ("val", val)):
         for c, name in enumerate(classes):
             if c not in labels[index]:
@@ -541,8 +540,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     is_cropped = args.augment != "none" and not config.fixed_input_size
     # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
     crop = min(max(round(size * 0.75 / 32) * 32, 32), size) if is_cropped else size
-    models.require_size(model, len(d.classes), crop)
-    models.require_size(model, len(d.classes), size)
+    for side in (crop, size):
+        models.require_size(model, len(d.classes), side)
     learner = Learner(model, args, device)
     history = []
     if state is not None:
