@@ -71,7 +71,9 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
         return architecture, timm.models.PretrainedCfg(**config), arguments or {}
     if timm.is_model(name):
         with contextlib.suppress(RuntimeError):  # no such tag
-            return name, timm.get_pretrained_cfg(name) or timm.models.PretrainedCfg(), {}  # old names have none
+            config = timm.get_pretrained_cfg(name)
+            if config or "." not in name:
+                return name, config or timm.models.PretrainedCfg(), {}  # old names have none
     nearest = timm.list_models(f"{name}*") or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
     raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 

@@ -279,7 +279,7 @@ def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
             if box not in [bytes(font.getmask(letter)) for letter in text]:
                 return text, font
     letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
-    return ascii("".join(letters))[1:-1], ImageFont.load_default(size)
+    return "".join(letters).encode("ascii", "backslashreplace").decode(), ImageFont.load_default(size)
 
 
 def shorten(text: str, width: int) -> str:
@@ -291,26 +291,27 @@ def shorten(text: str, width: int) -> str:
 # --- write ---
 
 
-def to_text(row: Prediction, style: str | None, checkpoint: dict, header: bool) -> str:
-    """A row as JSON, CSV or a line of the table, perhaps after a header."""
+def to_text(row: Prediction, style: str | None, checkpoint: dict, header: bool = False) -> str:
+    """A row as JSON, CSV or a line of the table; or the header of such rows."""
     classes, threshold = checkpoint["classes"], checkpoint["threshold"]["value"]
     if style == "json":
-        return f"{json.dumps(asdict(row))}\n"
+        return "" if header else f"{json.dumps(asdict(row))}\n"
     if style == "csv":
         cells = asdict(row) | {"flags": "; ".join(row.flags)}
         if len(classes) > 2:
             probabilities = cells.pop("probability") or {}
             cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
-        return data.to_csv([cells], header)
-    of = "P(label)" if threshold is None else f"P({classes[-1]})"
-    heading = ("label", of, "image" if threshold is None else f"image (threshold {threshold:.3f})")
-    p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
-    notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
-    image = f"{row.path}  [{notes}]" if notes else row.path
-    line = (row.label or "error", "-" if p is None else f"{p:.4f}", image)
+        return data.to_csv([dict(zip(cells, cells)) if header else cells], header=False)
+    probability = "P(label)" if threshold is None else f"P({classes[-1]})"
+    if header:
+        line = ("label", probability, "image" if threshold is None else f"image (threshold {threshold:.3f})")
+    else:
+        p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
+        notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
+        image = f"{row.path}  [{notes}]" if notes else row.path
+        line = (row.label or "error", "-" if p is None else f"{p:.4f}", image)
     width = max(len(name) for name in [*classes, "error"])
-    lines = [heading, line] if header else [line]
-    return "".join(data.printable(f"{a:{width}}  {b:>{len(of)}}  {c}") + "\n" for a, b, c in lines)
+    return data.printable(f"{line[0]:{width}}  {line[1]:>{len(probability)}}  {line[2]}") + "\n"
 
 
 def print_predictions(args: argparse.Namespace) -> int:
@@ -332,8 +333,9 @@ def print_predictions(args: argparse.Namespace) -> int:
     one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
     rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)
     counts, flagged = Counter(), 0  # of each label, None for errors; with any flag
+    sys.stdout.write(to_text(Prediction(""), args.style, checkpoint, header=True))
     for row in tqdm(rows, unit="img", leave=False, disable=sys.stdout.isatty() or None):  # rows show progress too
-        sys.stdout.write(to_text(row, args.style, checkpoint, header=not counts))
+        sys.stdout.write(to_text(row, args.style, checkpoint))
         sys.stdout.flush()
         counts[row.label] += 1
         flagged += bool(row.flags)

@@ -30,7 +30,7 @@ from numpy import ndarray
 from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score, roc_curve
+from sklearn.metrics import roc_curve
 from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
@@ -250,12 +250,17 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
     if not logits.isfinite().all():
         raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]
+    predicted = logits.argmax(1)
     z = models.calibrate(logits, 1.0, 0.0).numpy()
-    aurocs = [roc_auc_score(labels == c, z[:, c]) for c in range(len(d.classes))]  # with two classes they are equal
+    patient_index = d.folder.patient_index[d.val]
+    aurocs = []
+    for c in range(len(d.classes)):  # of two classes, both are equal
+        answers = evaluate.Answers((labels == c).numpy(), z[:, c], (predicted == c).numpy(), patient_index, None)
+        aurocs.append(evaluate.auroc(answers, np.ones((1, len(labels)))))
     return {
         "val_loss": float(F.cross_entropy(logits, labels)),  # unweighted, on whole images: unlike train_loss
         "val_auroc": float(np.mean(aurocs)),
-        "val_accuracy": float((logits.argmax(1) == labels).double().mean()),
+        "val_accuracy": float((predicted == labels).double().mean()),
     }
 
 

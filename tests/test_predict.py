@@ -237,6 +237,9 @@ def test_csv_names_the_model_and_contains_no_formula(run_folder, normals, tmp_pa
     assert row["path"] == "'=1+1.jpeg"
     assert row["checksum"] == hashlib.sha256((run_folder / "ckpt.pt").read_bytes()).hexdigest()[:12]
     assert bad["error"] == "no such file"
+    none = run_script("predict.py", "--ckpt", run_folder, "--csv", "-", cwd=tmp_path)  # no path on stdin
+    assert none.returncode == 2
+    assert none.stdout == done.stdout.splitlines(keepends=True)[0]
 
 
 def test_table_columns_are_aligned_and_the_last_lines_give_counts(run_folder, normals, tmp_path):
