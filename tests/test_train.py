@@ -376,6 +376,8 @@ def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypat
     run_train(tmp_path, "--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output", "r")
     checkpoint = models.load(tmp_path / "r")
     assert checkpoint["threshold"]["value"] is None
+    found = evaluate_run(tmp_path / "r", "--split", "val")
+    assert found["auroc"]["value"] == pytest.approx(checkpoint["validation"]["val_auroc"], abs=1e-15)
     done = run_script("predict.py", "--ckpt", "r", "--cam", "maps", "d/train/A/0.png", cwd=tmp_path)
     assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
 
