@@ -278,13 +278,14 @@ def test_the_averaged_weights_are_validated_and_kept(watched):
     start = models.build("mobilenetv3_small_050", 2, 64).state_dict()
     assert not torch.equal(state["average"]["bn1.running_mean"], start["bn1.running_mean"])
     found = evaluate_run(watched.folder, "--split", "val")
-    assert found["auroc"]["value"] == state["history"][-1]["val_auroc"]
+    assert found["metrics"]["auroc"]["value"] == state["history"][-1]["val_auroc"]
+    assert found["calibration"]["before"]["nll"] == pytest.approx(state["history"][-1]["val_loss"], abs=1e-9)
 
 
 def evaluate_run(folder, *arguments):
     done = run_script("evaluate.py", folder, "--bootstrap", 0, "--json", *arguments, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)["metrics"]
+    return json.loads(done.stdout)
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees(demo, tmp_path):
@@ -301,7 +302,7 @@ def test_training_learns_and_evaluation_confirms_it(tmp_path):
     data.draw_demo(tmp_path / "d", images=300, seed=1)
     recipe = ("--model", "test_resnet", "--no-pretrained", "--img-size", 64, "--batch-size", 16, "--lr", 0.006)
     run_train(tmp_path, "--data", "d", *recipe, "--output", "r")
-    found = evaluate_run(tmp_path / "r")
+    found = evaluate_run(tmp_path / "r")["metrics"]
     assert found["auroc"]["value"] > 0.9
     assert found["balanced_accuracy"]["value"] > 0.75
 
@@ -377,7 +378,7 @@ def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypat
     checkpoint = models.load(tmp_path / "r")
     assert checkpoint["threshold"]["value"] is None
     found = evaluate_run(tmp_path / "r", "--split", "val")
-    assert found["auroc"]["value"] == pytest.approx(checkpoint["validation"]["val_auroc"], abs=1e-15)
+    assert found["metrics"]["auroc"]["value"] == pytest.approx(checkpoint["validation"]["val_auroc"], abs=1e-15)
     done = run_script("predict.py", "--ckpt", "r", "--cam", "maps", "d/train/A/0.png", cwd=tmp_path)
     assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
 
