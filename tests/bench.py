@@ -1,24 +1,19 @@
 """How close the suite comes to the machine's limit; run by hand, not by pytest.
 
     python tests/bench.py --only training evaluation    # speed relative to the bare model; 1 is the limit
-    python tests/bench.py --only scale                  # 5,000 and 50,000 images: linear time, flat memory?
 
 Speeds are ratios of two things measured in turn in the same process. Prints one table and one line of JSON.
 """
 
 import argparse
 import json
-import subprocess
 import sys
-import tempfile
 import time
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.optim import create_optimizer_v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -97,85 +92,21 @@ def evaluation() -> dict:
     return {"evaluation / forward": ratio(limit, real)}
 
 
-def draw_noise(folder: Path, count: int) -> Path:
-    """A data folder of count different images, two per patient."""
-    for label, pattern in (("NORMAL", "IM-{}-{}.jpeg"), ("PNEUMONIA", "person{}_virus_{}.jpeg")):
-        target = folder / "train" / label
-        target.mkdir(parents=True)
-        rng = np.random.default_rng(len(label))
-        for i in range(count // 2):
-            small = Image.fromarray(rng.integers(0, 256, (16, 16), dtype=np.uint8))
-            small.resize((SIZE, SIZE), Image.Resampling.BILINEAR).save(target / pattern.format(i // 2, i))
-    return folder
-
-
-def watched(command: list, cwd: Path) -> tuple[float, float]:
-    """Run a command to its end: seconds, and peak MB of memory without page cache."""
-    start, most = time.perf_counter(), 0
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=out, cwd=cwd)
-        while process.poll() is None:
-            anonymous = Path(f"/proc/{process.pid}/status").read_text().partition("RssAnon:")[2]
-            most = max(most, int((anonymous.split() or [0])[0]))  # a process that has just ended has none
-            time.sleep(0.02)
-        taken = time.perf_counter() - start
-        if process.returncode > ("check" in command):  # 1: the check found a problem
-            out.seek(0)
-            raise RuntimeError(out.read()[-2000:])
-    return taken, most / 1024
-
-
-def few_steps(root: str, output: str) -> None:
-    """Run train.py with a few steps instead of an epoch."""
-    original = train.train_epoch
-
-    def replacement(learner, class_weights, loader, rates, *rest) -> dict:
-        return original(learner, class_weights, loader, rates[:STEPS], *rest)
-
-    train.train_epoch = replacement
-    arguments = ["--data", root, "--no-pretrained", "--img-size", str(SIZE), "--epochs", "1", "--output", output]
-    train.run(train.make_parser().parse_args(arguments), None)
-
-
-def scale(work: Path, counts: list[int]) -> dict:
-    """Seconds and MB (without page cache) of whole commands for each number of images."""
-    suite, result = Path(data.__file__).parent, defaultdict(list)
-    find_bench = f"import sys; sys.path[:0] = [{str(suite / 'tests')!r}]; import bench"
-    for count in counts:
-        result["scale: images"].append(count)
-        root = draw_noise(work / str(count), count)
-        runs = [work / f"{count}-first", work / f"{count}-second"]
-        commands = {"data.py check": [suite / "data.py", "check", root]}
-        for name, run in zip(("first", "second"), runs):
-            call = f"bench.few_steps({str(root)!r}, {str(run)!r})"
-            commands[f"{name} run, {STEPS} steps"] = ["-c", f"{find_bench}; {call}"]
-        commands["predict.py --csv"] = [suite / "predict.py", "--ckpt", runs[1], "--csv", root]
-        for name, command in commands.items():
-            taken, memory = watched(command, work)
-            result[f"{name} (s)"].append(taken)
-            result[f"{name} (MB)"].append(memory)
-    return result
-
-
-PARTS = ("training", "evaluation", "scale")
+PARTS = {"training": training, "evaluation": evaluation}
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=PARTS[:-1], help=" ".join(PARTS))
-    parser.add_argument("--images", nargs="+", type=int, default=[5_000, 50_000], help="numbers of images, for scale")
+    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help=" ".join(PARTS))
     return parser
 
 
 def main() -> None:
-    args = make_parser().parse_args()
-    with tempfile.TemporaryDirectory() as work:
-        parts = {"training": training, "evaluation": evaluation, "scale": lambda: scale(Path(work), args.images)}
-        result = {}
-        for name in args.only:
-            for k, v in parts[name]().items():
-                result[k] = np.round(v, 3).tolist()
-                print(f"{k:62}", *(f"{x:10.3f}" for x in np.atleast_1d(v)), flush=True)
+    result = {}
+    for part in make_parser().parse_args().only:
+        result |= PARTS[part]()
+    for name, value in result.items():
+        print(f"{name:40}{value:.3f}")
     print(json.dumps({"cores": data.CORES, "torch": str(torch.__version__), **result}))
 
 

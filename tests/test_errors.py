@@ -8,10 +8,8 @@ from conftest import run_script
 TRAIN = [
     ("--data nowhere", "nowhere does not exist"),
     ("--epochs 0", "--epochs: 0 is not in [1, inf]"),
-    ("--model mobilenetv3_smal_050 --no-pretrained", "mobilenetv3_small_050"),
     ("--device cuda:77 --no-pretrained", "--device cuda:77"),
     ("--weights none.pt", "none.pt does not exist"),
-    ("--weights x.pt --pretrained", "not allowed with argument"),
     ("--threshold best", "--threshold"),
     ("--model convnext_atto --no-pretrained --img-size 8", "does not take 8 x 8 pixels"),
     ("--resume nowhere", "no run to continue"),
@@ -37,14 +35,12 @@ EVALUATE = [
     ("empty", "ckpt.pt does not exist"),
     ("missing.csv", "missing.csv"),
     ("missing.csv --threshold 1.5", "--threshold: 1.5 is not in"),
-    ("missing.csv --split all", "--split"),
 ]
 PREDICT = [
     ("", "required: PATH"),
     ("x.png", "train a model first"),
     ("--ckpt none.pt x.png", "none.pt does not exist"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
-    ("--json --csv x.png", "not allowed"),
 ]
 CASES = []
 for script, cases in (("train.py", TRAIN), ("data.py", DATA), ("evaluate.py", EVALUATE), ("predict.py", PREDICT)):

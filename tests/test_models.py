@@ -444,13 +444,6 @@ def test_two_classes_are_calibrated_on_their_difference_and_decided_by_the_thres
     assert decide(logits, slope=0.5, intercept=0.25, threshold=0.26).predicted.tolist() == [1, 0, 0]
 
 
-def test_of_three_classes_the_most_probable_is_predicted():
-    logits = [[0.0, math.log(2), math.log(5)], [3.0, 1.0, 2.0]]
-    found = decide(logits)
-    assert found.probabilities[0].tolist() == pytest.approx([1 / 8, 2 / 8, 5 / 8])
-    assert found.predicted.tolist() == [2, 0]
-
-
 def test_where_probabilities_saturate_logits_still_decide():
     found = decide([[0.0, 100.0], [0.0, 100.5], [0.0, 101.0]], slope=2.0, threshold=201.0)
     assert found.probabilities[:, 1].tolist() == [1, 1, 1]

@@ -190,10 +190,7 @@ def test_a_steep_calibration_keeps_its_cut():
     assert models.decide(logits, checkpoint).predicted.tolist() == [0, 0, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("rule", "cut"),
-    [("0.2", math.log(0.25)), ("youden", 1.5), ("sensitivity=1", -0.5)],
-)
+@pytest.mark.parametrize(("rule", "cut"), [("0.2", math.log(0.25)), ("youden", 1.5), ("sensitivity=1", -0.5)])
 def test_a_threshold_rule_chooses_half_way_between_two_images(rule, cut):
     z, labels = np.array([-2.0, -1, 0, 1, 2, 3, 4]), np.array([0, 0, 1, 0, 1, 1, 1])
     assert train.choose_cut(rule, labels == 1, z, np.ones(7)) == pytest.approx(cut)
