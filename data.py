@@ -27,11 +27,11 @@ import socket
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from warnings import filterwarnings
 
 import joblib
 import numpy as np
@@ -50,7 +50,6 @@ CORES = joblib.cpu_count()  # available to this process, given its CPU affinity 
 # --- command line and files ---
 
 FORMULA = re.compile("'*[=+@-]")  # the start of text that a spreadsheet would run as a formula
-PATH_COLUMNS = ("file_name", "path")
 MISSING = re.compile(  # words for "not known", in tables and DICOM headers
     r"-*|\?|n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unknown|unspecified|not available|removed|redacted"
     r"|anon(ym(ous|i[sz]ed)?)?|de-?identified",
@@ -76,8 +75,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         _, _, unknown = message.partition("unrecognized arguments: --")
-        for near in difflib.get_close_matches(f"--{unknown.partition(' ')[0]}", self._option_string_actions, n=1):
-            message += f"; did you mean {near}?" if unknown else ""
+        near = difflib.get_close_matches(f"--{unknown.partition(' ')[0]}", self._option_string_actions, n=1)
+        if unknown and near:
+            message += f"; did you mean {near[0]}?"
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
@@ -187,15 +187,14 @@ def write_json(path: Path, content: dict) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def to_csv(rows: list[dict], header: bool = True) -> str:
-    """Rows as CSV text; the columns are the first row's keys.
+def to_csv(rows: list[dict]) -> str:
+    """Rows as CSV text with a header; the columns are the first row's keys.
 
     Text that a spreadsheet would take for a formula gets an apostrophe, which read_table removes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if header:
-        writer.writerow(rows[0])
+    writer.writerow(rows[0])
     for row in rows:
         cells = [row[column] for column in rows[0]]
         writer.writerow([f"'{c}" if isinstance(c, str) and FORMULA.match(c) else c for c in cells])
@@ -233,7 +232,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
                 cell = cell.strip()
                 if cell.startswith("'") and FORMULA.match(cell):
                     cell = cell[1:]
-                if name in PATH_COLUMNS:
+                if name in ("file_name", "path"):
                     cell = cell.replace("\\", "/")
                 elif MISSING.fullmatch(cell):
                     cell = ""
@@ -600,10 +599,11 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     It is the one asked for, else PNEUMONIA, else a guess: the last by name whose name does not mean negative.
     """
     classes = sorted(set(labels))
-    if asked is not None and len(classes) != 2:
-        raise UserError(f"--positive needs exactly two classes, not {', '.join(classes)}")
-    if asked is not None and asked not in classes:
-        raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
+    if asked is not None:
+        if len(classes) != 2:
+            raise UserError(f"--positive needs exactly two classes, not {', '.join(classes)}")
+        if asked not in classes:
+            raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
 
     ranked = [(name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name) for name in classes]
     positive = max(ranked)[-1]
@@ -655,10 +655,11 @@ def is_validation(records: list[Record], patient_index: ndarray, folds: int, fol
         stratum = tuple(sorted({(r.label, r.subtype, r.series) for r in own}))
         order.append((stratum, -len(own), seed_from(min(r.patient for r in own)), number))
     dealt, total, chosen = Counter(), Counter(), []
-    for stratum, minus_n, _, number in sorted(order):
+    for stratum, _, _, number in sorted(order):
+        n = len(images[number])
         smallest = min(range(folds), key=lambda k: (dealt[stratum, k], total[k]))
-        dealt[stratum, smallest] -= minus_n
-        total[smallest] -= minus_n
+        dealt[stratum, smallest] += n
+        total[smallest] += n
         if smallest == fold:
             chosen.append(number)
     return np.isin(patient_index, chosen)
@@ -678,7 +679,7 @@ DEFAULT_SIZE = 160  # side in pixels of what is cached, unless a model or --img-
 MAX_PIXELS = 100_000_000  # the largest image of the public set has 7.4 million
 
 # Pillow warns about huge images and odd metadata; read_image decides itself what is an error.
-warnings.filterwarnings("ignore", module="PIL|pydicom")
+filterwarnings("ignore", module="PIL|pydicom")
 
 
 FORMATS = {  # no others are opened: for PostScript, whatever the file's name, Pillow would run another program
@@ -728,7 +729,8 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         not an image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
     Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
-    from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF rotation is applied.
+    from the black and white that the file states or find_range guesses. Transparent pixels become black, and EXIF
+    rotation is applied.
     """
     try:
         if not isinstance(source, str | os.PathLike):
@@ -787,7 +789,8 @@ def _read(source, size):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "black"), image)
     if image.mode not in ("L", "1"):
-        image = image if image.mode == "RGB" else image.convert("RGB")  # convert would copy an RGB image
+        if image.mode != "RGB":  # convert would copy it
+            image = image.convert("RGB")
         thumbnail = np.asarray(image.resize((64, 64), Image.BOX))
         info.colour = float(np.ptp(thumbnail, axis=2).mean())
     if image.mode != "L":
@@ -994,14 +997,13 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
     name = f"{kind}-{size}-v{READER_VERSION}-{hash_lines(stamps)[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     places = [root / ".cache", user_cache / "pneumonia" / hash_lines([str(root.resolve())])[:16]]
-    for is_missing, place in itertools.product((False, True), places):
+    for may_build, place in itertools.product((False, True), places):  # look in both before building in one
         try:
-            if is_missing:
+            if may_build:
                 _build_cache(place / name, root, records, size)
         except OSError as e:
             warn(f"no image cache in {place} ({e.strerror or e})")
-        cached = _open_cache(place / name, root, records, size)
-        if cached is not None:
+        if cached := _open_cache(place / name, root, records, size):
             images, infos = cached
             hashes = np.frombuffer(bytes.fromhex("".join(info.hash for info in infos)), np.uint64).reshape(-1, 4)
             lines = (f"{info.digest} {r.path} {r.label} {r.split}" for r, info in zip(records, infos))
@@ -1085,7 +1087,7 @@ def resample(x: Tensor, size: int, width, height, right=0.0, down=0.0, turn=None
     centres = (torch.arange(size, device=x.device) * 2 + 1) / size - 1  # of pixels; the image goes from -1 to 1
     columns = width * centres
     rows = height * centres[:, None]
-    if turn is not None:
+    if turn is not None:  # without it, one row and one column are enough: five times faster
         angle = torch.as_tensor(turn, device=x.device).deg2rad()
         cos, sin = angle.cos(), angle.sin()
         columns, rows = columns * cos - rows * sin, columns * sin + rows * cos

@@ -49,7 +49,6 @@ import predict
 from data import UserError, count, warn
 
 FEW_IMAGES, FEW_OF_A_CLASS = 50, 10  # fewer cause a warning
-QUINTILES = (0.2, 0.4, 0.6, 0.8)  # of the border logit
 
 # --- what was predicted ---
 
@@ -106,22 +105,24 @@ class Scored:
     @functools.cached_property
     def answers(self) -> list[Answers]:
         """For each class: what was predicted about it against the rest."""
-        border, each = self.border, []
-        stratum = None if border is None else np.searchsorted(np.quantile(border, QUINTILES), border)
-        for c, score in enumerate(self.calibrated_logits.T):
-            each.append(Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum))
-        return each
+        stratum = None
+        if self.border is not None:
+            stratum = np.searchsorted(np.quantile(self.border, (0.2, 0.4, 0.6, 0.8)), self.border)
+        return [
+            Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
+            for c, score in enumerate(self.calibrated_logits.T)
+        ]
 
 
-def decide(records: list[data.Record], logits: ndarray, checkpoint: dict) -> dict:
+def decided_fields(records: list[data.Record], logits: ndarray, checkpoint: dict) -> dict:
     """The fields of Scored that follow from a checkpoint's logits, classes, slope, intercept and threshold."""
-    as_given = torch.from_numpy(logits)
-    decision = models.decide(as_given, checkpoint)
+    given_logits = torch.from_numpy(logits)
+    decision = models.decide(given_logits, checkpoint)
     return {
         "records": records,
         "classes": checkpoint["classes"],
         "labels": np.array([checkpoint["classes"].index(r.label) for r in records]),
-        "logits": models.calibrate(as_given, 1.0, 0.0).numpy(),
+        "logits": models.calibrate(given_logits, 1.0, 0.0).numpy(),
         "calibrated_logits": decision.calibrated_logits.numpy(),
         "predicted": decision.predicted.numpy(),
         "threshold": checkpoint["threshold"],
@@ -164,7 +165,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     is_finite = np.isfinite(clean).all(1)
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
-    leaks = Counter()
+    leaks = Counter()  # adds up over folds; zeros are left out
     # Every model is chosen on its validation images.
     for use in ["trained_on"] if args.split == "val" else ["trained_on", "chosen_on"]:
         is_seen, patients = data.seen_before(folder.traces(index), checkpoint[use])
@@ -175,7 +176,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         arguments=checkpoint["arguments"],
         split=args.split,
         patient_index=folder.patient_index[index],
-        **decide(records, clean, checkpoint),
+        **decided_fields(records, clean, checkpoint),
         about={
             "root": str(root),
             "demo": data.is_demo(root) or own_data["demo"],
@@ -189,7 +190,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         n_parameters=models.n_parameters(model),
     )
     for name, stressed in logits.items():
-        scored.stressed[name] = replace(scored, stressed={}, **decide(records, stressed, checkpoint))
+        scored.stressed[name] = replace(scored, stressed={}, **decided_fields(records, stressed, checkpoint))
     return scored
 
 
@@ -271,12 +272,12 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         arguments={"predictions": path},
         split="predictions",
         patient_index=data.number_patients(records, np.arange(len(records))),
-        **decide(records, np.column_stack([np.zeros(len(records)), log_odds]), as_given),
+        **decided_fields(records, np.column_stack([np.zeros(len(records)), log_odds]), as_given),
         about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": Counter()},
     )
 
 
-def pool(a: Scored, b: Scored) -> Scored:
+def join_folds(a: Scored, b: Scored) -> Scored:
     """Two runs of a cross-validation as one: each image is scored by the run that did not see it."""
     sources, records = a.sources + b.sources, a.records + b.records
     if len({r.path for r in records}) < len(records):
@@ -292,7 +293,7 @@ def pool(a: Scored, b: Scored) -> Scored:
         threshold=a.threshold if a.threshold == b.threshold else one_per_run,
         about={**a.about, **added},
         # A run without images of a class has no copies with exchanged borders.
-        stressed={name: pool(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
+        stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
         checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
     )
 
@@ -302,8 +303,8 @@ def describe_environment(device: torch.device) -> dict:
     git = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     commit = None
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        where = {"cwd": Path(__file__).resolve().parent, "stderr": subprocess.DEVNULL}
-        commit = subprocess.check_output(git, text=True, timeout=5, **where).strip()
+        here = Path(__file__).resolve().parent
+        commit = subprocess.check_output(git, text=True, timeout=5, cwd=here, stderr=subprocess.DEVNULL).strip()
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
     return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
@@ -499,9 +500,10 @@ def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
 
 def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) -> list[str]:
     """Warnings about what makes results invalid or easy to misread, a line each; sizes: images of each class."""
-    remarks, leaks = [], s.about["leaks"]
+    remarks = []
+    leaks = s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
-        remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['lengths'][-1]}")
+        remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['arguments']['epochs']}")
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
     for use in ("trained_on", "chosen_on"):
@@ -667,7 +669,8 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
         "series of file names": ["" if r.subtype else r.series for r in s.records],
         **{name: thirds([r.groups[name] for r in s.records]) for name in s.records[0].groups},
     }
-    a, groups = s.answers[1], {}
+    a = s.answers[1]
+    groups = {}
     for column, values in columns.items():
         # Padded, so that 9 comes before 10.
         names = sorted(set(values) - {""}, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
@@ -707,7 +710,10 @@ def find_mistakes(s: Scored) -> dict[str, dict]:
 
 
 def to_rows(s: Scored) -> list[dict]:
-    """One row per image for the CSV; the numbers can be recomputed from it, except stress, border and shortcut."""
+    """One row per image for the CSV; the numbers can be recomputed from it, except stress, border and shortcut.
+
+    A column added here belongs in NO_GROUPS too, or scoring the CSV takes it for a subgroup.
+    """
     rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
@@ -926,12 +932,13 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
         f"SHA-256 of the file {r['checkpoint']}: {r['sha256']}",
     ]
     if t:
+        used = t["data"]
         recipe = ", ".join(f"{name} {value}" for name, value in t["arguments"].items() if value is not None)
         lines += [
             f"model: {r['model']}, {r['parameters']} parameters, {t['input_size']} px",
             f"preprocessing: grey levels in [0, 1], minus {t['mean']:.3f}, divided by {t['std']:.3f}",
             f"started from: {t['origin']['note']}; SHA-256 of its file: {t['origin']['sha256'] or 'none'}",
-            f"trained on {count(t['data']['images']['train'], 'image')} of {t['data']['root']}, {t['data']['fingerprint']}",
+            f"trained on {count(used['images']['train'], 'image')} of {used['root']}, {used['fingerprint']}",
             f"recipe: {recipe}",
             f"epoch {t['epoch']} of {t['epochs']}, by code {t['environment']['git_commit']}",
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
@@ -1048,8 +1055,9 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     ConfusionMatrixDisplay.from_predictions(
         s.labels, s.predicted, labels=range(len(names)), display_labels=names, ax=matrix, colorbar=False
     )
-    for name in ("train_loss", "val_loss", "val_auroc") if history else ():
-        training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
+    if history:
+        for name in ("train_loss", "val_loss", "val_auroc"):
+            training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
         training.axvline(s.checkpoint["epoch"], color="k", ls="--")
         training.legend()
     for ax, (panel, (x, y, _)) in zip(figure.axes, PANELS.items()):
@@ -1143,7 +1151,7 @@ def evaluate(args: argparse.Namespace) -> None:
         for path, checkpoint in zip(inputs, checkpoints)
     ]
     if args.split == "val":
-        scored = [functools.reduce(pool, runs) for runs in group_runs(scored, "fold")]
+        scored = [functools.reduce(join_folds, runs) for runs in group_runs(scored, "fold")]
     bootstrap = Bootstrap(args.bootstrap, args.seed)
     groups = group_runs(scored, "seed", "fold")  # of one model: all of its runs are tested on the same images
     result = report(scored[0], bootstrap) if len(scored) == 1 else compare(groups, bootstrap)

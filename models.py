@@ -171,7 +171,8 @@ def build_pretrained(
 
     Returns:
         the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
-        failed (why not timm's) and sha256 (of a file, else empty); and what a run of this suite was trained on, else None.
+        failed (why not timm's) and sha256 (of a file, else empty); and what a run of this suite was trained on, or
+        None.
     """
     origin = {"source": "random", "note": "random weights", "failed": "", "sha256": ""}
     if weights is not None:
@@ -199,7 +200,8 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
     _, config, _ = resolve(name)
     if not config.has_weights:
         raise UserError(f"timm has no pretrained weights for {name}")
-    offline, is_reached = constants.HF_HUB_OFFLINE, False
+    offline = constants.HF_HUB_OFFLINE
+    is_reached = False
     # In a thread, since looking up the server's name may block for longer. Errors are of whichever library is used.
     with contextlib.suppress(Exception), ThreadPool(1) as pool:
         pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
@@ -226,7 +228,8 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
-    content, checkpoint = read_weights(path), {}
+    content = read_weights(path)
+    checkpoint = {}
     if "format" in content:
         checkpoint = load(path)
         content = checkpoint["state_dict"]
@@ -290,8 +293,8 @@ def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dic
     tensors = dict(flatten(content))
     known = model.state_dict().keys()
     needed = [key for key in known if not key.startswith(heads or ".") and not key.endswith(COUNTERS)]
-    ends = [name.removesuffix(needed[0]) for name in tensors if name.endswith(needed[0])]
-    prefixes = [prefix for prefix in ends if all(prefix + key in tensors for key in needed)]
+    candidates = [name.removesuffix(needed[0]) for name in tensors if name.endswith(needed[0])]
+    prefixes = [prefix for prefix in candidates if all(prefix + key in tensors for key in needed)]
     if not prefixes:
         return tensors, []
     prefix = min(prefixes, key=lambda prefix: "ema" not in prefix)

@@ -62,7 +62,6 @@ def find_inputs(inputs):
 # --- classify ---
 
 BATCH = 32
-COLOUR, CONSTANT, SMALL = 12, 6, 64  # limits of the flags, in grey levels (mean, spread) and pixels
 
 
 @dataclass
@@ -184,9 +183,9 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
     """What a person should know about an image before trusting the label."""
     low, high = np.percentile(image[::4, ::4], (2, 98))  # what lies beyond may be a letter or an edge
     flags = {
-        "colour image": info.colour > COLOUR,
-        "near-constant image": high - low < CONSTANT,
-        "under 64 pixels": min(info.width, info.height) < SMALL,
+        "colour image": info.colour > 12,
+        "near-constant image": high - low < 6,
+        "under 64 pixels": min(info.width, info.height) < 64,
         "lateral view": info.view in data.LATERAL,  # models learn from frontal ones
         "mask or drawing": info.is_mask,
         "first of several frames": info.has_more_frames,
@@ -301,7 +300,8 @@ def to_text(row: Prediction, style: str | None, checkpoint: dict, header: bool =
         if len(classes) > 2:
             probabilities = cells.pop("probability") or {}
             cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
-        return data.to_csv([dict(zip(cells, cells)) if header else cells], header=False)
+        names, _, line = data.to_csv([cells]).partition("\n")
+        return f"{names}\n" if header else line
     probability = "P(label)" if threshold is None else f"P({classes[-1]})"
     if header:
         line = ("label", probability, "image" if threshold is None else f"image (threshold {threshold:.3f})")
@@ -320,7 +320,7 @@ def print_predictions(args: argparse.Namespace) -> int:
     checkpoint = classifier.checkpoint
     print(data.printable(f"model: {classifier.path}"), file=sys.stderr)
     if not checkpoint["finished"]:
-        warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['lengths'][-1]}")
+        warn(f"UNFINISHED MODEL: epoch {checkpoint['epochs']} of {checkpoint['arguments']['epochs']}")
     if checkpoint["data"]["demo"]:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions say nothing about patients")
     maps = args.cam and Path(args.cam)

@@ -44,7 +44,6 @@ import models
 from data import UserError, count, warn
 
 STATE_FORMAT = "training state"
-REPORTS = ("test*", "val*", "train*", "report.md")  # what evaluate.py may have written into a run's folder
 
 
 # --- schedule ---
@@ -76,7 +75,7 @@ class TrainingSet:
         return len(np.unique(self.folder.patient_index[index]))
 
     def selected_epoch(self, history: list[dict]) -> int:
-        """The epoch to keep, counted from 1: the latest within a standard error of the best validation AUROC until then.
+        """The epoch to keep, from 1: the latest within a standard error of the best validation AUROC until then.
 
         AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error is
         that of so many patients, since images of one patient are alike.
@@ -236,8 +235,8 @@ def train_epoch(learner: Learner, class_weights: Tensor, loader, rates: list[flo
         losses /= dist.get_world_size()
     bad_steps = (~losses.isfinite()).nonzero()
     if len(bad_steps):
-        step = int(bad_steps[0]) + 1
-        raise UserError(f"the loss is not finite in step {step} of {len(losses)}; start a new run with a lower --lr")
+        number = int(bad_steps[0]) + 1
+        raise UserError(f"the loss is not finite in step {number} of {len(losses)}; start a new run with a lower --lr")
     return {"train_loss": float(losses.mean()), "lr": rates[-1]}
 
 
@@ -256,7 +255,7 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
     aurocs = []
     for c in range(len(d.classes)):  # of two classes, both are equal
         answers = evaluate.Answers((labels == c).numpy(), z[:, c], (predicted == c).numpy(), patient_index, None)
-        aurocs.append(evaluate.auroc(answers, np.ones((1, len(labels)))))
+        aurocs.append(evaluate.measure(answers, ["auroc"]))
     return {
         "val_loss": float(F.cross_entropy(logits, labels)),  # unweighted, on whole images: unlike train_loss
         "val_auroc": float(np.mean(aurocs)),
@@ -304,14 +303,15 @@ def fit_operating_point(
     """
     weights, how = image_weights(labels, border_logits)
     n_copies, _, n_classes = logits.shape
-    all_logits, all_labels = torch.from_numpy(logits.reshape(-1, n_classes)), np.tile(labels, n_copies)
+    all_logits = torch.from_numpy(logits.reshape(-1, n_classes))
+    all_labels = np.tile(labels, n_copies)
     all_weights = np.tile(weights, n_copies)
-    origin = {"from": f"validation and {n_copies - 1} stressed copies; {how}"}
+    source = {"from": f"validation and {n_copies - 1} stressed copies; {how}"}
     if n_classes > 2:
         truth, importance = torch.from_numpy(all_labels), torch.from_numpy(all_weights)
         loss = lambda slope: float(F.cross_entropy(all_logits * slope, truth, reduction="none") @ importance)
         slope = minimize_scalar(loss, bounds=(LEAST_SLOPE, LARGEST_SLOPE), method="bounded").x
-        threshold = {"value": None, "logit": None, "rule": "largest probability", **origin}
+        threshold = {"value": None, "logit": None, "rule": "largest probability", **source}
         return {"slope": float(slope), "intercept": 0.0, "threshold": threshold}
     z = models.calibrate(all_logits, 1.0, 0.0)[:, 1].numpy()
     scale = max(z.std(), 1e-12)
@@ -322,7 +322,7 @@ def fit_operating_point(
         slope, intercept = LEAST_SLOPE, 0.0
     z = models.calibrate(all_logits, slope, intercept)[:, 1].numpy()
     cut = choose_cut(rule, all_labels == 1, z, all_weights)
-    threshold = {"value": float(expit(cut)), "logit": cut, "rule": rule, **origin}
+    threshold = {"value": float(expit(cut)), "logit": cut, "rule": rule, **source}
     return {"slope": slope, "intercept": intercept, "threshold": threshold}
 
 
@@ -419,8 +419,8 @@ def save_progress(
 
 
 def save_checkpoint(checkpoint: dict, folder: Path) -> None:
-    """Write ckpt.pt; reports on the previous one are renamed to *.old, since they are about another model."""
-    for pattern in REPORTS:
+    """Write ckpt.pt; evaluate.py's reports on the previous one are renamed to *.old: they are about another model."""
+    for pattern in ("test*", "val*", "train*", "report.md"):
         for report in folder.glob(pattern):
             if report.suffix != ".old":
                 os.replace(report, f"{report}.old")
@@ -433,7 +433,8 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
     Raises:
         UserError: it is from other data, another number of processes, or another run than ckpt.pt.
     """
-    folder, history = Path(args.output), state["history"]
+    folder = Path(args.output)
+    history = state["history"]
     if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
@@ -564,7 +565,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
 
     if is_first:
         about = describe(args, d, history, device) | {"origin": origin, "world": world}
-        save = functools.partial(save_progress, folder, learner, about, parent, d, history)
+        save = functools.partial(save_progress, folder, learner, about, parent, d, history)  # history grows
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save(finished=False)
         warn_overlap(d, parent)
@@ -593,8 +594,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         epoch_log |= validation
         history.append(epoch_log)
         if d.selected_epoch(history) == epoch:
-            weights = learner.average.module.state_dict()
-            checkpoint |= {"state_dict": weights, "validation": validation, "epoch": epoch, "epochs": epoch}
+            state_dict = learner.average.module.state_dict()
+            checkpoint |= {"state_dict": state_dict, "validation": validation, "epoch": epoch, "epochs": epoch}
             save_checkpoint(checkpoint, folder)
         epoch_log["seconds"] = round(time.perf_counter() - start, 3)
         save(finished=False)
@@ -642,7 +643,8 @@ def print_start(
 
 def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
     """Which epoch was selected, how long the run took, and what to do next."""
-    selected, ckpt = metrics["epochs"][metrics["best_epoch"] - 1], folder / "ckpt.pt"
+    ckpt = folder / "ckpt.pt"
+    selected = metrics["epochs"][metrics["best_epoch"] - 1]
     kept = f"epoch {selected['epoch']} of {len(metrics['epochs'])}, validation AUROC {selected['val_auroc']:.4f}"
     print(f"\nselected: {kept} (the latest within a standard error of the best)")
     print(f"took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
@@ -694,12 +696,9 @@ def make_parser() -> data.Parser:
     return parser
 
 
-MAY_CHANGE = ("data", "epochs", "device")  # what --resume takes from the command line
-
-
 def fixed(arguments: dict) -> dict:
     """The arguments that --resume can't change."""
-    return {k: v for k, v in arguments.items() if k not in MAY_CHANGE}
+    return {k: v for k, v in arguments.items() if k not in ("data", "epochs", "device")}
 
 
 def threshold_rule(text: str) -> str:
@@ -712,7 +711,8 @@ def threshold_rule(text: str) -> str:
 
 def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | None]:
     """The arguments, and with --resume the state in last.pt: the run's own arguments are the defaults then."""
-    args, state = parser.parse_args(), None
+    args = parser.parse_args()
+    state = None
     if args.resume is not None:
         folder = args.resume
         if args.output is not None:

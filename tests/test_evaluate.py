@@ -693,7 +693,7 @@ def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
 
 
 def test_an_unfinished_run_is_reported(run, tmp_path):
-    altered(run, tmp_path / "a", lengths=[40], finished=False)
+    altered(run, tmp_path / "a", 0.0, {"epochs": 40}, finished=False)
     done = run_script("evaluate.py", "a", "--bootstrap", 0, cwd=tmp_path)
     line = "UNFINISHED: epoch 2 of 40"
     assert done.stdout.splitlines()[2] == f"- {line}"
