@@ -439,7 +439,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
     table_labels = {row["label"].lower() for row in table.values() if "label" in row}
-    names = table_labels and table_labels | {"normal", "pneumonia"}  # of folders, to be compared with the labels
+    names = table_labels and table_labels | {"normal"}  # of folders, to be compared with the labels
     folders = split_folders(root)
     if split and split not in folders and not table_labels:
         raise UserError(
@@ -475,7 +475,9 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         else:
             records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
             in_path = names.intersection(path.lower().split("/"))
-            if in_path and row["label"].lower() not in in_path:
+            label = row["label"].lower()
+            is_other_normal = "normal" in in_path and NEGATIVE.search(label)
+            if in_path and label not in in_path and not is_other_normal:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
@@ -693,7 +695,7 @@ FORMATS = {  # no others are opened: for PostScript, whatever the file's name, P
     "PPM": ".pbm .pgm .ppm .pnm",
 }
 IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
-DEPTHS = [2**bits - 1 for bits in range(8, 17)]  # the largest samples of 8 to 16 bits
+DEPTHS = [2**bits - 1 for bits in range(8, 16)]  # the largest samples of 8 to 15 bits
 EXTREMES = (-2147483648, -32768, 32767, 65535, 2147483647)  # of samples of 16 and 32 bits
 
 
@@ -775,10 +777,11 @@ def _read(source, size):
         grid = image.resize((min(image.width, 1024), min(image.height, 1024)), Image.NEAREST)
         black, white = find_range(np.asarray(grid))
         tags = getattr(image, "tag_v2", {})
+        (stated,) = tags.get(281, (0,))  # MaxSampleValue: often the brightest pixel's, or the type's
         if image.format in ("PPM", "JPEG2000") and image.mode != "F":  # Pillow has scaled these to 16 bits
             white = 65535.0
-        elif tags.get(281, (0,))[0] in DEPTHS:  # MaxSampleValue; another number is the brightest pixel's
-            white = float(tags[281][0])
+        elif stated in DEPTHS and stated >= white:
+            white = float(stated)
         if tags.get(262) == 0:  # white is zero, which Pillow handles for 8 bits only
             black, white = white, black
         info.depth = int(abs(white - black)).bit_length()

@@ -658,7 +658,7 @@ def thirds(values: list[str]) -> list[str]:
     cuts = np.quantile(numbers, (1 / 3, 2 / 3))
     for number in numbers:
         groups[np.searchsorted(cuts, number)].append(number)
-    names = {third: f"{min(own):g} to {max(own):g}" for third, own in groups.items()}
+    names = {third: f"{min(own):.10g} to {max(own):.10g}" for third, own in groups.items()}
     return [names[np.searchsorted(cuts, data.as_number(value))] if value else "" for value in values]
 
 

@@ -522,7 +522,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
-
     # data and model
     settings = models.settings(args.model, args.img_size)
     size = settings["input_size"]
@@ -553,6 +552,10 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if state is not None:
         restore(state, args, d, learner, world)
         history, origin, parent = state["history"], state["origin"], state["parent"]
+        if len(history) == args.epochs and models.is_finished(Path(args.output)):
+            if is_first:
+                print(f"the run in {args.output} is finished; --epochs N trains it longer")
+            return
 
     # what every epoch needs
     batch_size = min(args.batch_size * world, len(d.train))
@@ -587,7 +590,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         epoch_log = {"epoch": epoch, "planned_epochs": args.epochs}
         epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
-
         if not is_first:
             continue
         validation = validate(learner.average.module, d, settings)
@@ -729,8 +731,6 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
             if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {value}")
-        if len(state["history"]) == args.epochs and models.is_finished(Path(folder)):
-            parser.exit(0, f"the run in {folder} is finished; --epochs N trains it longer\n")
         args.output = folder
     if args.fold >= args.folds:
         parser.error(f"--fold {args.fold} does not exist: the {args.folds} folds are 0 to {args.folds - 1}")

@@ -254,8 +254,9 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
     assert "the folder disagree on the label; using metadata.csv: 1 (B/5.png)" in said
-    table(touch(tmp_path, "test/NORMAL/7.png"), "file_name,label,split\ntest/NORMAL/7.png,sick,test\n")
-    data.scan(tmp_path)
+    touch(tmp_path, "test/NORMAL/7.png", "test/NORMAL/8.png")
+    rows = "test/NORMAL/7.png,sick,test\ntest/NORMAL/8.png,healthy,test\n"
+    data.scan(table(tmp_path, "file_name,label,split\n" + rows))
     assert "the folder disagree on the label; using metadata.csv: 1 (test/NORMAL/7.png)" in capsys.readouterr().err
     assert "no label or not in a class folder: 1 (x/6.png)" in said
 
@@ -507,6 +508,8 @@ DARK_FILES = {  # bytes, the depth, how bright it comes out
     "guessed": (encoded("TIFF", DARK), 11, 2 / 3),
     "no fewer than 8 bits": (encoded("TIFF", deepened(8, PICTURE / 3)), 8, 1 / 3),
     "its depth stated": (encoded("TIFF", DARK, tiffinfo={281: 4095}), 12, 1 / 3),
+    "the type's maximum stated": (encoded("TIFF", DARK, tiffinfo={281: 65535}), 11, 2 / 3),
+    "less than the samples stated": (encoded("TIFF", DARK, tiffinfo={281: 255}), 11, 2 / 3),
     "scaled to 16 bits by Pillow": (encoded("PPM", DEEP // 4), 16, 1 / 4),
     "floats": (encoded("PPM", (PICTURE / 255 / 3).astype(np.float32)), 1, 1 / 3),
 }

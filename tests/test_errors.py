@@ -8,6 +8,8 @@ from conftest import run_script
 TRAIN = [
     ("--data nowhere", "nowhere does not exist"),
     ("--epochs 0", "--epochs: 0 is not in [1, inf]"),
+    ("--model mobilenetv3_smal_050 --no-pretrained", "mobilenetv3_small_050"),
+    ("--weights x.pt --pretrained", "not allowed with argument"),
     ("--device cuda:77 --no-pretrained", "--device cuda:77"),
     ("--weights none.pt", "none.pt does not exist"),
     ("--threshold best", "--threshold"),
