@@ -522,7 +522,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     """Train as the arguments say; state: from the last.pt of a resumed run."""
     rank, world, device = start_processes(args.device)
     is_first = rank == 0  # it writes, prints and validates
-    # data and model
     settings = models.settings(args.model, args.img_size)
     size = settings["input_size"]
     output = [None]  # the run's folder, from the first process
@@ -607,6 +606,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         finish_checkpoint(folder, d, about, len(history), device)
         print_end(folder, d, save(finished=True))
     if world > 1:
+        dist.barrier()  # with PyTorch 2.6, a group that is destroyed while another process works may never end
         dist.destroy_process_group()
 
 
