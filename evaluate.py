@@ -1097,11 +1097,11 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
 # --- command line ---
 
 
-def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) -> dict:
-    """The files of a report or a comparison: {name: content}."""
+def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argparse.Namespace) -> dict:
+    """The files of a report or a comparison: {name: content}; sections: what is printed of it."""
     if "compared" in r:
         figures = {"compare.png": plot_comparison(groups, r)} if args.plots else {}
-        return {"compare.json": r, "report.md": render(comparison_sections(r)), **figures}
+        return {"compare.json": r, "report.md": render(sections), **figures}
     s = groups[0][0]
     stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
     figures = {}
@@ -1114,7 +1114,7 @@ def make_files(groups: list[list[Scored]], r: dict, args: argparse.Namespace) ->
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
             figures[f"{stem}-mistakes.png"] = plot_mistakes(s, r["failures"], models.pick_device(args.device))
-    card = render({**report_sections(r), **card_sections(r, list(figures))})
+    card = render({**sections, **card_sections(r, list(figures))})
     files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
     if s.checkpoint:
         files[f"{stem}.csv"] = data.to_csv(to_rows(s))
@@ -1165,16 +1165,16 @@ def evaluate(args: argparse.Namespace) -> None:
     for r in result.get("compared", [result]):
         for line in r["warnings"]:
             warn(f"{line}: {r['checkpoint']}")
+    sections = comparison_sections(result) if "compared" in result else report_sections(result)
     last_lines = []
     is_official = len(inputs) == 1 and not (asked or args.data)
     if args.output or is_official:
         folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in make_files(groups, result, args).items():
+        for name, content in make_files(groups, result, sections, args).items():
             write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
             write(folder / name, content)
             last_lines.append(f"written: {data.printable(str(folder / name))}")
-    sections = comparison_sections(result) if "compared" in result else report_sections(result)
     print(json.dumps(result, indent=1) if args.json else render(sections))
     last_lines = last_lines or ["nothing written; use --output DIR"]
     print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
