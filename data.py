@@ -62,16 +62,14 @@ class UserError(Exception):
     """Something that the user can fix; the message is one line."""
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 class Parser(argparse.ArgumentParser):
     """ArgumentParser with defaults in its help and one-line errors (exit code 2)."""
 
     def __init__(self, **kwargs) -> None:
-        super().__init__(formatter_class=_Help, allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+
+    def format_help(self) -> str:
+        return re.sub(r"\s+\(default:\s+None\)", "", super().format_help())
 
     def error(self, message: str) -> None:
         _, _, unknown = message.partition("unrecognized arguments: --")
@@ -933,6 +931,7 @@ class Folder:
     hashes: ndarray  # uint64 [n, 4], see ImageInfo; matches no other if there is no image
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
+    usable: ndarray  # bool [n]
     unusable: dict[int, dict]  # position: path and reason of each file that can't be used
     fingerprint: str
 
@@ -972,6 +971,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         hashes=hashes,
         copy_index=copy_index,
         patient_index=number_patients(records, copy_index),
+        usable=np.array([not info.error for info in infos]),
         unusable=unusable,
         fingerprint=fingerprint,
     )

@@ -154,8 +154,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val == (args.split == "val")
     left_out = [item for i, item in folder.unusable.items() if chosen[i]]
-    chosen[list(folder.unusable)] = False
-    index = np.flatnonzero(chosen)
+    index = np.flatnonzero(chosen & folder.usable)
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
     records = [folder.records[i] for i in index]

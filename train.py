@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import itertools
 import math
 import os
 import re
@@ -105,8 +106,8 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         raise UserError("--threshold is for two classes; leave it out here")
     labels = torch.tensor([classes.index(r.label) for r in records])
     is_validation = data.is_validation(records, folder.patient_index, args.folds, args.fold)
-    usable = np.setdiff1d(np.arange(len(records)), list(folder.unusable))
-    train, val = (torch.from_numpy(usable[part[usable]]) for part in (~is_validation, is_validation))
+    parts = (~is_validation, is_validation)
+    train, val = (torch.from_numpy(np.flatnonzero(part & folder.usable)) for part in parts)
     for split, index in (("train", train), ("val", val)):
         for c, name in enumerate(classes):
             if c not in labels[index]:
@@ -346,10 +347,10 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 
 def describe(args: argparse.Namespace, d: TrainingSet, history: list[dict], device: torch.device) -> dict:
     """Arguments, planned lengths, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
-    lengths = dict.fromkeys([*(epoch_log["planned_epochs"] for epoch_log in history), args.epochs])
+    lengths = [*(epoch_log["planned_epochs"] for epoch_log in history), args.epochs]
     return {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
-        "lengths": list(lengths),  # numbers of epochs; several if --resume changed the number
+        "lengths": [n for n, _ in itertools.groupby(lengths)],  # several if --resume changed the number of epochs
         "environment": evaluate.describe_environment(device),
         "data": {
             "root": str(d.root.resolve()),
@@ -605,9 +606,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     if is_first:
         finish_checkpoint(folder, d, about, len(history), device)
         print_end(folder, d, save(finished=True))
-    if world > 1:
-        dist.barrier()  # with PyTorch 2.6, a group that is destroyed while another process works may never end
-        dist.destroy_process_group()
 
 
 ROW = (
@@ -747,7 +745,14 @@ def how_to_continue(args: argparse.Namespace) -> str:
 def main() -> None:
     parser = make_parser()
     args, state = parse_arguments(parser)
-    data.run_script(parser, lambda: run(args, state), lambda: how_to_continue(args))
+
+    def work():
+        run(args, state)
+        if dist.is_initialized():
+            dist.barrier()  # with PyTorch 2.6, a group that is destroyed while another process works may never end
+            dist.destroy_process_group()
+
+    data.run_script(parser, work, lambda: how_to_continue(args))
 
 
 if __name__ == "__main__":
