@@ -113,7 +113,7 @@ def run_script(parser: Parser, work, advise=lambda: "no partial files were left"
 
 
 def within(kind: type, low: float, high: float = math.inf):
-    """An argparse type: a number in [low, high]."""
+    """An argparse type: a finite number in [low, high]."""
 
     def parse(text):
         value = kind(text)
@@ -203,7 +203,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     """The rows of a table, as spreadsheets, programs and to_csv write them; empty rows are left out.
 
     Cells are separated by commas, semicolons or tabs, perhaps followed by spaces; UTF-8 with or without a byte order
-    mark. Words for "missing" become "", except in file_name and path, where only backslashes change, to slashes.
+    mark. Words for "missing" become "", except in file_name and path, where backslashes become slashes.
 
     Args:
         columns: names matched in any case; other columns keep their names as written.
@@ -277,7 +277,7 @@ def parallel(work, items, name: str):
 
 HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
-# A DICOM file with a preamble, or without one: then it begins with a low element of group 2 or 8.
+# A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
 
@@ -391,7 +391,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
         lines = read_table(table, TABLE_COLUMNS)
         columns = list(lines[0]) if lines else []
         if "file_name" not in columns:
-            raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns) or 'empty'}")
+            raise UserError(f"{table} has no rows, or no column file_name: found {', '.join(columns) or 'nothing'}")
         identifiers = []
         for column in columns:
             if column in TABLE_COLUMNS:
@@ -497,7 +497,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
     """A record from a labelled row of metadata.csv or of predictions; columns that are not in known become groups.
 
     The patient comes from the row, else from the header of a DICOM file (as a hash: the id itself is never stored),
-    else, like subtype and name series, from a name as in the public copies, else the path stands for it.
+    else from a name as in the public copies (as do series and, if not in the row, subtype), else it is the path.
     """
     name = posixpath.basename(path)
     m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
@@ -626,7 +626,7 @@ def number_patients(records: list[Record], copy_index: ndarray) -> ndarray:
 
 
 def is_validation(records: list[Record], patient_index: ndarray, folds: int, fold: int) -> ndarray:
-    """bool [n]: the images of val/, or else of one of the folds, a function of the records and folds alone.
+    """bool [n]: the images of val/, or else of one of the folds; no seed changes them.
 
     Patients stay together. Within each stratum of class, subtype and name series, those with most images come first
     (ties in an order hashed from their names), and each goes to the fold with the fewest images of the stratum so far.
@@ -711,7 +711,7 @@ class ImageInfo:
     has_more_frames: bool = False  # than the first, which is used
     hash: str = ""  # 256 bits, in hexadecimal, that hardly change when it is compressed, resized or re-exposed
     error: str = ""  # why the file can't be used
-    digest: str = ""  # in a cache: of the file's bytes, 16 hexadecimal digits of their SHA-256
+    digest: str = ""  # in a cache: the first 16 hexadecimal digits of the file's SHA-256
 
 
 def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
@@ -721,7 +721,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         source: path, open seekable binary file, Pillow image, or uint8 array [height, width] or [height, width, 3].
             Of several frames the first one is used. A path, a file, or a JPEG that Image.open has not loaded yet gives
             exactly the levels used in training; an array or a loaded image of a large JPEG differs slightly after
-            resizing, since for files the decoder already halves the image.
+            resizing, since the JPEG decoder halves large files while reading.
         size: side of the square that the whole image is resized to, antialiased; None keeps its own resolution.
 
     Returns:
@@ -766,7 +766,7 @@ def _read(source, size):
         _require_pixels(info)
         info.has_more_frames = is_file and getattr(image, "is_animated", False)
     is_deep = image.mode[0] in "IF"
-    if is_file and size:  # the JPEG decoder halves the image, but keeps at least twice the size
+    if is_file and size:  # the JPEG decoder halves the image while at least twice the size is left
         image.draft(None, (2 * size, 2 * size))
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
         raise UserError("16-bit colour or transparency can't be read; save it as greyscale")
@@ -928,7 +928,7 @@ class Folder:
 
     records: list[Record]
     images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
-    hashes: ndarray  # uint64 [n, 4], see ImageInfo; matches no other if there is no image
+    hashes: ndarray  # uint64 [n, 4], see ImageInfo; that of an unusable file matches no other
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
     usable: ndarray  # bool [n]
@@ -936,7 +936,7 @@ class Folder:
     fingerprint: str
 
     def traces(self, index) -> dict:
-        """What identifies the images at index later: their known patients, and their hashes as int64 [n, 4]."""
+        """What later identifies the images at index: their known patients, and their hashes as int64 [n, 4]."""
         patients = {self.records[i].patient for i in index if self.records[i].known_patient}
         return {"patients": sorted(patients), "hashes": torch.from_numpy(self.hashes[index].view(np.int64))}
 
@@ -1017,7 +1017,7 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
 def _build_cache(path, root, records, size):
     """Write the levels of all images, what is known about each as JSON, and a SHA-256 of both.
 
-    Other caches of the same split and size, and the leftovers of killed builds, are removed.
+    Other caches of the same split and size, and leftovers of builds killed over a day ago, are removed.
     """
 
     def examine(record):
@@ -1199,7 +1199,7 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     """
     numbers = []
     for operation, _ in operations:
-        name = "random_resized_crop" if operation is resample else operation.__name__  # so seeds keep their crops
+        name = "random_resized_crop" if operation is resample else operation.__name__  # the old name: same crops
         generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
         numbers.append(torch.rand(n, NUMBERS, 1, 1, 1, generator=generator))
     return numbers
@@ -1441,7 +1441,7 @@ def _smooth(rng, bumps):
 
 # --- check ---
 
-LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # endings of compressed pictures
+LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # extensions of lossy formats
 LATERAL = ("LL", "RL", "LATERAL")
 # Sizes before EXIF rotation; mean and standard deviation of the grey levels at DEFAULT_SIZE.
 MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")
@@ -1544,8 +1544,8 @@ def _audit(usable, say):
 
     Returns:
         for each pair of classes with 10 or more patients each, and for border (see border_features) and file: dict of
-        from, classes, auroc and ci95 (Hanley and McNeil 1982, with one image counted per patient, since a
-        patient's are alike).
+        from, classes, auroc and ci95 (Hanley and McNeil 1982, counting one image per patient, since a patient's
+        images are alike).
 
     usable: see check; say(message) is called with each clear separation.
     """

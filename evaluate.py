@@ -1,6 +1,6 @@
 """Score one checkpoint on a split of its data, or compare several on the same images.
 
-python evaluate.py                              # the newest run, on the test split
+python evaluate.py                              # the newest finished run, on the test split
 python evaluate.py runs/A --plots               # test.json, test.csv and report.md in the run, with pictures too
 python evaluate.py runs/A runs/B runs/C         # one table; B and C are compared with A, the reference
 python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run that did not see it
@@ -149,7 +149,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != own_data["fingerprint"]:
-            raise UserError(f"{path} was not trained on the images in {root}; give their folder with --data DIR")
+            raise UserError(f"{path} was not trained on the images in {root}; name the folder it used with --data DIR")
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val == (args.split == "val")
@@ -199,8 +199,8 @@ def ask(
     """A model's logits, and those of its border classifier, for the images at index, int64 [n].
 
     Returns:
-        float64 [n, classes] as "clean" and, with stress, under the name of each change of data.stress; float64 [n],
-        None without a border classifier.
+        float64 [n, classes] as "clean" and, with stress, under the name of each change of data.stress; and the border
+        logits, float64 [n], or None without a border classifier.
     """
     records = [folder.records[i] for i in index.tolist()]
     partners = data.draw_partners(records) if stress else None
@@ -648,7 +648,7 @@ def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
 def thirds(values: list[str]) -> list[str]:
     """Replace numbers, and ages like 058Y, by the third that they are in, such as "25 to 58".
 
-    Other values, and three different numbers or fewer, are left unchanged. Empty text is a missing value.
+    If any is not a number, or at most three differ, all are left unchanged. Empty text is a missing value.
     """
     numbers = [data.as_number(value) for value in values if value]
     if None in numbers or len(set(numbers)) <= 3:
@@ -831,7 +831,7 @@ def render(sections: dict[str, list | dict | None]) -> str:
 
 
 def table(rows: dict[str, dict]) -> list[str]:
-    """The lines of a Markdown table, its cells padded; empty rows, and columns without a figure, are left out."""
+    """The lines of a Markdown table, its cells padded; empty rows, and columns without a value, are left out."""
     named = [{"": name, **row} for name, row in rows.items() if row]
     columns = []
     for name in dict.fromkeys(itertools.chain(*named)):
@@ -1102,7 +1102,7 @@ def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argpar
         figures = {"compare.png": plot_comparison(groups, r)} if args.plots else {}
         return {"compare.json": r, "report.md": render(sections), **figures}
     s = groups[0][0]
-    stem = s.split if s.checkpoint else f"{s.model}.scored"  # the test.csv of a run must not replace its test.json
+    stem = s.split if s.checkpoint else f"{s.model}.scored"  # scoring a run's test.csv must not replace its test.json
     figures = {}
     if args.plots:
         is_run = s.checkpoint and len(s.sources) == 1
@@ -1182,7 +1182,7 @@ def evaluate(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = data.Parser(description="Score checkpoints, or the predictions of other programs.")
     add, text = parser.add_argument, data.non_empty
-    help = "runs, checkpoints or CSV files, the first being the reference (default: newest run)"
+    help = "runs, checkpoints or CSV files, the first being the reference (default: newest finished run)"
     add("inputs", nargs="*", metavar="FILE", help=help)
     add("--split", choices=("test", "val", "train"), default="test", help="images to score")
     help = "data folder to use instead of the run's own; then files are written only with --output"
@@ -1195,7 +1195,7 @@ def main() -> None:
     add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
-    help = "folder for the files (default: beside the checkpoint or CSV; for a comparison, no files)"
+    help = "folder for the files (default: beside the checkpoint or CSV; for several inputs, no files)"
     add("--output", type=text, metavar="DIR", help=help)
     add("--json", action="store_true", help="print only JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")

@@ -53,7 +53,7 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache  # a look-up on the hub takes a request
 def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
-    """timm's name of the architecture, its configuration (input, and where its weights are), and its own arguments.
+    """timm's name of the architecture, its configuration (input, where the weights are), and arguments to build it.
 
     name: a timm model, with or without a tag; or one on the hub or in a folder: hf-hub:OWNER/NAME, timm/NAME,
     local-dir:FOLDER.
@@ -73,7 +73,7 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
         with contextlib.suppress(RuntimeError):  # no such tag
             config = timm.get_pretrained_cfg(name)
             if config or "." not in name:
-                return name, config or timm.models.PretrainedCfg(), {}  # old names have none
+                return name, config or timm.models.PretrainedCfg(), {}  # old names have no configuration
     nearest = timm.list_models(f"{name}*") or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
     raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 
@@ -133,7 +133,7 @@ def require_size(model: nn.Module, n_classes: int, size: int) -> None:
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """channels_last, which is faster, except where it crashes or is not supported."""
+    """channels_last, which is faster, except where it crashes, is wrong or is not supported."""
     is_bad = device.type == "mps"  # batch norm's backward pass is wrong there (PyTorch issue 175189)
     is_bad |= any(parameter.ndim == 5 for parameter in model.parameters())
     for layer in model.modules():
@@ -202,7 +202,7 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
         raise UserError(f"timm has no pretrained weights for {name}")
     offline = constants.HF_HUB_OFFLINE
     is_reached = False
-    # In a thread, since looking up the server's name may block for longer. Errors are of whichever library is used.
+    # In a thread, since looking up the server's name may block for longer. The error depends on the HTTP library.
     with contextlib.suppress(Exception), ThreadPool(1) as pool:
         pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
         is_reached = True
@@ -302,7 +302,7 @@ def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dic
     state, others = {}, []
     for name, tensor in tensors.items():
         key = name.removeprefix(prefix)
-        # A layer that the model lacks is kept, and makes loading fail: it means another architecture.
+        # An unknown tensor in one of the model's layers is kept, and makes loading fail: another architecture.
         belongs = key in known or (key.startswith(layers) and not key.endswith(COUNTERS))
         if name.startswith(prefix) and belongs:
             state[key] = tensor
@@ -468,7 +468,7 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
 
     Args:
         model: in evaluation mode. image: uint8 [side, side].
-        target: one of the checkpoint's classes; its mean and std are used, too.
+        target: one of the classes. checkpoint: its classes, mean and std are used.
 
     Returns:
         float32 [side, side] in [0, 1], divided by its maximum; all zero if nothing supports the class.
@@ -576,8 +576,8 @@ def fit_input_check(images: Tensor, train: Tensor, val: Tensor) -> dict[str, Ten
 def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above 1 an image is unlike the training images.
 
-    The distance of the features. If the flipped image's is smaller, the image is probably upside down, and the
-    distance is multiplied by the ratio of the two.
+    The distance of the features from their mean. If it is smaller for the image turned upside down, the image is
+    probably upside down, and the distance is multiplied by the ratio of the two.
     """
     both = [image_features(images), image_features(images.flip(1))]
     here, turned = (((features - check["mean"]) @ check["whiten"]).norm(dim=1) for features in both)

@@ -1,6 +1,6 @@
 """Classify radiographs with a trained model.
 
-python predict.py img.jpeg                              # the newest run's model
+python predict.py img.jpeg                              # the newest finished run's model
 python predict.py --ckpt runs/a --csv folder            # a run's model, for all images in a folder
 python predict.py --cam maps img.jpeg                   # and where the model looked
 find . -name '*.png' | python predict.py --json -       # paths from stdin, one JSON object per line
@@ -70,7 +70,7 @@ class Prediction:
 
     path: str
     label: str | None = None
-    probability: float | dict[str, float] | None = None  # of the positive class; of each of more than two
+    probability: float | dict[str, float] | None = None  # of the positive class, or of each if there are more than two
     threshold: float | None = None  # on the probability of the positive class; None for more than two classes
     flags: list[str] = field(default_factory=list)
     unlike: float | None = None  # distance to the training images; above 1 it is flagged
@@ -97,7 +97,7 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
 
     Args:
         images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3].
-        checkpoint: a ckpt.pt or the folder of a run; None for the newest run under runs/.
+        checkpoint: a ckpt.pt or the folder of a run; None for the newest finished run under runs/.
 
     Returns:
         for each image the fields of Prediction; one that can't be read has its reason in error.

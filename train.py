@@ -78,8 +78,8 @@ class TrainingSet:
     def selected_epoch(self, history: list[dict]) -> int:
         """The epoch to keep, from 1: the latest within a standard error of the best validation AUROC until then.
 
-        AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error is
-        that of so many patients, since images of one patient are alike.
+        AUROC saturates here: among epochs that it can't distinguish, the one trained longer is better. The error
+        counts patients, not images, since images of one patient are alike.
         """
         is_positive = self.labels[self.val] == len(self.classes) - 1
         sizes = [self.n_patients(self.val[side]) for side in (is_positive, ~is_positive)]
@@ -158,7 +158,7 @@ class Learner:
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace, device: torch.device) -> None:
         """Put the model on the device, wrapped for several processes and compiled if asked for."""
         self.model = model.to(device, memory_format=models.memory_format(model, device))
-        self.is_frozen = args.freeze  # all but the head, running statistics and dropout included
+        self.is_frozen = args.freeze  # all but the head; no dropout, and running statistics stay
         if args.freeze:
             model.requires_grad_(False)
             heads = model.get_classifier()
@@ -276,7 +276,7 @@ def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarr
     """A weight for each image, float64 [n], and what it does, in one line.
 
     All classes weigh the same, also within each tercile of the border logit, so that it is unrelated to the class.
-    If a class is missing from a tercile, or without border logits, only the classes are weighted.
+    If a class is missing from a tercile, or without border logits, only the classes are balanced.
 
     Args:
         labels: int64 [n]. border_logits: float64 [n], see models.border_logit; None for more than two classes.
@@ -328,7 +328,7 @@ def fit_operating_point(
 
 
 def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
-    """A threshold on the calibrated logit z: positive at or above it; halfway between two images.
+    """A threshold on the calibrated logit z: positive at or above it; if chosen, halfway between two images.
 
     rule: youden (the largest sensitivity + specificity), sensitivity=X (the highest threshold that reaches X), or a
     fixed probability.
@@ -457,7 +457,7 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
 
 def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict | None) -> dict:
     """All that evaluation and prediction need, except what each epoch adds: state_dict, validation, epoch (of these
-    weights), and epochs (how many the run has made; more if the last ones were not selected).
+    weights), and epochs (how many the run had made when the file was written).
     """
     some = d.train[:: 1 + len(d.train) // 20_000]  # more would add nothing, but need a kilobyte each
     trained = d.folder.traces(d.train)
@@ -637,7 +637,7 @@ def print_start(
     if len(d.classes) == 2:
         print(f"positive class: {d.classes[1]}, negative: {d.classes[0]}")
     print(f"trained at {crop} px, validated at {size} px, on {device}, {learner.dtype}")
-    print("val acc.: at a probability of 0.5 before calibration; flat until the weight average catches up")
+    print("val acc.: of the largest logit, before calibration; flat until the weight average catches up")
     print(HEADER)
 
 
@@ -661,7 +661,8 @@ def make_parser() -> data.Parser:
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
     add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help="input side (default: 160, or the model's own)")
+    help = "input side (default: 160, or the model's own if fixed)"
+    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help=help)
     add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="number of patient folds; one is for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
@@ -749,7 +750,7 @@ def main() -> None:
     def work():
         run(args, state)
         if dist.is_initialized():
-            dist.barrier()  # with PyTorch 2.6, a group that is destroyed while another process works may never end
+            dist.barrier()  # with PyTorch 2.6, destroying a group while another process works may hang
             dist.destroy_process_group()
 
     data.run_script(parser, work, lambda: how_to_continue(args))

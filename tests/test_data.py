@@ -142,7 +142,7 @@ def test_a_stopped_script_prints_one_line_and_leaves_no_partial_file(tmp_path, m
 
 # --- find ---
 
-IDENTIFY = {  # the same number in two series is two patients, but v3 counts all patients in one series
+IDENTIFY = {  # the same number in two series is two patients, but newer copies count all in one series
     "person23_bacteria_78.jpeg": ("bacteria-23", "bacterial"),
     "person23_virus_150.jpeg": ("virus-23", "viral"),
     "IM-0115-0001.jpeg": ("IM-115", ""),
@@ -181,7 +181,7 @@ def test_masks_and_annotations_are_left_out_by_name_and_counted(tmp_path, capsys
     assert "named like masks or annotations: 4" in capsys.readouterr().err
 
 
-def test_several_folders_for_one_split_are_an_error_in_any_case(tmp_path):
+def test_several_folders_for_one_split_are_an_error_whatever_their_case(tmp_path):
     touch(tmp_path, "TRAIN/A/a.png", "Validation/A/b.png")
     assert [r.path for r in data.scan(tmp_path)] == ["TRAIN/A/a.png", "Validation/A/b.png"]
     touch(tmp_path, "vAL/A/a.png")
@@ -272,7 +272,7 @@ BAD_METADATA = {
     "has the column split twice": "file_name,split,Split\nx/1.png,train,test\n",
     "row 2 has more cells": "file_name,split\nx/1.png,upper lobe, train\n",
     "save it as a UTF-8 CSV": b"file_name,split\nx\xff.png,A\n",
-    "no column file_name; its columns are path, label": "path,label\nx,A\n",
+    "no rows, or no column file_name: found path, label": "path,label\nx,A\n",
     "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
     "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
     "the split of x/1.png is dev; write train, val or test": "file_name,label,split\nx/1.png,A,dev\n",
@@ -398,7 +398,7 @@ def test_odd_patients_are_reported(capsys, message):
     assert message in line
 
 
-POSITIVE = {  # classes, what is asked for, the order, whether it is a guess that is said
+POSITIVE = {  # classes, what is asked for, the order, whether a guess is announced
     "by name": ("Pneumonia normal", None, "normal Pneumonia", False),
     "abnormal is not normal": ("abnormal control", None, "control abnormal", True),
     "against the name": ("NORMAL PNEUMONIA", "NORMAL", "PNEUMONIA NORMAL", False),
@@ -683,7 +683,7 @@ def test_dicom_lookup_tables_are_applied_and_their_depth_is_the_range(bits, name
     item.add_new("LUTData", "US", curve.tolist())
     fields = {name: pydicom.Sequence([item])}
     samples = stored(12).astype(np.int16)
-    if name == "VOILUTSequence":  # it counts where there is a window too, and is applied after the slope
+    if name == "VOILUTSequence":  # it overrules a window, and is applied after the slope
         fields |= {"RescaleSlope": 0.5, "RescaleIntercept": -100, "WindowCenter": 1, "WindowWidth": 2}
         samples *= 2
     else:
@@ -724,7 +724,7 @@ def test_multi_frame_colour_and_preambleless_dicom_is_read():
 
 @needs_pydicom
 def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
-    """A header is hashed, so that nothing of it is written anywhere."""
+    """The id in a header is hashed, so that it is written nowhere."""
     for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", None, "anonymous", "0")):
         path = f"train/A/IM-000{i}-0001"  # known by its content
         content = dicom(stored(12), 12, PatientID=patient, PatientName="Miller^Ann")
@@ -857,7 +857,7 @@ def test_an_interrupted_build_leaves_nothing_and_a_transient_failure_is_retried(
 
 
 def test_the_cache_falls_back_to_the_users_folder(tmp_path, monkeypatch, capsys):
-    root = touch(tree(tmp_path / "d"), ".cache")  # a file where the folder should be: stops root as well
+    root = touch(tree(tmp_path / "d"), ".cache")  # a file where the folder should be: stops even the superuser
     np.testing.assert_array_equal(load(root).images, decoded(root))
     assert f"no image cache in {root}/.cache" in capsys.readouterr().err
     load(root)
@@ -1086,7 +1086,7 @@ def test_stress_blurs_and_adds_noise_and_exchanges_the_border(stressed):
     assert (exchanged[:16] == 7).all() and (exchanged[:, -16:] == 7).all()
 
 
-def test_the_noise_of_stress_depends_on_the_image_alone(stressed):
+def test_the_noise_of_stress_depends_on_the_path_alone(stressed):
     alone = dict(data.stress(HALVES[1:], None, ["b.png"]))
     assert "border exchanged" not in alone  # there are no partners
     first, second = stressed["noise 0.05"]
@@ -1146,7 +1146,7 @@ def flip_bits(hashes, row, bits):
 def test_copies_are_found_up_to_ten_bits_across_blocks_and_through_others():
     hashes = np.random.default_rng(0).integers(0, 2**64, (9000, 4), dtype=np.uint64)
     hashes[8999] = flip_bits(hashes, 3, 10)  # a copy
-    hashes[8998] = flip_bits(hashes, 4, 11)  # none
+    hashes[8998] = flip_bits(hashes, 4, 11)  # not a copy
     hashes[8997] = ~hashes[5]  # all bits differ
     hashes[5000] = hashes[70]
     hashes[7000] = flip_bits(hashes, 8999, 10)  # a copy of a copy
@@ -1162,7 +1162,7 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     old = np.stack([flip_bits(hashes, 1, 5), hashes[3]])
     seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
     records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
-    folder = data.Folder(records, None, hashes, None, None, {}, "")
+    folder = data.Folder(records, None, hashes, None, None, None, {}, "")
     is_copy, patients = data.seen_before(folder.traces(np.arange(5)), seen)
     assert is_copy.tolist() == [False, True, False, True, False]
     assert patients == {"p"}

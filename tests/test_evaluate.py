@@ -1,4 +1,4 @@
-"""Evaluation: each figure against scikit-learn, a hand-worked value or a simulation; edge cases, comparisons, files."""
+"""Evaluation: each number against scikit-learn, a hand-worked value or a simulation; edge cases, comparisons, files."""
 
 import csv
 import hashlib
@@ -280,7 +280,7 @@ def assert_report(found: dict, rows: list[dict]) -> None:
 
 
 @pytest.mark.parametrize("threshold", ["0.62", "1"])
-def test_every_figure_follows_from_the_csv(tmp_path, threshold):
+def test_every_number_follows_from_the_csv(tmp_path, threshold):
     found = score(tmp_path, NAMED_ROWS, "--threshold", threshold)
     assert_report(found, NAMED_ROWS)
     assert found["data"]["patients"] == 9
@@ -348,7 +348,7 @@ def test_tables_of_other_programs_are_read(tmp_path):
         (48, [0.1, 0.9], "few images (48, 24 of 0)"),
     ],
 )
-def test_what_makes_figures_misleading_is_reported_at_the_head_of_the_report(tmp_path, n, probabilities, expected):
+def test_what_makes_numbers_misleading_is_reported_at_the_head_of_the_report(tmp_path, n, probabilities, expected):
     write_csv(tmp_path / "p.csv", to_rows([0, 1] * (n // 2), probabilities * (n // 2)))
     done = run_script("evaluate.py", "p.csv", "--bootstrap", 50, cwd=tmp_path)
     card = (tmp_path / "p.scored.md").read_text()
@@ -424,7 +424,7 @@ def test_holm_adjusted_p_values_match_those_by_hand():
 
 
 def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
-    """Nor where one of the two files knows the patients: those of the first count."""
+    """Nor if only one of the two files names the patients: those of the first file are used."""
     rows = read_csv(rivals / "good.csv")
     for i, row in enumerate(rows):
         row["patient"] = f"p{i // 3}"
@@ -506,7 +506,7 @@ def test_a_report_says_where_it_comes_from(evaluated, run):
     assert "LEAK" not in head
 
 
-def test_every_figure_of_a_run_follows_from_its_csv(evaluated, demo):
+def test_every_number_of_a_run_follows_from_its_csv(evaluated, demo):
     rows, r = evaluated.rows, evaluated.json
     files = {path.relative_to(demo).as_posix() for path in (demo / "test").rglob("*.jpeg")}
     assert {row["path"] for row in rows} == files
@@ -660,7 +660,7 @@ def test_runs_that_differ_in_their_seed_are_one_model(run, tmp_path):
     for path in (run, "s1", "other"):
         found, _ = evaluate_files(tmp_path, path, "--bootstrap", 0, "--output", "x")
         alone.append(found["metrics"]["auroc"]["value"])
-    found, _ = evaluate_files(tmp_path, run, "s?", "other", "--bootstrap", 200)  # nobody has expanded s?
+    found, _ = evaluate_files(tmp_path, run, "s?", "other", "--bootstrap", 200)  # no shell has expanded s?
     ours, other = sorted(found["compared"], key=lambda entry: entry["number"])
     assert ours["seeds"] == [0, 1]
     assert other["varied"] == {"lr": 0.1}
@@ -714,7 +714,7 @@ def three(run_folder, demo, tmp_path_factory) -> Path:
         shutil.copy(path, place)
     checkpoint = models.load(run_folder)
     for name, shift in (("classifier.weight", 0), ("classifier.bias", checkpoint["intercept"] / checkpoint["slope"])):
-        (head,) = checkpoint["state_dict"][name].diff(dim=0) + shift  # where calibrated: about half are above 0
+        (head,) = checkpoint["state_dict"][name].diff(dim=0) + shift  # as calibrated, so that about half are above 0
         checkpoint["state_dict"][name] = torch.stack([0 * head, head, -head])
     checkpoint["threshold"] = {"value": None, "logit": None, "rule": "largest probability", "from": ""}
     checkpoint["data"]["root"] = str(folder / "data")
@@ -795,7 +795,7 @@ def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_pa
 # --- pictures ---
 
 
-def test_missing_matplotlib_is_reported_after_other_mistakes(tmp_path, monkeypatch):
+def test_missing_matplotlib_is_reported_in_one_line(tmp_path, monkeypatch):
     write_csv(tmp_path / "p.csv", NAMED_ROWS)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     _, err = evaluate_files(tmp_path, "p.csv", "--plots", code=2)

@@ -60,7 +60,7 @@ def one_line_error(work, *arguments) -> str:
 
 
 def heat_map(model: nn.Module, x: torch.Tensor, target: int) -> torch.Tensor:
-    """Of images as the model sees them, [n, 1, side, side]."""
+    """Heat maps of images as the model sees them, [n, 1, side, side]."""
     checkpoint = {"classes": [0, 1], "mean": 0.0, "std": 1.0}
     maps = [models.heat_map(model, 255 * image[0].numpy(), target, checkpoint) for image in x]
     return torch.from_numpy(np.stack(maps))
@@ -319,7 +319,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
 
 @pytest.fixture
 def close_hub(monkeypatch, tmp_path):
-    """A hub that sends the files of tmp_path, and an empty cache; call it to close the hub."""
+    """Start a hub that serves tmp_path, with an empty cache; the fixture is the function that closes it."""
     from huggingface_hub import constants
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -416,7 +416,7 @@ def test_the_newest_run_is_found_and_finished_ones_come_first(tmp_path, monkeypa
     assert models.newest_checkpoint() == Path("runs/c/ckpt.pt")
 
 
-# --- ask ---
+# --- inference ---
 
 
 def test_logits_are_of_the_normalised_image_for_any_batch_size(small):
@@ -450,7 +450,7 @@ def test_where_probabilities_saturate_logits_still_decide():
     assert found.predicted.tolist() == [0, 1, 1]
 
 
-# --- what is unlike ---
+# --- input check ---
 
 
 @pytest.fixture(scope="module")

@@ -163,7 +163,7 @@ def test_threads_take_turns_with_the_model(classifier, normals):
 def test_a_slow_list_on_stdin_gives_each_row_at_once(run_folder, normals):
     command = [sys.executable, str(ROOT / "predict.py"), "--ckpt", str(run_folder), "--json", "-"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        watchdog = threading.Timer(120, process.kill)  # where it waits for more, so would this test
+        watchdog = threading.Timer(120, process.kill)  # if it waited for more, so would this test
         watchdog.daemon = True
         watchdog.start()
         for path in normals[:3]:

@@ -121,7 +121,7 @@ def test_commands_that_are_not_run_can_be_parsed():
 
 
 def run_python(*arguments, cwd):
-    """What Python prints, in a process of its own where this suite can't be imported."""
+    """What Python prints in a process of its own, which can't import this checkout."""
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -197,7 +197,7 @@ def test_each_change_has_its_effect(demo, tmp_path):
         text = (tmp_path / script).read_text()
         for hunk in re.split(r"^@@\n", diff, flags=re.MULTILINE):
             old, new = ("".join(f"{line[1:]}\n" for line in hunk.splitlines() if line[:1] != sign) for sign in "+-")
-            assert text.count(old) == 1, f"{script} has not once:\n{old}"
+            assert text.count(old) == 1, f"{script} does not contain exactly once:\n{old}"
             text = text.replace(old, new)
         (tmp_path / script).write_text(text)
     run_python("-c", EFFECT, "--data", demo, "--no-pretrained", *CHEAP["train.py"], cwd=tmp_path)

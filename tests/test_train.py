@@ -210,7 +210,7 @@ def test_three_classes_get_only_a_slope():
 
 
 def train_watched(folder, *arguments):
-    """A run in the order of the folders, and what went into it: images, labels, class weights, rates."""
+    """A run without shuffling, and what went into it: images, labels, class weights, rates."""
     seen = SimpleNamespace(x=[], y=[], class_weights=[], rates=[], folder=folder / "r")
     train_epoch, loss = train.train_epoch, train.weighted_loss
 
@@ -317,7 +317,7 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
 def test_the_operating_point_uses_stressed_copies(run_folder, demo, tmp_path, monkeypatch):
     shutil.copytree(run_folder, tmp_path / "r")
     shutil.copytree(demo, tmp_path / "moved")
-    (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration: --resume does only that
+    (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration, which is all that --resume does
     ask = evaluate.ask
 
     def ask_better_under_stress(model, folder, index, *rest, **options):
@@ -370,7 +370,7 @@ def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypat
         for i in range(12):
             image = rng.integers(0, 256, (32, 32), dtype=np.uint8)
             Image.fromarray(image).save(tmp_path / "d" / "train" / label / f"{i}.png")
-    monkeypatch.setattr(train, "finish_checkpoint", lambda *_: None)  # as if it were killed before
+    monkeypatch.setattr(train, "finish_checkpoint", lambda *_: None)  # as if killed before it
     run_train(tmp_path, "--data", "d", *SHORT, "--folds", 3, "--epochs", 1, "--output", "r")
     checkpoint = models.load(tmp_path / "r")
     assert checkpoint["threshold"]["value"] is None
@@ -481,7 +481,7 @@ def test_a_run_is_neither_changed_nor_overwritten(run_folder, tmp_path, argument
 
 
 def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path, monkeypatch):
-    """More epochs and moved data, asked for once, are known from then on; metrics.json is written and never read."""
+    """More epochs and moved data, asked for once, are known from then on; a damaged metrics.json does no harm."""
     shutil.copytree(run_folder, tmp_path / "a run")
     shutil.copytree(demo, tmp_path / "moved")
     with monkeypatch.context() as patch:
@@ -562,7 +562,7 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
     (expected,), (found,) = metrics_of(one)["epochs"], metrics_of(two)["epochs"]
     for loss in ("val_loss", "train_loss"):
         assert found[loss] == pytest.approx(expected[loss], rel=1e-5)
-    # Every step moves each weight by about the rate, 1e-4, unless the gradient has another direction.
+    # Every step of Adam moves each weight by about the rate, 1e-4: a gradient of the other sign would show.
     a, b = state_of(one)["model"], state_of(two)["model"]
     apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
     assert apart.mean() < 2e-6
