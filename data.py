@@ -51,8 +51,8 @@ CORES = joblib.cpu_count()  # available to this process, given its CPU affinity 
 
 FORMULA = re.compile("'*[=+@-]")  # the start of text that a spreadsheet would run as a formula
 MISSING = re.compile(  # words for "not known", in tables and DICOM headers
-    r"-*|\?|n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unknown|unspecified|not available|removed|redacted"
-    r"|anon(ym(ous|i[sz]ed)?)?|de-?identified",
+    r"-*|\?|#?n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unk(nown)?|unspecified|not (available|applicable)"
+    r"|removed|redacted|anon(ym(ous|i[sz]ed)?)?( patient)?|de-?identified",
     re.IGNORECASE,
 )
 AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many make a year
@@ -209,7 +209,7 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         columns: names matched in any case; other columns keep their names as written.
 
     Raises:
-        UserError: not a readable table, a duplicate column, or a row with more cells than the header.
+        UserError: not a table, no rows, a duplicate column, or a row with more cells than the header.
     """
     names = {name.lower(): name for name in columns}
     rows = []
@@ -238,8 +238,10 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             row.pop("", None)  # a column without a name, like the row numbers of pandas
             if any(row.values()):
                 rows.append(row)
-    except (OSError, UnicodeDecodeError, csv.Error) as e:
+    except (UnicodeDecodeError, csv.Error) as e:
         raise UserError(f"{path} can't be read ({e}); save it as a UTF-8 CSV with balanced quotes") from None
+    if not rows:
+        raise UserError(f"{path} has no rows")
     return rows
 
 
@@ -280,6 +282,7 @@ MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
+FOLDERS = {"normal": True, "pneumonia": False}  # class folders that a table's labels are compared with: is it negative?
 
 
 @dataclass(slots=True)
@@ -389,9 +392,9 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
     for table in [*root.glob("metadata.csv"), *sorted(root.glob("*/metadata.csv"))]:
         folder = table.parent.relative_to(root).as_posix()
         lines = read_table(table, TABLE_COLUMNS)
-        columns = list(lines[0]) if lines else []
+        columns = list(lines[0])
         if "file_name" not in columns:
-            raise UserError(f"{table} has no rows, or no column file_name: found {', '.join(columns) or 'nothing'}")
+            raise UserError(f"{table} has no column file_name; its columns are {', '.join(columns)}")
         identifiers = []
         for column in columns:
             if column in TABLE_COLUMNS:
@@ -437,7 +440,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
     table_labels = {row["label"].lower() for row in table.values() if "label" in row}
-    names = table_labels and table_labels | {"normal"}  # of folders, to be compared with the labels
+    names = table_labels and table_labels | FOLDERS.keys()  # of folders, to be compared with the labels
     folders = split_folders(root)
     if split and split not in folders and not table_labels:
         raise UserError(
@@ -457,9 +460,11 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     for file in files:
         path = file.relative_to(root).as_posix()
         name = path if path in table else posixpath.splitext(path)[0]
-        listed.add(name)
         if table and name not in table:
             odd["metadata.csv has no row for these images"].append(path)
+        elif table and name in listed:
+            odd["metadata.csv has one row for these images and another one"].append(path)
+        listed.add(name)
         row = blank | table.get(name, {})
         first, *below = path.split("/")
         if not table_labels:
@@ -474,8 +479,8 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
             in_path = names.intersection(path.lower().split("/"))
             label = row["label"].lower()
-            is_other_normal = "normal" in in_path and NEGATIVE.search(label)
-            if in_path and label not in in_path and not is_other_normal:
+            is_negative = NEGATIVE.search(label) is not None
+            if label not in in_path and any(FOLDERS.get(name) != is_negative for name in in_path):
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
@@ -500,8 +505,8 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
     else from a name as in the public copies (as do series and, if not in the row, subtype), else it is the path.
     """
     name = posixpath.basename(path)
-    m = re.match(r"person(?P<number>\d+)_(?P<series>bacteria|virus)_\d", name)
-    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d+)-\d", name)
+    m = re.match(r"person(?P<number>\d{1,9})_(?P<series>bacteria|virus)_\d", name)
+    m = m or re.match(r"(?P<series>IM|NORMAL2-IM|NORMAL|BACTERIA|VIRUS)-(?P<number>\d{1,9})-\d", name)
     patient, series = path, ""
     if m:
         series, number = m["series"], m["number"]
@@ -512,8 +517,8 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
-            in_header = str(header.PatientID).strip()
-            if normal_form(in_header):
+            in_header = normal_form(str(header.PatientID))
+            if in_header:
                 patient = hash_lines([in_header])[:16]
     if normal_form(row.get("patient", "")):
         patient = row["patient"]
@@ -541,7 +546,7 @@ def check_classes(records: list[Record], classes: list[str], root: Path) -> None
 
 # --- split ---
 
-NEGATIVE = re.compile(r"(?<![a-z])(normal|healthy|negative|no[ _-]?findings?|controls?)(?![a-z])")
+NEGATIVE = re.compile(r"^0$|(?<![a-z])(normal|healthy|negative|no[ _-]?(findings?|pneumonia)|controls?)(?![a-z])")
 
 
 def find_training(root: Path) -> list[Record]:
@@ -887,7 +892,8 @@ def _open_dicom(file):
     is_padding = np.zeros(len(stored), bool)
     if padding is not None:
         ends = np.array([padding, dataset.get("PixelPaddingRangeLimit", padding)])
-        ends = ends.astype(values.dtype)  # signed ones may be written as unsigned
+        unused = 8 * size - bits
+        ends = ends.astype(values.dtype) << unused >> unused  # it may be written with other signs or bits than samples
         is_padding = (stored >= ends.min()) & (stored <= ends.max())
     dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
     dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
@@ -1623,6 +1629,8 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
+    if target.exists():
+        raise UserError(f"{target} exists, but has no train/; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")

@@ -236,9 +236,9 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         UserError: a column or value is missing or wrong, or there are not two labels.
     """
     rows = data.read_table(Path(path), CSV_COLUMNS)
-    columns = rows[0].keys() if rows else set()
+    columns = rows[0].keys()
     if not columns >= set(NEEDED):
-        found = ", ".join(columns) or "none"
+        found = ", ".join(columns)
         raise UserError(f"{path} needs the columns {', '.join(NEEDED)} and one row per image; its columns are {found}")
     if columns >= {"flags", "error"}:
         raise UserError(f"{path} comes from predict.py, whose labels are predictions, not the truth")
@@ -272,7 +272,14 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         split="predictions",
         patient_index=data.number_patients(records, np.arange(len(records))),
         **decided_fields(records, np.column_stack([np.zeros(len(records)), log_odds]), as_given),
-        about={"root": path, "demo": False, "fingerprint": None, "copies": 0, "left_out": [], "leaks": Counter()},
+        about={
+            "root": path,
+            "demo": any(row.get("demo") for row in rows),
+            "fingerprint": None,
+            "copies": 0,
+            "left_out": [],
+            "leaks": Counter(),
+        },
     )
 
 
@@ -672,8 +679,9 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     groups = {}
     for column, values in columns.items():
         # Padded, so that 9 comes before 10.
-        names = sorted(set(values) - {""}, key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
-        if len(names) > max(10, len(values) / 2):
+        known = [value for value in values if value]
+        names = sorted(set(known), key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+        if len(names) > max(10, len(known) / 2):
             warn(f"column {column} gives no subgroups: most images have different values")
             continue
         for name in names:
@@ -1127,7 +1135,8 @@ def evaluate(args: argparse.Namespace) -> None:
     for pattern in args.inputs:  # the shell may have left it unexpanded
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
         inputs += matches or [pattern]
-    inputs = list(dict.fromkeys(inputs)) or [str(models.newest_checkpoint())]
+    files = {os.path.realpath(models.in_run_folder(path)): path for path in inputs}  # each once
+    inputs = list(files.values()) or [str(models.newest_checkpoint())]
     asked = {}
     if args.threshold is not None:
         p = args.threshold
@@ -1167,14 +1176,16 @@ def evaluate(args: argparse.Namespace) -> None:
     sections = comparison_sections(result) if "compared" in result else report_sections(result)
     last_lines = []
     is_official = len(inputs) == 1 and not (asked or args.data)
-    if args.output or is_official:
-        folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in make_files(groups, result, sections, args).items():
-            write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
-            write(folder / name, content)
-            last_lines.append(f"written: {data.printable(str(folder / name))}")
-    print(json.dumps(result, indent=1) if args.json else render(sections))
+    try:
+        if args.output or is_official:
+            folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in make_files(groups, result, sections, args).items():
+                write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
+                write(folder / name, content)
+                last_lines.append(f"written: {data.printable(str(folder / name))}")
+    finally:  # even if a file can't be written
+        print(json.dumps(result, indent=1) if args.json else render(sections))
     last_lines = last_lines or ["nothing written; use --output DIR"]
     print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
 

@@ -96,15 +96,18 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
     """Classify images; the model is kept between calls, and several threads may call at once.
 
     Args:
-        images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3].
+        images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3],
+            see data.read_image.
         checkpoint: a ckpt.pt or the folder of a run; None for the newest finished run under runs/.
 
     Returns:
         for each image the fields of Prediction; one that can't be read has its reason in error.
 
     Raises:
-        UserError: no usable checkpoint or device.
+        UserError: no usable checkpoint or device, or one image instead of a list.
     """
+    if isinstance(images, str | os.PathLike | Image.Image):
+        raise UserError("predict takes a list of images, not one")
     classifier = open_classifier(checkpoint, device)
     return [asdict(row) for row in classify_all(images, classifier)]
 
@@ -353,7 +356,7 @@ def main() -> None:
     parser = data.Parser(description="Classify radiographs. For research, not for diagnosis.")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    add("--ckpt", metavar="FILE", help="run or checkpoint (default: newest finished run)")
+    add("--ckpt", type=data.non_empty, metavar="FILE", help="run or checkpoint (default: newest finished run)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")

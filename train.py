@@ -45,6 +45,7 @@ import models
 from data import UserError, count, warn
 
 STATE_FORMAT = "training state"
+REPORT = re.compile(r"(report|(train|val|test)(\.scored|-mistakes)?)\.(json|csv|md|png)")  # files of evaluate.py
 
 
 # --- schedule ---
@@ -388,7 +389,7 @@ def claim_folder(args: argparse.Namespace) -> tuple[Path, filelock.BaseFileLock]
     if args.resume is not None:
         for leftover in folder.glob(".*.tmp"):  # of a process that was killed while saving
             leftover.unlink()
-    elif (folder / "metrics.json").exists() or (folder / "ckpt.pt").exists():
+    elif any((folder / name).exists() for name in ("metrics.json", "ckpt.pt", "last.pt")):
         raise UserError(f"{folder} already has a run; use --resume {folder} to continue it, or another --output")
     return folder, lock
 
@@ -421,10 +422,9 @@ def save_progress(
 
 def save_checkpoint(checkpoint: dict, folder: Path) -> None:
     """Write ckpt.pt; evaluate.py's reports on the previous one are renamed to *.old: they are about another model."""
-    for pattern in ("test*", "val*", "train*", "report.md"):
-        for report in folder.glob(pattern):
-            if report.suffix != ".old":
-                os.replace(report, f"{report}.old")
+    for file in folder.iterdir():
+        if REPORT.fullmatch(file.name) and file.is_file():
+            os.replace(file, f"{file}.old")
     models.save(checkpoint, folder / "ckpt.pt")
 
 
@@ -527,7 +527,10 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     size = settings["input_size"]
     output = [None]  # the run's folder, from the first process
     if not is_first:
-        dist.broadcast_object_list(output)  # wait until the first one has drawn, fetched and decoded
+        try:
+            dist.broadcast_object_list(output)  # wait until the first one has drawn, fetched and decoded
+        except RuntimeError:
+            raise UserError("the first process has ended") from None
     d = read_data(args, size)
     if is_first:
         folder, _lock = claim_folder(args)
@@ -720,7 +723,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
             parser.error("--resume names the folder: leave out --output")
         try:
             state = models.load(Path(folder, "last.pt"), STATE_FORMAT)
-        except UserError as e:
+        except (UserError, OSError) as e:
             parser.error(f"--resume {folder}: no run to continue ({e}); start a new one with another --output")
         parser.set_defaults(**state["arguments"])
         args = parser.parse_args()
@@ -738,7 +741,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
 
 def how_to_continue(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
-    if args.output is not None and Path(args.output, "last.pt").exists():
+    if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
         return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
     return "nothing saved yet"
 

@@ -254,10 +254,22 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
     assert "the folder disagree on the label; using metadata.csv: 1 (B/5.png)" in said
-    touch(tmp_path, "test/NORMAL/7.png", "test/NORMAL/8.png")
-    rows = "test/NORMAL/7.png,sick,test\ntest/NORMAL/8.png,healthy,test\n"
+    touch(
+        tmp_path,
+        "NORMAL/7.png",
+        "NORMAL/8.png",
+        "NORMAL/9.png",
+        "PNEUMONIA/7.png",
+        "PNEUMONIA/8.png",
+        "a/b.jpg",
+        "a/b.png",
+    )
+    rows = "NORMAL/7,sick,test\nNORMAL/8,healthy,test\nNORMAL/9,0,test\n"
+    rows += "PNEUMONIA/7,0,test\nPNEUMONIA/8,1,test\na/b,0,test\n"
     data.scan(table(tmp_path, "file_name,label,split\n" + rows))
-    assert "the folder disagree on the label; using metadata.csv: 1 (test/NORMAL/7.png)" in capsys.readouterr().err
+    said_of_others = capsys.readouterr().err
+    assert "label; using metadata.csv: 2 (NORMAL/7.png, PNEUMONIA/7.png)" in said_of_others
+    assert "one row for these images and another one: 1 (a/b.png)" in said_of_others
     assert "no label or not in a class folder: 1 (x/6.png)" in said
 
 
@@ -269,10 +281,11 @@ def test_rows_of_a_table_in_a_split_folder_get_that_split(tmp_path):
 
 
 BAD_METADATA = {
+    "metadata.csv has no rows": "file_name,label\n",
     "has the column split twice": "file_name,split,Split\nx/1.png,train,test\n",
     "row 2 has more cells": "file_name,split\nx/1.png,upper lobe, train\n",
     "save it as a UTF-8 CSV": b"file_name,split\nx\xff.png,A\n",
-    "no rows, or no column file_name: found path, label": "path,label\nx,A\n",
+    "has no column file_name; its columns are path, label": "path,label\nx,A\n",
     "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
     "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
     "the split of x/1.png is dev; write train, val or test": "file_name,label,split\nx/1.png,A,dev\n",
@@ -402,6 +415,7 @@ POSITIVE = {  # classes, what is asked for, the order, whether a guess is announ
     "by name": ("Pneumonia normal", None, "normal Pneumonia", False),
     "abnormal is not normal": ("abnormal control", None, "control abnormal", True),
     "against the name": ("NORMAL PNEUMONIA", "NORMAL", "PNEUMONIA NORMAL", False),
+    "no pneumonia": ("COVID No_Pneumonia", None, "No_Pneumonia COVID", True),
     "three classes": ("COVID NORMAL PNEUMONIA VIRAL", None, "COVID NORMAL VIRAL PNEUMONIA", False),
 }
 
@@ -692,21 +706,22 @@ def test_dicom_lookup_tables_are_applied_and_their_depth_is_the_range(bits, name
     assert deviation(found, curve[stored(12)] * (255 / white)) <= 0.5 + 1e-6
 
 
-PADDINGS = {  # type, the padding's value, header fields
-    "signed, written as unsigned": ("i2", -2000, {"PixelPaddingValue": 63536}),
-    "a range": ("u2", 60001, {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 60002}),
-    "white in MONOCHROME1": ("u2", 0, {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}),
+PADDINGS = {  # type, the padding's value, stored bits, header fields
+    "signed, written as unsigned": ("i2", -2000, 16, {"PixelPaddingValue": 63536}),
+    "a range": ("u2", 60001, 16, {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 60002}),
+    "more bits than are stored": ("u2", 65535, 12, {"PixelPaddingValue": 65535}),
+    "white in MONOCHROME1": ("u2", 0, 16, {"PixelPaddingValue": 0, "PhotometricInterpretation": "MONOCHROME1"}),
 }
 
 
 @needs_pydicom
 @pytest.mark.parametrize("case", PADDINGS)
 def test_dicom_padding_is_black_and_a_dark_picture_beside_it_stays_dark(case):
-    kind, value, fields = PADDINGS[case]
+    kind, value, bits, fields = PADDINGS[case]
     picture = (PICTURE.clip(1, 254) + 20) * 0.6
     samples = stored(12, 0, fields.get("PhotometricInterpretation"), picture).astype(kind)
     samples[:25] = value
-    found, _ = read(dicom(samples, 16, **fields))
+    found, _ = read(dicom(samples, bits, **fields))
     assert not found[:25].any() and deviation(found[25:], picture[25:]) <= 0.6
 
 
@@ -725,7 +740,7 @@ def test_multi_frame_colour_and_preambleless_dicom_is_read():
 @needs_pydicom
 def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
     """The id in a header is hashed, so that it is written nowhere."""
-    for i, patient in enumerate(("Miller 1970", "Miller 1970", "Miller 1971", None, "anonymous", "0")):
+    for i, patient in enumerate(("Miller 1970", "0miller 1970", "Miller 1971", None, "anonymous", "0")):
         path = f"train/A/IM-000{i}-0001"  # known by its content
         content = dicom(stored(12), 12, PatientID=patient, PatientName="Miller^Ann")
         touch(tmp_path, path, content=content)
@@ -1347,6 +1362,9 @@ def test_a_bad_download_is_one_line_and_leaves_nothing(tmp_path, archive, checks
         data.download(tmp_path / "d", archive.as_uri(), checksum or data.sha256(archive))
     assert "\n" not in str(caught.value) and "Kaggle" in str(caught.value)
     assert not list((tmp_path / "d").iterdir())
+    (tmp_path / "chest_xray").mkdir()
+    with pytest.raises(data.UserError, match="chest_xray exists, but has no train/"):
+        data.download(tmp_path, archive.as_uri())
 
 
 def test_a_server_that_is_silent_for_a_minute_is_an_error(tmp_path, monkeypatch):

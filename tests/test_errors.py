@@ -16,6 +16,9 @@ TRAIN = [
     ("--model convnext_atto --no-pretrained --img-size 8", "does not take 8 x 8 pixels"),
     ("--resume nowhere", "no run to continue"),
     ("--resume other --output x", "leave out --output"),
+    (f"--resume {'y' * 300}", "start a new one"),
+    (f"--no-pretrained --output {'y' * 300}", "File name too long"),
+    ("--no-pretrained --output moved", "moved already has a run"),
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
@@ -35,13 +38,14 @@ EVALUATE = [
     ("", "no runs/*/ckpt.pt found"),
     ("nowhere.pt", "nowhere.pt does not exist"),
     ("empty", "ckpt.pt does not exist"),
-    ("missing.csv", "missing.csv"),
+    ("missing.csv", "No such file or directory: 'missing.csv'"),
     ("missing.csv --threshold 1.5", "--threshold: 1.5 is not in"),
 ]
 PREDICT = [
     ("", "required: PATH"),
     ("x.png", "train a model first"),
     ("--ckpt none.pt x.png", "none.pt does not exist"),
+    ("--ckpt= x.png", "--ckpt: must not be empty"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
 ]
 CASES = []
@@ -56,6 +60,8 @@ def folder(tmp_path):
         (tmp_path / name).mkdir()
         if text:
             (tmp_path / name / "metrics.json").write_text(text)
+    (tmp_path / "moved").mkdir()
+    (tmp_path / "moved" / "last.pt").touch()
     return tmp_path
 
 

@@ -313,10 +313,11 @@ def test_numbers_and_ages_are_shown_as_ranges(tmp_path):
 def test_a_mostly_unique_column_is_not_a_subgroup(tmp_path):
     accession = [f"A{i}" for i in range(30)]
     site = ["a", "b"] * 15
-    write_csv(tmp_path / "p.csv", to_rows([0, 1] * 15, [0.3] * 30, accession=accession, site=site))
+    note = [f"note {i}" * (i < 12) for i in range(30)]
+    write_csv(tmp_path / "p.csv", to_rows([0, 1] * 15, [0.3] * 30, accession=accession, site=site, note=note))
     found, err = evaluate_files(tmp_path, "p.csv", "--bootstrap", 0)
     assert list(found["subgroups"]) == ["site: a", "site: b"]
-    assert "column accession" in err
+    assert "column accession" in err and "column note" in err
 
 
 def test_the_probability_is_that_of_the_positive_label(tmp_path):
@@ -506,7 +507,7 @@ def test_a_report_says_where_it_comes_from(evaluated, run):
     assert "LEAK" not in head
 
 
-def test_every_number_of_a_run_follows_from_its_csv(evaluated, demo):
+def test_every_number_of_a_run_follows_from_its_csv(evaluated, run, demo):
     rows, r = evaluated.rows, evaluated.json
     files = {path.relative_to(demo).as_posix() for path in (demo / "test").rglob("*.jpeg")}
     assert {row["path"] for row in rows} == files
@@ -519,6 +520,8 @@ def test_every_number_of_a_run_follows_from_its_csv(evaluated, demo):
     predicted = calibrated >= r["threshold"]["logit"]
     assert 0 < predicted.sum() < 24
     assert is_pneumonia(rows, "prediction").tolist() == predicted.tolist()
+    again, _ = evaluate_files(run, "test.csv", "--bootstrap", 0)
+    assert again["data"]["demo"] and again["warnings"][0].startswith("DEMO")
     loss = sk.log_loss(is_pneumonia(rows), expit(z))
     assert r["calibration"]["before"]["nll"] == pytest.approx(loss)
     assert r["data"]["patients"] == len({row["patient"] for row in rows})
@@ -591,6 +594,9 @@ def test_other_thresholds_and_images_overwrite_no_report(run, evaluated, demo, t
     assert found["metrics"]["sensitivity"] != evaluated.json["metrics"]["sensitivity"]
     found, err = evaluate_files(run, "ckpt.pt", "--threshold", 0.25, "--output", tmp_path / "out")
     assert f"written: {tmp_path}/out/test.json\n" in err
+    done = run_script("evaluate.py", "ckpt.pt", "--bootstrap", 0, "--output", "ckpt.pt", cwd=run)
+    assert done.returncode == 2 and "File exists: 'ckpt.pt'" in done.stderr
+    assert "AUROC" in done.stdout  # the result is shown although it can't be written
     assert_report(found, read_csv(tmp_path / "out" / "test.csv"))
 
 
@@ -660,7 +666,8 @@ def test_runs_that_differ_in_their_seed_are_one_model(run, tmp_path):
     for path in (run, "s1", "other"):
         found, _ = evaluate_files(tmp_path, path, "--bootstrap", 0, "--output", "x")
         alone.append(found["metrics"]["auroc"]["value"])
-    found, _ = evaluate_files(tmp_path, run, "s?", "other", "--bootstrap", 200)  # no shell has expanded s?
+    # No shell has expanded s?; a run that is named twice counts once.
+    found, _ = evaluate_files(tmp_path, run, "s?", "s1/", "other", "--bootstrap", 200)
     ours, other = sorted(found["compared"], key=lambda entry: entry["number"])
     assert ours["seeds"] == [0, 1]
     assert other["varied"] == {"lr": 0.1}

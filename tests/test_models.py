@@ -264,7 +264,7 @@ def test_weights_for_colour_images_are_adapted(tmp_path, name, file):
     ("wrap", "not_used"),
     [
         (lambda s: {"model_state_dict": {f"module.{k}": v for k, v in s.items()}, "epoch": 3}, 0),
-        (lambda s: {"model": {"state_dict": s}, "best": np.float64(0.9), "path": Path("a/b")}, 0),
+        (lambda s: {"model": {"state_dict": s}, "best": np.float64(0.9), "n": np.uint16(3), "path": Path("a/b")}, 0),
         (lambda s: {"state_dict": s | {"criterion.weight": torch.ones(2), "total_ops": torch.ones(1)}}, 2),
         (lambda s: {"model": {k: v + 1 for k, v in s.items()}, "model_ema": s}, 244),
     ],

@@ -431,9 +431,11 @@ def test_a_killed_run_ends_like_one_that_was_not(demo, tmp_path):
     assert models.load(cut)["finished"] is False
     (cut / ".last.pt.1.tmp").write_bytes(b"half")  # as if killed while saving
     (cut / "report.md").write_text("of the half-trained model")
+    (cut / "test_results.csv").touch()
     run_train(tmp_path, "--resume", "cut")
     assert not list(cut.glob(".*.tmp"))
     assert (cut / "report.md.old").read_text() == "of the half-trained model"
+    assert (cut / "test_results.csv").exists()  # not of evaluate.py
     again = run_train(tmp_path, "--resume", "cut")
     assert "the run in cut is finished; --epochs N trains it longer" in again.out
     assert without_times(whole) == without_times(cut)
