@@ -186,7 +186,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         },
         border=border,
         checkpoint=checkpoint,
-        n_parameters=models.n_parameters(model),
+        n_parameters=sum(map(torch.numel, model.parameters())),
     )
     for name, stressed in logits.items():
         scored.stressed[name] = replace(scored, stressed={}, **decided_fields(records, stressed, checkpoint))

@@ -633,7 +633,8 @@ def print_start(
     args: argparse.Namespace, note: str, d: TrainingSet, learner: Learner, crop: int, size: int, device
 ) -> None:
     """Print what is trained, on what, and the table's header; note: about the weights."""
-    print(f"{args.model}, {models.n_parameters(learner.model) / 1e6:.2f} M parameters, {note}")
+    n_parameters = sum(map(torch.numel, learner.model.parameters()))
+    print(f"{args.model}, {n_parameters / 1e6:.2f} M parameters, {note}")
     for index, purpose in ((d.train, "for training"), (d.val, "for validation")):
         patients = count(d.n_patients(index), "patient")
         print(f"{data.printable(str(d.root))}: {count(len(index), 'image')} of {patients} {purpose}")
