@@ -509,7 +509,8 @@ def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) 
     remarks = []
     leaks = s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
-        remarks.append(f"UNFINISHED: epoch {s.checkpoint['epochs']} of {s.checkpoint['arguments']['epochs']}")
+        planned = s.checkpoint["arguments"]["epochs"]
+        remarks.append(f"UNFINISHED: epoch {len(s.checkpoint['history'])} of {planned}")
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
     for use in ("trained_on", "chosen_on"):
@@ -947,7 +948,7 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"started from: {t['origin']['note']}; SHA-256 of its file: {t['origin']['sha256'] or 'none'}",
             f"trained on {count(used['images']['train'], 'image')} of {used['root']}, {used['fingerprint']}",
             f"recipe: {recipe}",
-            f"epoch {t['epoch']} of {t['epochs']}, by code {t['environment']['git_commit']}",
+            f"epoch {t['epoch']} of {len(t['history'])}, by code {t['environment']['git_commit']}",
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
         ]
     if r["folds"] > 1:
@@ -1114,10 +1115,7 @@ def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argpar
     figures = {}
     if args.plots:
         is_run = s.checkpoint and len(s.sources) == 1
-        history = []
-        with contextlib.suppress(OSError, ValueError, KeyError):  # a checkpoint may have been moved
-            metrics = models.in_run_folder(s.sources[0]).with_name("metrics.json").read_text()
-            history = json.loads(metrics)["epochs"] if is_run else []
+        history = s.checkpoint["history"] if is_run else []
         figures[f"{stem}.png"] = plot_report(s, heading(r), history)
         if is_run and r["failures"]:
             figures[f"{stem}-mistakes.png"] = plot_mistakes(s, r["failures"], models.pick_device(args.device))

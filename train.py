@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import itertools
 import math
 import os
 import re
@@ -46,6 +45,7 @@ from data import UserError, count, warn
 
 STATE_FORMAT = "training state"
 REPORT = re.compile(r"(report|(train|val|test)(\.scored|-mistakes)?)\.(json|csv|md|png)")  # files of evaluate.py
+TIMES = ("seconds", "images_per_second")  # of an epoch
 
 
 # --- schedule ---
@@ -346,12 +346,10 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 # --- the run's files ---
 
 
-def describe(args: argparse.Namespace, d: TrainingSet, history: list[dict], device: torch.device) -> dict:
-    """Arguments, planned lengths, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
-    lengths = [*(epoch_log["planned_epochs"] for epoch_log in history), args.epochs]
+def describe(args: argparse.Namespace, d: TrainingSet, device: torch.device) -> dict:
+    """Arguments, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
     return {
         "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
-        "lengths": [n for n, _ in itertools.groupby(lengths)],  # several if --resume changed the number of epochs
         "environment": evaluate.describe_environment(device),
         "data": {
             "root": str(d.root.resolve()),
@@ -420,12 +418,14 @@ def save_progress(
     return metrics
 
 
-def save_checkpoint(checkpoint: dict, folder: Path) -> None:
+def save_checkpoint(checkpoint: dict, history: list[dict], folder: Path) -> None:
     """Write ckpt.pt; evaluate.py's reports on the previous one are renamed to *.old: they are about another model."""
     for file in folder.iterdir():
         if REPORT.fullmatch(file.name) and file.is_file():
             os.replace(file, f"{file}.old")
-    models.save(checkpoint, folder / "ckpt.pt")
+    # Without times, so that equal runs write equal files.
+    timeless = [{k: v for k, v in epoch_log.items() if k not in TIMES} for epoch_log in history]
+    models.save({**checkpoint, "history": timeless}, folder / "ckpt.pt")
 
 
 def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Learner, world: int) -> None:
@@ -456,8 +456,8 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
 
 
 def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict | None) -> dict:
-    """All that evaluation and prediction need, except what each epoch adds: state_dict, validation, epoch (of these
-    weights), and epochs (how many the run had made when the file was written).
+    """All that evaluation and prediction need, except what each epoch adds: state_dict, epoch (of these weights) and
+    history (of all epochs when the file was written).
     """
     some = d.train[:: 1 + len(d.train) // 20_000]  # more would add nothing, but need a kilobyte each
     trained = d.folder.traces(d.train)
@@ -480,14 +480,14 @@ def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict |
     }
 
 
-def finish_checkpoint(folder: Path, d: TrainingSet, about: dict, n_epochs: int, device) -> None:
+def finish_checkpoint(folder: Path, d: TrainingSet, about: dict, history: list[dict], device) -> None:
     """Choose the operating point of the selected model, and mark it as one of a finished run."""
     checkpoint = models.load(folder / "ckpt.pt")
     model = models.from_checkpoint(checkpoint, device)
     logits, border = evaluate.ask(model, d.folder, d.val, checkpoint, stress=True)
     labels = d.labels[d.val].numpy()
     chosen = fit_operating_point(np.stack(list(logits.values())), labels, border, about["arguments"]["threshold"])
-    save_checkpoint({**checkpoint, **about, **chosen, "epochs": n_epochs, "finished": True}, folder)
+    save_checkpoint({**checkpoint, **about, **chosen, "finished": True}, history, folder)
 
 
 # --- the run ---
@@ -570,7 +570,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
 
     if is_first:
-        about = describe(args, d, history, device) | {"origin": origin, "world": world}
+        about = describe(args, d, device) | {"origin": origin, "world": world}
         save = functools.partial(save_progress, folder, learner, about, parent, d, history)  # history grows
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save(finished=False)
@@ -595,19 +595,17 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
         if not is_first:
             continue
-        validation = validate(learner.average.module, d, settings)
-        epoch_log |= validation
+        epoch_log |= validate(learner.average.module, d, settings)
         history.append(epoch_log)
         if d.selected_epoch(history) == epoch:
-            state_dict = learner.average.module.state_dict()
-            checkpoint |= {"state_dict": state_dict, "validation": validation, "epoch": epoch, "epochs": epoch}
-            save_checkpoint(checkpoint, folder)
+            checkpoint |= {"state_dict": learner.average.module.state_dict(), "epoch": epoch}
+            save_checkpoint(checkpoint, history, folder)
         epoch_log["seconds"] = round(time.perf_counter() - start, 3)
         save(finished=False)
         print(ROW.format(**epoch_log), flush=True)
 
     if is_first:
-        finish_checkpoint(folder, d, about, len(history), device)
+        finish_checkpoint(folder, d, about, history, device)
         print_end(folder, d, save(finished=True))
 
 

@@ -254,16 +254,8 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     said = capsys.readouterr().err
     assert "no row for these images: 1 (x/4.png)" in said
     assert "the folder disagree on the label; using metadata.csv: 1 (B/5.png)" in said
-    touch(
-        tmp_path,
-        "NORMAL/7.png",
-        "NORMAL/8.png",
-        "NORMAL/9.png",
-        "PNEUMONIA/7.png",
-        "PNEUMONIA/8.png",
-        "a/b.jpg",
-        "a/b.png",
-    )
+    normals = [f"NORMAL/{i}.png" for i in (7, 8, 9)]
+    touch(tmp_path, *normals, "PNEUMONIA/7.png", "PNEUMONIA/8.png", "a/b.jpg", "a/b.png")
     rows = "NORMAL/7,sick,test\nNORMAL/8,healthy,test\nNORMAL/9,0,test\n"
     rows += "PNEUMONIA/7,0,test\nPNEUMONIA/8,1,test\na/b,0,test\n"
     data.scan(table(tmp_path, "file_name,label,split\n" + rows))

@@ -603,7 +603,7 @@ def test_other_thresholds_and_images_overwrite_no_report(run, evaluated, demo, t
 def test_scoring_val_reproduces_the_metrics_of_training(run, tmp_path):
     words = ("--split", "val", "--output", tmp_path, "--bootstrap", 0, "--device", "cpu")
     found, err = evaluate_files(tmp_path, run, *words)
-    known = models.load(run)["validation"]
+    known = models.load(run)["history"][-1]  # selected
     drawn = [row["path"] for row in read_csv(run / "splits.csv") if row["split"] == "val"]
     scored = [row["path"] for row in read_csv(tmp_path / "val.csv")]
     assert sorted(scored) == sorted(drawn)

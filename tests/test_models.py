@@ -309,7 +309,9 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path, small, change, expected)
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
     mark = tmp_path / "ran"
     malicious = type("Malicious", (), {"__reduce__": lambda self: (os.mkdir, (str(mark),))})()
-    torch.save({"format": models.FORMAT, "format_version": 6, "state_dict": malicious}, tmp_path / "w.pt")
+    torch.save(
+        {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "state_dict": malicious}, tmp_path / "w.pt"
+    )
     message = one_line_error(read, tmp_path / "w.pt")
     assert "w.pt" in message and named in message and not mark.exists()
 
@@ -372,8 +374,8 @@ def test_without_a_hub_training_goes_on_from_random_weights(close_hub, capsys):
     ("kind", "version", "expected"),
     [
         ("training state", 6, "is not a chest radiograph classifier of this suite"),
-        (models.FORMAT, 5, "has format version 5; this code reads 6: train again"),
-        (models.FORMAT, 6, "was altered or damaged after it was written"),  # it has no seal
+        (models.FORMAT, 5, "has format version 5; this code reads 7: train again"),
+        (models.FORMAT, 7, "was altered or damaged after it was written"),  # it has no seal
     ],
 )
 def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, kind, version, expected):

@@ -309,8 +309,8 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "measure", lambda *_: next(aurocs))
     done = run_train(tmp_path, "--data", demo, *SHORT, "--epochs", 3, "--output", "r")
     checkpoint, metrics = models.load(tmp_path / "r"), metrics_of(tmp_path / "r")
-    assert checkpoint["epoch"] == metrics["best_epoch"] == 2 and checkpoint["epochs"] == 3
-    assert checkpoint["validation"]["val_auroc"] == 0.95 and "selected: epoch 2 of 3" in done.out
+    assert checkpoint["epoch"] == metrics["best_epoch"] == 2 and len(checkpoint["history"]) == 3
+    assert checkpoint["history"][1]["val_auroc"] == 0.95 and "selected: epoch 2 of 3" in done.out
     assert not are_equal(checkpoint["state_dict"], state_of(tmp_path / "r")["average"])
 
 
@@ -342,10 +342,9 @@ def test_what_a_run_writes(run_folder):
     assert metrics["finished"] and metrics["data"]["demo"]
     assert [epoch_log["epoch"] for epoch_log in metrics["epochs"]] == [1, 2]
     checkpoint = models.load(run_folder)
-    assert checkpoint["finished"] and checkpoint["epochs"] == 2
+    assert checkpoint["finished"]
     assert checkpoint["data"] == metrics["data"]
-    best = metrics["epochs"][metrics["best_epoch"] - 1]
-    assert checkpoint["validation"]["val_auroc"] == best["val_auroc"]
+    assert [{**log, **kept} for log, kept in zip(metrics["epochs"], checkpoint["history"])] == metrics["epochs"]
     for key, split in (("trained_on", "train"), ("chosen_on", "val")):
         patients = [row["patient"] for row in rows_of(run_folder, split)]
         assert len(patients) == metrics["data"]["images"][split]
@@ -375,7 +374,7 @@ def test_an_unfinished_run_of_three_classes_has_no_threshold(tmp_path, monkeypat
     checkpoint = models.load(tmp_path / "r")
     assert checkpoint["threshold"]["value"] is None
     found = evaluate_run(tmp_path / "r", "--split", "val")
-    assert found["metrics"]["auroc"]["value"] == pytest.approx(checkpoint["validation"]["val_auroc"], abs=1e-15)
+    assert found["metrics"]["auroc"]["value"] == pytest.approx(checkpoint["history"][-1]["val_auroc"], abs=1e-15)
     done = run_script("predict.py", "--ckpt", "r", "--cam", "maps", "d/train/A/0.png", cwd=tmp_path)
     assert done.returncode == 0 and "P(label)" in done.stdout, done.stderr
 
@@ -495,7 +494,7 @@ def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path
     run_train(tmp_path, "--resume", "a run")
     metrics = metrics_of(tmp_path / "a run")
     assert metrics["finished"]
-    assert metrics["lengths"] == [2, 3] == models.load(tmp_path / "a run")["lengths"]
+    assert [epoch_log["planned_epochs"] for epoch_log in models.load(tmp_path / "a run")["history"]] == [2, 2, 3]
     assert metrics["data"]["root"] == str(tmp_path / "moved")
 
 
