@@ -282,7 +282,7 @@ MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
-FOLDERS = {"normal": True, "pneumonia": False}  # class folders that a table's labels are compared with: is it negative?
+IS_NEGATIVE = {"normal": True, "pneumonia": False}  # class folders that a table's labels are compared with
 
 
 @dataclass(slots=True)
@@ -440,7 +440,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     splits = SPLITS if split is None else (split,)
     table = read_metadata(root, say)
     table_labels = {row["label"].lower() for row in table.values() if "label" in row}
-    names = table_labels and table_labels | FOLDERS.keys()  # of folders, to be compared with the labels
+    names = table_labels and table_labels | IS_NEGATIVE.keys()  # of folders, to be compared with the labels
     folders = split_folders(root)
     if split and split not in folders and not table_labels:
         raise UserError(
@@ -463,7 +463,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         if table and name not in table:
             odd["metadata.csv has no row for these images"].append(path)
         elif table and name in listed:
-            odd["metadata.csv has one row for these images and another one"].append(path)
+            odd["these share their row of metadata.csv with another image"].append(path)
         listed.add(name)
         row = blank | table.get(name, {})
         first, *below = path.split("/")
@@ -477,10 +477,10 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             odd["left out, named like masks or annotations"].append(path)
         else:
             records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
-            in_path = names.intersection(path.lower().split("/"))
+            in_path = [part for part in path.lower().split("/") if part in names]
             label = row["label"].lower()
             is_negative = NEGATIVE.search(label) is not None
-            if label not in in_path and any(FOLDERS.get(name) != is_negative for name in in_path):
+            if in_path and label not in in_path and IS_NEGATIVE.get(in_path[-1]) != is_negative:
                 odd["metadata.csv and the folder disagree on the label; using metadata.csv"].append(path)
     missing = [path for path, row in table.items() if row["split"] in splits and path not in listed]
     say("metadata.csv has rows whose file is missing", missing)
@@ -893,7 +893,7 @@ def _open_dicom(file):
     if padding is not None:
         ends = np.array([padding, dataset.get("PixelPaddingRangeLimit", padding)])
         unused = 8 * size - bits
-        ends = ends.astype(values.dtype) << unused >> unused  # it may be written with other signs or bits than samples
+        ends = ends.astype(values.dtype) << unused >> unused  # wraps like the samples, whose unused bits are dropped
         is_padding = (stored >= ends.min()) & (stored <= ends.max())
     dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
     dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
@@ -1629,7 +1629,7 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
-    if target.exists():
+    if target.is_file() or any(target.glob("*")):
         raise UserError(f"{target} exists, but has no train/; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:

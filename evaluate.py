@@ -274,7 +274,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
         **decided_fields(records, np.column_stack([np.zeros(len(records)), log_odds]), as_given),
         about={
             "root": path,
-            "demo": any(row.get("demo") for row in rows),
+            "demo": any(row.get("demo") == "phantom" for row in rows),
             "fingerprint": None,
             "copies": 0,
             "left_out": [],
@@ -683,7 +683,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
         known = [value for value in values if value]
         names = sorted(set(known), key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
         if len(names) > max(10, len(known) / 2):
-            warn(f"column {column} gives no subgroups: most images have different values")
+            warn(f"column {column} gives no subgroups: most of its values differ")
             continue
         for name in names:
             groups[f"{column}: {name}"] = group_estimates(a, np.array(values) == name, bootstrap)
@@ -1129,11 +1129,11 @@ def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argpar
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
     data.read_folder.cache_clear()  # a folder may have changed since another call in this process
-    inputs = []
+    files = {}  # each once
     for pattern in args.inputs:  # the shell may have left it unexpanded
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        inputs += matches or [pattern]
-    files = {os.path.realpath(models.in_run_folder(path)): path for path in inputs}  # each once
+        for path in matches or [pattern]:
+            files.setdefault(os.path.realpath(models.in_run_folder(path)), path)
     inputs = list(files.values()) or [str(models.newest_checkpoint())]
     asked = {}
     if args.threshold is not None:

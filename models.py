@@ -149,7 +149,7 @@ COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  #
 SAFE = [  # types that may be saved beside the weights and run no code
     argparse.Namespace,
     np.dtype,
-    *{type(np.dtype(code)) for code in np.typecodes["All"]},
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
     *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     *((PurePath, f"pathlib{place}.{kind}") for place in ("", "._local") for kind in ("PosixPath", "WindowsPath")),
 ]

@@ -98,7 +98,7 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
     Args:
         images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3],
             see data.read_image.
-        checkpoint: a ckpt.pt or the folder of a run; None for the newest finished run under runs/.
+        checkpoint: a ckpt.pt or the folder of a run; None for the newest run under runs/, finished if there is one.
 
     Returns:
         for each image the fields of Prediction; one that can't be read has its reason in error.
@@ -106,7 +106,8 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
     Raises:
         UserError: no usable checkpoint or device, or one image instead of a list.
     """
-    if isinstance(images, str | os.PathLike | Image.Image):
+    is_one = isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
+    if is_one or getattr(images, "ndim", 3) == 2:
         raise UserError("predict takes a list of images, not one")
     classifier = open_classifier(checkpoint, device)
     return [asdict(row) for row in classify_all(images, classifier)]

@@ -261,7 +261,7 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     data.scan(table(tmp_path, "file_name,label,split\n" + rows))
     said_of_others = capsys.readouterr().err
     assert "label; using metadata.csv: 2 (NORMAL/7.png, PNEUMONIA/7.png)" in said_of_others
-    assert "one row for these images and another one: 1 (a/b.png)" in said_of_others
+    assert "share their row of metadata.csv with another image: 1 (a/b.png)" in said_of_others
     assert "no label or not in a class folder: 1 (x/6.png)" in said
 
 
@@ -1354,7 +1354,7 @@ def test_a_bad_download_is_one_line_and_leaves_nothing(tmp_path, archive, checks
         data.download(tmp_path / "d", archive.as_uri(), checksum or data.sha256(archive))
     assert "\n" not in str(caught.value) and "Kaggle" in str(caught.value)
     assert not list((tmp_path / "d").iterdir())
-    (tmp_path / "chest_xray").mkdir()
+    touch(tmp_path, "chest_xray/notes.txt")
     with pytest.raises(data.UserError, match="chest_xray exists, but has no train/"):
         data.download(tmp_path, archive.as_uri())
 

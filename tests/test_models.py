@@ -314,6 +314,10 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
     )
     message = one_line_error(read, tmp_path / "w.pt")
     assert "w.pt" in message and named in message and not mark.exists()
+    # Objects in numpy's dtypes: their bytes would be read as addresses.
+    reduced = (np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0))
+    torch.save({"n": type("ObjectDtype", (), {"__reduce__": lambda self: reduced})()}, tmp_path / "w.pt")
+    assert "w.pt" in one_line_error(read, tmp_path / "w.pt")
 
 
 # --- weights from the hub ---

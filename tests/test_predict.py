@@ -215,8 +215,9 @@ def test_paths_files_pictures_and_arrays_give_the_same_rows(run_folder, normals)
         assert row["error"] == ""
         assert row["probability"] == pytest.approx(good[0]["probability"], abs=2e-3)
     assert all(row["error"] for row in bad)
-    with pytest.raises(data.UserError, match="a list of images"):
-        predict.predict(normals[0], run_folder)
+    for one in (normals[0], image):
+        with pytest.raises(data.UserError, match="a list of images"):
+            predict.predict(one, run_folder)
 
 
 def test_the_model_is_loaded_once_until_its_file_changes(run_folder, tmp_path):
