@@ -1189,7 +1189,7 @@ def preset(name: str, size: int) -> list[tuple]:
         (gamma, lambda u: {"exponent": torch.exp(0.4 * (2 * u[:, 0] - 1))}),
     ]
     robust = [
-        (exchange_border, lambda u: {"width": (u[:, 0] < 0.5) * (0.04 + 0.14 * u[:, 1])}),
+        (exchange_border, lambda u: {"width": (u[:, 0] < 0.3) * (0.04 + 0.14 * u[:, 1])}),
         *medium,
         # The deviation is 0 for half of the images.
         (noise, lambda u: {"sd": 0.05 * (2 * u[:, 0] - 1).clamp(min=0), "start": (u[:, 1] * STARTS).long()}),

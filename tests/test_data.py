@@ -960,7 +960,7 @@ def test_the_border_comes_from_the_previous_image():
 BATCH = torch.from_numpy(np.stack([random_image(i, 40, 40) for i in range(12)]))
 
 DRAWN = [  # operation of robust, its parameter, and the lowest, mean and highest value that is drawn
-    ("exchange_border", "width", 0, 0.055, 0.18),
+    ("exchange_border", "width", 0, 0.033, 0.18),
     ("resample", "width", 0.26, 0.7, 1),
     ("resample", "height", 0.26, 0.7, 1),
     ("resample", "right", -0.37, 0, 0.37),

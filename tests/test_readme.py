@@ -100,7 +100,7 @@ def clone(demo, run_folder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("section", [name for name, lines in SECTIONS.items() if lines])
 def test_the_commands_of_a_section_work_one_after_another(section, clone):
-    lines = [line for line in SECTIONS[section] if "$_" not in line]  # in PowerShell, what bash calls $s
+    lines = SECTIONS[section]
     if "download" in str(lines):
         (clone / "data" / "chest_xray").unlink()
     if "--output runs/seed$s" in str(lines):
