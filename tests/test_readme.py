@@ -22,7 +22,6 @@ from conftest import ROOT, run_script
 import data
 import evaluate
 import models
-import train
 
 README = (ROOT / "README.md").read_text()
 TABLE, CONVERT, CALL, SERVICE, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
