@@ -937,9 +937,13 @@ class Folder:
     hashes: ndarray  # uint64 [n, 4], see ImageInfo; that of an unusable file matches no other
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
-    usable: ndarray  # bool [n]
     unusable: dict[int, dict]  # position: path and reason of each file that can't be used
     fingerprint: str
+
+    @property
+    def usable(self) -> ndarray:
+        """Which files can be used, bool [n]."""
+        return ~np.isin(np.arange(len(self.records)), list(self.unusable))
 
     def traces(self, index) -> dict:
         """What later identifies the images at index: their known patients, and their hashes as int64 [n, 4]."""
@@ -977,7 +981,6 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         hashes=hashes,
         copy_index=copy_index,
         patient_index=number_patients(records, copy_index),
-        usable=np.array([not info.error for info in infos]),
         unusable=unusable,
         fingerprint=fingerprint,
     )

@@ -186,7 +186,7 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         },
         border=border,
         checkpoint=checkpoint,
-        n_parameters=sum(map(torch.numel, model.parameters())),
+        n_parameters=models.n_parameters(model),
     )
     for name, stressed in logits.items():
         scored.stressed[name] = replace(scored, stressed={}, **decided_fields(records, stressed, checkpoint))
@@ -1103,6 +1103,9 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
 
 
 # --- command line ---
+
+# The names that make_files gives to reports in a run's folder; train.py sets them aside when the model changes.
+IN_RUN = re.compile(r"(report|(train|val|test)(\.scored|-mistakes)?)\.(json|csv|md|png)")
 
 
 def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argparse.Namespace) -> dict:

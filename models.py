@@ -143,6 +143,10 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
     return torch.contiguous_format if is_bad else torch.channels_last
 
 
+def n_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
 # --- weights ---
 
 COUNTERS = ("total_ops", "total_params", "n_averaged", "num_batches_tracked")  # buffers that not every program saves

@@ -44,8 +44,6 @@ import models
 from data import UserError, count, warn
 
 STATE_FORMAT = "training state"
-REPORT = re.compile(r"(report|(train|val|test)(\.scored|-mistakes)?)\.(json|csv|md|png)")  # files of evaluate.py
-TIMES = ("seconds", "images_per_second")  # of an epoch
 
 
 # --- schedule ---
@@ -421,10 +419,10 @@ def save_progress(
 def save_checkpoint(checkpoint: dict, history: list[dict], folder: Path) -> None:
     """Write ckpt.pt; evaluate.py's reports on the previous one are renamed to *.old: they are about another model."""
     for file in folder.iterdir():
-        if REPORT.fullmatch(file.name) and file.is_file():
+        if evaluate.IN_RUN.fullmatch(file.name) and file.is_file():
             os.replace(file, f"{file}.old")
-    # Without times, so that equal runs write equal files.
-    timeless = [{k: v for k, v in epoch_log.items() if k not in TIMES} for epoch_log in history]
+    times = ("seconds", "images_per_second")  # left out, so that equal runs write equal files
+    timeless = [{k: v for k, v in epoch_log.items() if k not in times} for epoch_log in history]
     models.save({**checkpoint, "history": timeless}, folder / "ckpt.pt")
 
 
@@ -631,8 +629,7 @@ def print_start(
     args: argparse.Namespace, note: str, d: TrainingSet, learner: Learner, crop: int, size: int, device
 ) -> None:
     """Print what is trained, on what, and the table's header; note: about the weights."""
-    n_parameters = sum(map(torch.numel, learner.model.parameters()))
-    print(f"{args.model}, {n_parameters / 1e6:.2f} M parameters, {note}")
+    print(f"{args.model}, {models.n_parameters(learner.model) / 1e6:.2f} M parameters, {note}")
     for index, purpose in ((d.train, "for training"), (d.val, "for validation")):
         patients = count(d.n_patients(index), "patient")
         print(f"{data.printable(str(d.root))}: {count(len(index), 'image')} of {patients} {purpose}")
@@ -740,6 +737,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
 
 def how_to_continue(args: argparse.Namespace) -> str:
     """For a run that was interrupted."""
+    # Not Path.exists, which raises an error if the name is too long.
     if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
         return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
     return "nothing saved yet"

@@ -1169,7 +1169,7 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     old = np.stack([flip_bits(hashes, 1, 5), hashes[3]])
     seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
     records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
-    folder = data.Folder(records, None, hashes, None, None, None, {}, "")
+    folder = data.Folder(records, None, hashes, None, None, {}, "")
     is_copy, patients = data.seen_before(folder.traces(np.arange(5)), seen)
     assert is_copy.tolist() == [False, True, False, True, False]
     assert patients == {"p"}
