@@ -403,7 +403,8 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
             if meant in TABLE_COLUMNS:
                 raise UserError(f"{table}: rename column {column} to {meant}, or to something else if it isn't one")
             values = [line[column] for line in lines if line[column]]
-            if len(values) >= 20 and len(set(values)) > len(values) / 2 and None in map(as_number, values):
+            is_code = any(as_number(value) is None or re.fullmatch(r"\d{5,}", value) for value in values)
+            if is_code and len(values) >= 20 and len(set(values)) > len(values) / 2:
                 identifiers.append(column)
         say(f"{table}: ignored identifier columns: most images have different values", identifiers)
         has_labels = "label" in columns

@@ -1142,7 +1142,9 @@ def evaluate(args: argparse.Namespace) -> None:
     if args.threshold is not None:
         p = args.threshold
         asked = {"threshold": {"value": p, "logit": to_logit(p), "rule": f"{p:g}", "from": "command line"}}
-    checkpoints = [None if path.lower().endswith(".csv") else {**models.load(path), **asked} for path in inputs]
+    checkpoints = [
+        None if path.lower().endswith((".csv", ".tsv")) else {**models.load(path), **asked} for path in inputs
+    ]
     more_classes = any(checkpoint and len(checkpoint["classes"]) > 2 for checkpoint in checkpoints)
     for_images = not any(checkpoints) and (args.stress or args.data)
     problems = {

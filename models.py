@@ -456,7 +456,6 @@ def calibrate(logits: Tensor, slope: float, intercept: float) -> Tensor:
 
 STRIDE = 8  # of the feature map that is shown: 20 x 20 cells at 160 pixels
 MOST_PREFIX_TOKENS = 8  # class token, distillation token, registers
-NO_MAP = "this model has no feature map that could be shown as a heat map"
 
 
 def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict) -> np.ndarray:
@@ -464,7 +463,8 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
     times gradient.
 
     The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
-    changes no probability.
+    changes no probability. The features are those of the last stage of stride 8 or less, or else of the finest: the
+    32-pixel cells of most last stages are too coarse for an opacity.
 
     Args:
         model: in evaluation mode. image: uint8 [side, side].
@@ -476,7 +476,19 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
     Raises:
         UserError: timm lists no stages of this model, or their output is not a map of the image.
     """
-    layer, side = shown_layer(model, len(image))
+    no_map = "this model has no feature map that could be shown as a heat map"
+    if hasattr(model, "reroll"):  # its tokens are not in the order of the image's cells (Hiera)
+        raise UserError(no_map)
+    try:
+        strides = [info["reduction"] for info in model.feature_info]
+        stride = max([s for s in strides if s <= STRIDE] or [min(strides)])
+        layers = [info["module"] for info in model.feature_info if info["reduction"] == stride]
+        # Of equal blocks, as in a plain transformer, the last but one: of the last one's tokens, the head may read the
+        # class token alone.
+        layer = model.get_submodule(layers[-2:][0])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(no_map) from None
+    side = round(len(image) / stride)
     outputs = []
 
     def keep(layer, inputs, output):
@@ -488,30 +500,12 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
         score = logits[checkpoint["classes"].index(target)] - logits.mean()
     maps = [t for t in outputs if isinstance(t, Tensor) and len(t) == 1 and to_grid(t, side) is not None]
     if not maps:
-        raise UserError(NO_MAP)
+        raise UserError(no_map)
     (gradient,) = torch.autograd.grad(score, maps[0])
     contribution = to_grid(maps[0].detach() * gradient, side)
     heat = F.relu(contribution.sum(1, keepdim=True)).float()
     heat = F.interpolate(heat, image.shape, mode="bilinear", align_corners=False)[0, 0]
     return (heat / heat.max().clamp(min=1e-12)).cpu().numpy()
-
-
-def shown_layer(model: nn.Module, size: int) -> tuple[nn.Module, int]:
-    """The layer whose features a heat map shows, and its number of cells along a side at this size.
-
-    The last stage of stride 8 or less, or else the finest: the 32-pixel cells of most last stages are too coarse for
-    an opacity. Of equal blocks, as in a plain transformer, the last but one: of the last one's tokens, the head may
-    read the class token alone.
-    """
-    if hasattr(model, "reroll"):  # its tokens are not in the order of the image's cells (Hiera)
-        raise UserError(NO_MAP)
-    try:
-        strides = [info["reduction"] for info in model.feature_info]
-        stride = max([s for s in strides if s <= STRIDE] or [min(strides)])
-        layers = [info["module"] for info in model.feature_info if info["reduction"] == stride]
-        return model.get_submodule(layers[-2:][0]), round(size / stride)
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise UserError(NO_MAP) from None
 
 
 def to_grid(t: Tensor, side: int) -> Tensor | None:

@@ -252,21 +252,18 @@ def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, f
     heat = models.heat_map(classifier.model, image, row.label, classifier.checkpoint)
     radiograph, info = data.read_image(row.path, None)
     shown = image if info.error else radiograph  # the file may be gone by now
-    drawn = draw_heat_map(shown, heat, caption(row, classifier.checkpoint["classes"]))
+    if row.threshold is None:
+        result = f"{row.label}: P({row.label}) = {row.probability[row.label]:.3f}"
+    else:
+        positive = classifier.checkpoint["classes"][-1]
+        result = f"{row.label}: P({positive}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
+    demo = ["DEMO MODEL, trained on synthetic phantoms"] * row.demo
+    caption = [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
+    drawn = draw_heat_map(shown, heat, caption)
     end = re.sub(r"[^\w-]+", "_", row.path).encode()[-100:]  # file systems count bytes
     name = f"{end.decode(errors='ignore').strip('_')}_{data.hash_lines([row.path])[:6]}{MAP_END}"
     with data.replacing(folder / name) as f:
         drawn.save(f, "PNG")
-
-
-def caption(row: Prediction, classes: list[str]) -> list[str]:
-    """The lines under a heat map."""
-    if row.threshold is None:
-        result = f"{row.label}: P({row.label}) = {row.probability[row.label]:.3f}"
-    else:
-        result = f"{row.label}: P({classes[-1]}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
-    demo = ["DEMO MODEL, trained on synthetic phantoms"] * row.demo
-    return [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
 
 
 def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:

@@ -293,12 +293,12 @@ def test_metadata_that_cannot_be_used_is_an_error(tmp_path, message):
         data.scan(tmp_path, "train")
 
 
-@pytest.mark.parametrize(("n", "groups"), [(20, ["age", "place"]), (19, ["date", "age", "place"])])
+@pytest.mark.parametrize(("n", "groups"), [(20, ["age", "place"]), (19, ["date", "case", "age", "place"])])
 def test_identifier_columns_are_named_and_not_grouped(tmp_path, capsys, n, groups):
-    lines = ["file_name,date,age,place"]
+    lines = ["file_name,date,case,age,place"]
     for i in range(n):
         touch(tmp_path, f"train/A/{i}.png")
-        lines.append(f"train/A/{i}.png,2015-03-{i:02},{40 + i:03}Y,ward {i % 3}")  # ages differ too, but are numbers
+        lines.append(f"train/A/{i}.png,2015-03-{i:02},{10000 + i},{40 + i:03}Y,ward {i % 3}")  # ages differ too
     records = data.scan(table(tmp_path, "\n".join(lines)))
     assert list(records[0].groups) == groups
     assert ("identifier columns" in capsys.readouterr().err) == ("date" not in groups)

@@ -330,8 +330,8 @@ def test_the_probability_is_that_of_the_positive_label(tmp_path):
 
 def test_tables_of_other_programs_are_read(tmp_path):
     text = "Path; LABEL;Probability ;site\n a\\b.png;ill;0,75;x\n c.png; healthy;0,25;\n"
-    (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    found, err = evaluate_files(tmp_path, "p.csv", "--bootstrap", 0, "--threshold", 0.8)
+    (tmp_path / "p.TSV").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    found, err = evaluate_files(tmp_path, "p.TSV", "--bootstrap", 0, "--threshold", 0.8)
     assert "guessing that ill is positive, not healthy" in err
     assert found["positive"] == "ill"
     assert found["failures"]["a/b.png"]["probability"] == pytest.approx(0.75)

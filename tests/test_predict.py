@@ -307,9 +307,13 @@ def test_radiograph_and_heat_map_are_side_by_side_over_the_caption(size, panel, 
     assert drawn[height:].max() == 255  # there is a caption
 
 
-def test_the_caption_gives_file_label_probability_threshold_and_flags():
+def test_the_caption_gives_file_label_probability_threshold_and_flags(classifier, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(
+        predict, "draw_heat_map", lambda image, heat, text: lines.extend(text) or Image.new("L", (1, 1))
+    )
     row = predict.Prediction("a/b.png", "NORMAL", 0.25, 0.5, ["colour image"], demo=True)
-    lines = predict.caption(row, ["NORMAL", "PNEUMONIA"])
+    predict.write_heat_map(row, np.zeros((64, 64), np.uint8), classifier, tmp_path)
     assert lines[:2] == ["b.png", "NORMAL: P(PNEUMONIA) = 0.250, threshold 0.500"]
     assert lines[2:] == ["tinted: evidence for NORMAL", "DEMO MODEL, trained on synthetic phantoms", "colour image"]
 
