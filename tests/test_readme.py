@@ -33,6 +33,7 @@ NOT_RUN = {  # what a command begins with, and why
     "curl": "test_the_service_answers_as_predict_does asks in its place",
     "python -m pytest": "this is a part of it",
     "python -m timeit": "a timing",
+    "torchrun": "test_two_processes_see_what_one_sees starts it",
     "python tests/": "takes minutes, by hand: arguments of bench.py are parsed",
 }
 CHEAP = {  # appended: of an option that is there twice the last one counts
@@ -60,15 +61,11 @@ def expand(line, folder):
     return [words.split("\t") for words in done.stderr.splitlines()]
 
 
-def start(program, words, folder):
-    """Run one command of README cheaply."""
-    words = [*words, *CHEAP.get(words[0], [])]
-    if program == "python":
-        has_matplotlib = importlib.util.find_spec("matplotlib")  # optional: without it, the rest of the command
-        return run_script(*(w for w in words if w != "--plots" or has_matplotlib), cwd=folder)
-    words = [w.replace("--nproc-per-node=4", "--nproc-per-node=2") for w in words] + CHEAP["train.py"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, check=False)
+def start(words, folder):
+    """Run one script of README cheaply."""
+    has_matplotlib = importlib.util.find_spec("matplotlib")  # optional: without it, the rest of the command
+    words = [word for word in words if word != "--plots" or has_matplotlib]
+    return run_script(*words, *CHEAP.get(words[0], []), cwd=folder)
 
 
 def test_the_readme_is_short():
@@ -87,7 +84,6 @@ def clone(demo, run_folder, tmp_path, monkeypatch):
     for name in ("data/demo", "data/chest_xray"):
         (tmp_path / name).symlink_to(tmp_path / "chest_xray")
         shutil.copytree(run_folder, tmp_path / {"data/demo": "runs/seed0"}.get(name, "other"))
-    (tmp_path / "train.py").symlink_to(ROOT / "train.py")  # for torchrun
     torch.save(timm.create_model("tf_efficientnet_lite0").state_dict(), tmp_path / "lite0.pt")
     rows = [f"{i}.jpeg,{'NORMAL' if i % 2 else 'PNEUMONIA'},{i / 40}" for i in range(1, 40)]
     (tmp_path / "predictions.csv").write_text("\n".join(["path,label,probability", *rows]))
@@ -105,9 +101,9 @@ def test_the_commands_of_a_section_work_one_after_another(section, clone):
     if "--output runs/seed$s" in str(lines):
         shutil.rmtree(clone / "runs")
     for line in lines:
-        for program, *words in expand(line, clone):
-            if not f"{program} {shlex.join(words)}".startswith(tuple(NOT_RUN)):
-                done = start(program, words, clone)
+        for words in expand(line, clone):
+            if not shlex.join(words).startswith(tuple(NOT_RUN)):
+                done = start(words[1:], clone)
                 assert done.returncode == 0, f"{line}\n{done.stderr[-2000:]}"
 
 

@@ -3,12 +3,10 @@
 import csv
 import json
 import math
-import os
 import platform
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -32,18 +30,6 @@ def run_train(folder, *arguments, code=0):
     done = run_script("train.py", *arguments, cwd=folder)
     assert done.returncode == code, done.stderr
     return SimpleNamespace(out=done.stdout, err=done.stderr, last=(done.stderr.splitlines() or [""])[-1])
-
-
-def start(*arguments, cwd, **environment) -> subprocess.Popen:
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, arguments)]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, **options)
-
-
-def wait_for_epoch(process, epoch):
-    for line in process.stdout:
-        if line.strip().startswith(f"{epoch} "):
-            return
 
 
 def state_of(folder):
@@ -420,8 +406,11 @@ def test_a_killed_run_ends_like_one_that_was_not(demo, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     arguments = ("--data", demo, *SHORT, "--epochs", 3)
     run_train(tmp_path, *arguments, "--output", "whole")
-    process = start(*arguments, "--output", "cut", cwd=tmp_path)
-    wait_for_epoch(process, 1)
+    command = [sys.executable, ROOT / "train.py", *arguments, "--output", "cut"]
+    process = subprocess.Popen(list(map(str, command)), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.strip().startswith("1 "):
+            break
     process.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
     in_use = run_train(tmp_path, "--resume", "cut", code=2)
     process.kill()
@@ -551,14 +540,9 @@ def test_two_processes_see_what_one_sees(demo, tmp_path):
     arguments = ["--data", demo, "--model", "test_convnext", "--no-pretrained", "--augment", "none", "--device", "cpu"]
     arguments += ["--img-size", 32, "--epochs", 1, "--warmup-epochs", 0, "--lr", 1e-4]
     run_train(tmp_path, *arguments, "--batch-size", 16, "--output", "one")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": "2"}
-    arguments += ["--batch-size", 8, "--output", "two"]
-    processes = [start(*arguments, cwd=tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
-    for process in processes:
-        _, err = process.communicate(timeout=240)
-        assert process.returncode == 0, err
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    arguments = [ROOT / "train.py", *arguments, "--batch-size", 8, "--output", "two"]
+    subprocess.run([*torchrun, *map(str, arguments)], cwd=tmp_path, timeout=240, check=True)
     one, two = tmp_path / "one", tmp_path / "two"
     assert (one / "splits.csv").read_bytes() == (two / "splits.csv").read_bytes()
     (expected,), (found,) = metrics_of(one)["epochs"], metrics_of(two)["epochs"]
