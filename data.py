@@ -277,7 +277,7 @@ def parallel(work, items, name: str):
 
 # --- find ---
 
-HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
+HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|.*_cam\.png$")  # of other programs; heat maps
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")

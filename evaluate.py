@@ -1045,23 +1045,22 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     """Six panels of one model."""
     figure = new_figure(title, 2, 3, 15, 9)
     roc, reliability, decision, distribution, matrix, training = figure.axes
-    names = [predict.shorten(name, 16) for name in s.classes]
     thresholds = np.arange(1, 100) / 100
     for c in s.reported:
         a = s.answers[c]
-        draw_roc(roc, a, names[c], f"C{c}")
-        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
+        draw_roc(roc, a, s.classes[c], f"C{c}")
+        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=s.classes[c])
         benefits = np.column_stack(net_benefit(a, thresholds))
-        decision.plot(thresholds, benefits, label=[names[c], f"all as {names[c]}"])
+        decision.plot(thresholds, benefits, label=[s.classes[c], f"all as {s.classes[c]}"])
     decision.set_ylim(-0.1, 1)
     decision.legend()
     p = expit(s.calibrated_logits[:, -1])
-    distribution.hist([p[s.labels == c] for c in range(len(names))], 20, range=(0, 1), label=names)
+    distribution.hist([p[s.labels == c] for c in range(len(s.classes))], 20, range=(0, 1), label=s.classes)
     if s.threshold["value"] is not None:
         distribution.axvline(s.threshold["value"], color="k", ls="--")
     distribution.legend()
     ConfusionMatrixDisplay.from_predictions(
-        s.labels, s.predicted, labels=range(len(names)), display_labels=names, ax=matrix, colorbar=False
+        s.labels, s.predicted, labels=range(len(s.classes)), display_labels=s.classes, ax=matrix, colorbar=False
     )
     if history:
         for name in ("train_loss", "val_loss", "val_auroc"):
@@ -1097,8 +1096,7 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            label = f"{number}: {predict.shorten(', '.join(s.sources), 40)}"
-            draw_roc(figure.axes[0], s.answers[-1], label, f"C{number - 1}")
+            draw_roc(figure.axes[0], s.answers[-1], f"{number}: {s.sources[0]}", f"C{number - 1}")
     return figure
 
 

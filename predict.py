@@ -20,7 +20,6 @@ import os
 import re
 import sys
 import threading
-import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -45,8 +44,7 @@ def find_inputs(inputs):
     """
     for item in inputs:
         if item == "-":
-            lines = (line.rstrip("\r\n") for line in sys.stdin or ())  # None if it is closed
-            yield from find_inputs(line for line in lines if line not in ("", "-"))
+            yield from find_inputs(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
         elif os.path.isdir(item):
             unreadable, passed_over = [], Counter()
             found = [str(path) for path in data.walk(Path(item), passed_over, unreadable.append)]
@@ -104,11 +102,8 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
         for each image the fields of Prediction; one that can't be read has its reason in error.
 
     Raises:
-        UserError: no usable checkpoint or device, or one image instead of a list.
+        UserError: no usable checkpoint or device.
     """
-    is_one = isinstance(images, str | os.PathLike | Image.Image) or hasattr(images, "read")
-    if is_one or getattr(images, "ndim", 3) == 2:
-        raise UserError("predict takes a list of images, not one")
     classifier = open_classifier(checkpoint, device)
     return [asdict(row) for row in classify_all(images, classifier)]
 
@@ -200,10 +195,9 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
 
 # --- heat maps ---
 
-MAP_END = "_cam.png"
 LOW = 0.3  # of a map's own maximum: lower values are not coloured
 TINT = (255, 110, 0)
-SMALLEST, LARGEST = 224, 2500  # longer side of a panel, in pixels
+SMALLEST = 224  # longer side of a panel, in pixels
 FONTS = (
     "DejaVuSans",
     "NotoSans-Regular",
@@ -221,7 +215,7 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     Args:
         image: uint8 [height, width]. heat: float32 in [0, 1], of any size.
     """
-    side = min(max(SMALLEST, *image.shape), LARGEST)
+    side = max(SMALLEST, *image.shape)
     height, width = (max(1, round(n * side / max(image.shape))) for n in image.shape)
     radiograph = Image.fromarray(image).resize((width, height))
     tinted = radiograph.convert("RGB")
@@ -237,8 +231,6 @@ def draw_heat_map(image: np.ndarray, heat: np.ndarray, lines: list[str]) -> Imag
     top = height + gap
     for line in lines:
         text, font = typeset(line, font_size)
-        while font.getlength(text) > canvas_width - 2 * gap:
-            text = shorten(text, len(text) - 1)
         ImageDraw.Draw(canvas).text((gap, top), text, font=font)
         top += font_size + gap
     return canvas
@@ -250,8 +242,7 @@ def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, f
     The file is named after the end of the path, with a digest of the whole path, since two may have the same end.
     """
     heat = models.heat_map(classifier.model, image, row.label, classifier.checkpoint)
-    radiograph, info = data.read_image(row.path, None)
-    shown = image if info.error else radiograph  # the file may be gone by now
+    radiograph, _ = data.read_image(row.path, None)
     if row.threshold is None:
         result = f"{row.label}: P({row.label}) = {row.probability[row.label]:.3f}"
     else:
@@ -259,9 +250,9 @@ def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, f
         result = f"{row.label}: P({positive}) = {row.probability:.3f}, threshold {row.threshold:.3f}"
     demo = ["DEMO MODEL, trained on synthetic phantoms"] * row.demo
     caption = [Path(row.path).name, result, f"tinted: evidence for {row.label}", *demo, *row.flags]
-    drawn = draw_heat_map(shown, heat, caption)
+    drawn = draw_heat_map(radiograph, heat, caption)
     end = re.sub(r"[^\w-]+", "_", row.path).encode()[-100:]  # file systems count bytes
-    name = f"{end.decode(errors='ignore').strip('_')}_{data.hash_lines([row.path])[:6]}{MAP_END}"
+    name = f"{end.decode(errors='ignore').strip('_')}_{data.hash_lines([row.path])[:6]}_cam.png"
     with data.replacing(folder / name) as f:
         drawn.save(f, "PNG")
 
@@ -269,7 +260,7 @@ def write_heat_map(row: Prediction, image: np.ndarray, classifier: Classifier, f
 def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
     """Text and a font for it: Pillow's own, which has only ASCII, else the first of FONTS that has all letters.
 
-    Without one, letters lose their marks (Unicode's NFKD), and those that are still not ASCII are escaped.
+    Without one, other letters are escaped.
     """
     text = data.printable(text)
     for name in () if text.isascii() else FONTS:
@@ -278,41 +269,35 @@ def typeset(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
             box = bytes(font.getmask("\U0010ffff"))  # drawn for a letter that the font lacks
             if box not in [bytes(font.getmask(letter)) for letter in text]:
                 return text, font
-    letters = [letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter)]
-    return "".join(letters).encode("ascii", "backslashreplace").decode(), ImageFont.load_default(size)
-
-
-def shorten(text: str, width: int) -> str:
-    """Text with a part cut out nearer its start, so that names of classes and files can still be recognised."""
-    front = (width - 3) // 3
-    return text if len(text) <= width else f"{text[:front]}...{text[front + 3 - width :]}"
+    return text.encode("ascii", "backslashreplace").decode(), ImageFont.load_default(size)
 
 
 # --- write ---
 
 
-def to_text(row: Prediction, style: str | None, checkpoint: dict, header: bool = False) -> str:
-    """A row as JSON, CSV or a line of the table; or the header of such rows."""
+def to_text(row: Prediction | None, style: str | None, checkpoint: dict) -> str:
+    """A row as JSON, CSV or a line of the table; without a row, the header."""
     classes, threshold = checkpoint["classes"], checkpoint["threshold"]["value"]
     if style == "json":
-        return "" if header else f"{json.dumps(asdict(row))}\n"
+        return f"{json.dumps(asdict(row))}\n" if row else ""
     if style == "csv":
-        cells = asdict(row) | {"flags": "; ".join(row.flags)}
+        cells = asdict(row or Prediction(""))
+        cells["flags"] = "; ".join(cells["flags"])
         if len(classes) > 2:
             probabilities = cells.pop("probability") or {}
             cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
-        names, _, line = data.to_csv([cells]).partition("\n")
-        return f"{names}\n" if header else line
-    probability = "P(label)" if threshold is None else f"P({classes[-1]})"
-    if header:
-        line = ("label", probability, "image" if threshold is None else f"image (threshold {threshold:.3f})")
-    else:
-        p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
-        notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
-        image = f"{row.path}  [{notes}]" if notes else row.path
-        line = (row.label or "error", "-" if p is None else f"{p:.4f}", image)
+        header, _, line = data.to_csv([cells]).partition("\n")
+        return line if row else f"{header}\n"
     width = max(len(name) for name in [*classes, "error"])
-    return data.printable(f"{line[0]:{width}}  {line[1]:>{len(probability)}}  {line[2]}") + "\n"
+    of = "P(label)" if threshold is None else f"P({classes[-1]})"
+    if row is None:
+        cut = "" if threshold is None else f" (threshold {threshold:.3f})"
+        return data.printable(f"{'label':{width}}  {of}  image{cut}") + "\n"
+    p = row.probability[row.label] if isinstance(row.probability, dict) else row.probability
+    shown = "-" if p is None else f"{p:.4f}"
+    notes = "; ".join(filter(None, [row.error, *row.flags, "DEMO MODEL" * row.demo]))
+    image = f"{row.path}  [{notes}]" if notes else row.path
+    return data.printable(f"{row.label or 'error':{width}}  {shown:>{len(of)}}  {image}") + "\n"
 
 
 def print_predictions(args: argparse.Namespace) -> int:
@@ -327,15 +312,11 @@ def print_predictions(args: argparse.Namespace) -> int:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions say nothing about patients")
     maps = args.cam and Path(args.cam)
     if maps:
-        is_among_inputs = any(maps.resolve().is_relative_to(Path(item).resolve()) for item in args.inputs)
-        has_images = any(data.is_image(path) and not path.name.endswith(MAP_END) for path in maps.glob("*"))
-        if is_among_inputs or has_images:
-            raise UserError(f"--cam {maps} has images or is inside an input folder: maps and images would be mixed")
         maps.mkdir(parents=True, exist_ok=True)
     one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
     rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)
     counts, flagged = Counter(), 0  # of each label, None for errors; with any flag
-    sys.stdout.write(to_text(Prediction(""), args.style, checkpoint, header=True))
+    sys.stdout.write(to_text(None, args.style, checkpoint))
     for row in tqdm(rows, unit="img", leave=False, disable=sys.stdout.isatty() or None):  # rows show progress too
         sys.stdout.write(to_text(row, args.style, checkpoint))
         sys.stdout.flush()
