@@ -353,7 +353,9 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
-        raise UserError(f"{root} {problem}; give the folder with train/ and test/, or run python data.py download")
+        raise UserError(
+            f"{root} {problem}; give the folder with train/ and test/ (--data DIR), or run python data.py download"
+        )
     inner = root / "chest_xray"
     return inner if inner.is_dir() and not split_folders(root) else root
 

@@ -37,7 +37,8 @@ import torch
 import torchvision
 from numpy import ndarray
 from scipy.optimize import brentq
-from scipy.special import betaincinv, expit, log_expit, logit, ndtr
+from scipy.special import expit, log_expit, logit, ndtr
+from scipy.stats import binomtest
 from sklearn.calibration import CalibrationDisplay
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay, confusion_matrix
@@ -47,8 +48,6 @@ import data
 import models
 import predict
 from data import UserError, count, warn
-
-FEW_IMAGES, FEW_OF_A_CLASS = 50, 10  # fewer cause a warning
 
 # --- what was predicted ---
 
@@ -141,8 +140,6 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         UserError: no such split, other classes, moved or changed data, or logits that are not finite.
     """
     own_data = checkpoint["data"]
-    if not args.data and not os.path.exists(own_data["root"]):
-        raise UserError(f"{own_data['root']}, the data folder of {path}, is missing; give its new path with --data DIR")
     root = data.find_root(args.data or own_data["root"])
     folder = data.read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], root)
@@ -298,8 +295,7 @@ def join_folds(a: Scored, b: Scored) -> Scored:
         **arrays,
         threshold=a.threshold if a.threshold == b.threshold else one_per_run,
         about={**a.about, **added},
-        # A run without images of a class has no copies with exchanged borders.
-        stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
+        stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items()},
         checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
     )
 
@@ -312,8 +308,7 @@ def describe_environment(device: torch.device) -> dict:
         here = Path(__file__).resolve().parent
         commit = subprocess.check_output(git, text=True, timeout=5, cwd=here, stderr=subprocess.DEVNULL).strip()
     libraries = {m.__name__: str(m.__version__) for m in (torch, timm, torchvision, sklearn, np)}
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {data.CORES} cores"
-    return {"python": platform.python_version(), **libraries, "device": name, "git_commit": commit}
+    return {"python": platform.python_version(), **libraries, "device": str(device), "git_commit": commit}
 
 
 # --- metrics ---
@@ -381,7 +376,7 @@ def mcc(a: Answers, weights: ndarray) -> ndarray:
     return covariance / np.sqrt(true * (n - true) * called * (n - called))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Metric:
     """To add one, write a line in METRICS."""
 
@@ -434,7 +429,7 @@ def measure(answers: Answers, names, weights: ndarray | None = None) -> ndarray:
 # An array of draws begins with the estimate itself: in its first element every image counts once; the rest are draws.
 
 
-@dataclass(frozen=True)
+@dataclass
 class Bootstrap:
     """Draws of patients with replacement, each with all of their images."""
 
@@ -483,11 +478,7 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
     low = METRICS[name].low
     shares = (values - low) / (1 - low)
     share = shares[0]
-    right, wrong = share * n_patients, (1 - share) * n_patients
-    ends = [
-        betaincinv(right, wrong + 1, 0.025) if right > 0 else 0.0,
-        betaincinv(right + 1, wrong, 0.975) if wrong > 0 else 1.0,
-    ]
+    ends = binomtest(round(share * n_patients), n_patients).proportion_ci()
     drawn = logit(np.clip(shares[1:], share / 6, 1 - (1 - share) / 6))
     drawn = drawn[np.isfinite(drawn)]  # none where all are 0, or all are 1
     if len(drawn) and drawn.std() > 1e-9:
@@ -517,16 +508,12 @@ def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) 
         images, patients = leaks[f"{use}_images"], leaks[f"{use}_patients"]
         if images or patients:
             remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
-    if sizes.sum() < FEW_IMAGES or sizes.min() < FEW_OF_A_CLASS:
-        remarks.append(f"few images ({sizes.sum()}, {sizes.min()} of {s.classes[sizes.argmin()]}): imprecise results")
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None:
         p = expit(s.calibrated_logits[:, -1])
         if sizes.all() and (p >= 0.5).all():
             remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
-        if np.isin(p.round(12), (0, 1)).all():
-            remarks.append("all probabilities are 0 or 1: are these predicted classes?")
     if auroc_interval and auroc_interval[1] < 0.5:
         remarks.append("the AUROC is below chance: are the classes swapped?")
     return remarks
@@ -555,7 +542,6 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     if s.checkpoint:
         large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
         training = {name: value for name, value in s.checkpoint.items() if name not in large}
-        training["data"] = {name: value for name, value in training["data"].items() if name != "left_out"}
     sources = [source for run in runs for source in run.sources]
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     remarks = [line for run in runs for line in find_remarks(run, sizes, metrics["auroc"]["ci95"])]
@@ -679,9 +665,8 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     a = s.answers[1]
     groups = {}
     for column, values in columns.items():
-        # Padded, so that 9 comes before 10.
         known = [value for value in values if value]
-        names = sorted(set(known), key=lambda name: re.sub(r"\d+", lambda number: number[0].zfill(20), name))
+        names = sorted(set(known), key=lambda name: (len(name), name))  # 9 comes before 10
         if len(names) > max(10, len(known) / 2):
             warn(f"column {column} gives no subgroups: most of its values differ")
             continue
@@ -759,8 +744,7 @@ def align(s: Scored, first: Scored) -> Scored:
     """
     both = f"{', '.join(s.sources)} and {', '.join(first.sources)}"
     if s.classes != first.classes:
-        classes = " and ".join(", ".join(one.classes) for one in (s, first))
-        raise UserError(f"{both} have different classes ({classes}): they can't be compared")
+        raise UserError(f"{both} have different classes ({s.classes}, {first.classes}): they can't be compared")
     labels, others = ({(r.path, r.label) for r in one.records} for one in (s, first))
     if labels != others:
         path, _ = min(labels ^ others)
@@ -806,11 +790,8 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         gap = {"auroc": difference(drawn, draws[0])} if draws else {}
         entry |= {"number": number, "varied": varied, "difference": gap}
         if all(s.stressed for s in runs):
-            worst = [stress_table(s)[1] for s in runs]
-            entry["worst_balanced_accuracy"] = {
-                "value": np.mean([row["value"] for row in worst]),
-                "row": ", ".join(row["row"] for row in worst),
-            }
+            worst = [stress_table(s)[1]["value"] for s in runs]
+            entry["worst_balanced_accuracy"] = np.mean(worst)
         entries.append(entry)
         draws.append(drawn)
     add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
@@ -887,8 +868,8 @@ def report_sections(r: dict) -> dict:
         facts.append(
             f"threshold {show(t['value'])} on P({r['positive']}): rule {t['rule']}; operating point from {t['from']}"
         )
-        matrix = [[matrix["tn"], matrix["fp"]], [matrix["fn"], matrix["tp"]]]
-    if "prevalence" in stored and 0 < d["prevalence"] < 1:
+        matrix = np.reshape(list(matrix.values()), (2, 2))
+    if "prevalence" in stored:
         facts.append(
             "probabilities assume equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to their logits "
             f"(here {logit(d['prevalence']):+.3f}, which is also the calibration intercept to expect)"
@@ -951,8 +932,6 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"epoch {t['epoch']} of {len(t['history'])}, by code {t['environment']['git_commit']}",
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
         ]
-    if r["folds"] > 1:
-        lines.append(f"cross-validation of {r['folds']} runs, one of which is described here")
     lines += [
         f"this report: {made['command']}, on {made['date']}, by code {made['environment']['git_commit']}",
         "limits: measured on these images only, not on other hospitals, devices or ages",
@@ -979,7 +958,6 @@ def comparison_sections(c: dict) -> dict:
             "model": " ".join([e["model"], *(f"{name}={value}" for name, value in e["varied"].items())]),
             **{name: e["metrics"].get(name) for name in names},
             "worst balanced accuracy": e.get("worst_balanced_accuracy"),
-            "worst on": e.get("worst_balanced_accuracy", {}).get("row"),
             "difference of AUROC": gap or "reference",
             "p (Holm)": gap.get("p_holm"),
         }
@@ -1129,7 +1107,6 @@ def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argpar
 
 def evaluate(args: argparse.Namespace) -> None:
     """Score, report and write as the arguments say."""
-    data.read_folder.cache_clear()  # a folder may have changed since another call in this process
     files = {}  # each once
     for pattern in args.inputs:  # the shell may have left it unexpanded
         matches = [] if os.path.exists(pattern) else sorted(glob.glob(pattern))
@@ -1171,24 +1148,19 @@ def evaluate(args: argparse.Namespace) -> None:
         "environment": describe_environment(models.pick_device(args.device)),
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
-    for r in result.get("compared", [result]):
-        for line in r["warnings"]:
-            warn(f"{line}: {r['checkpoint']}")
     sections = comparison_sections(result) if "compared" in result else report_sections(result)
-    last_lines = []
+    print(json.dumps(result, indent=1) if args.json else render(sections))
     is_official = len(inputs) == 1 and not (asked or args.data)
-    try:
-        if args.output or is_official:
-            folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, content in make_files(groups, result, sections, args).items():
-                write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
-                write(folder / name, content)
-                last_lines.append(f"written: {data.printable(str(folder / name))}")
-    finally:  # even if a file can't be written
-        print(json.dumps(result, indent=1) if args.json else render(sections))
-    last_lines = last_lines or ["nothing written; use --output DIR"]
-    print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
+    last_lines = sys.stderr if args.json else sys.stdout
+    if not (args.output or is_official):
+        print("nothing written; use --output DIR", file=last_lines)
+        return
+    folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in make_files(groups, result, sections, args).items():
+        write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
+        write(folder / name, content)
+        print(f"written: {data.printable(str(folder / name))}", file=last_lines)
 
 
 def main() -> None:

@@ -411,7 +411,7 @@ def infer(model: nn.Module, images: Tensor, preprocessing: dict) -> Tensor:
 
     preprocessing: mean and std, as a checkpoint has them.
     """
-    x = data.to_float(images.to(next(model.parameters()).device, non_blocking=True))
+    x = data.to_float(images.to(next(model.parameters()).device))
     return model(data.normalise(x, preprocessing)).float().cpu().double()
 
 

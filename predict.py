@@ -79,7 +79,7 @@ class Prediction:
     run: str = ""  # path of the checkpoint
 
 
-@dataclass(frozen=True)
+@dataclass
 class Classifier:
     """A checkpoint that is ready to classify."""
 

@@ -97,7 +97,6 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         UserError: a class without an image to train or to validate on, or what data.find_training refuses.
     """
     root = data.find_root(args.data)
-    data.read_folder.cache_clear()  # a folder may have changed since another run in this process
     folder = data.read_folder(root, False, size)
     records = folder.records
     classes = data.sort_classes({r.label for r in records}, args.positive)
@@ -112,7 +111,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
             if c not in labels[index]:
                 raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
     n_rarest = int(labels[val].bincount().min())
-    if len(val) < evaluate.FEW_IMAGES or n_rarest < evaluate.FEW_OF_A_CLASS:
+    if len(val) < 50 or n_rarest < 10:
         images = count(len(val), "validation image")
         warn(f"only {images}, {n_rarest} in one class: too few to choose an epoch or a threshold")
     return TrainingSet(root, folder, folder.images, labels, train, val, classes)
@@ -142,10 +141,10 @@ def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tenso
     order: int64 [steps, batch], positions of images; operations: of data.preset; numbers: of data.draw_numbers.
     """
     for index in order:
-        images = d.images[index].to(device, non_blocking=True)
-        drawn = [u[index].to(device, non_blocking=True) for u in numbers]
+        images = d.images[index].to(device)
+        drawn = [u[index].to(device) for u in numbers]
         x = data.augment(images, operations, drawn)
-        yield data.normalise(x, preprocessing), d.labels[index].to(device, non_blocking=True)
+        yield data.normalise(x, preprocessing), d.labels[index].to(device)
 
 
 # --- learner and epoch ---
@@ -356,7 +355,6 @@ def describe(args: argparse.Namespace, d: TrainingSet, device: torch.device) -> 
             "classes": d.classes,
             "images": {"train": len(d.train), "val": len(d.val)},
             "patients": {"train": d.n_patients(d.train), "val": d.n_patients(d.val)},
-            "left_out": list(d.folder.unusable.values()),
         },
     }
 
@@ -419,7 +417,7 @@ def save_progress(
 def save_checkpoint(checkpoint: dict, history: list[dict], folder: Path) -> None:
     """Write ckpt.pt; evaluate.py's reports on the previous one are renamed to *.old: they are about another model."""
     for file in folder.iterdir():
-        if evaluate.IN_RUN.fullmatch(file.name) and file.is_file():
+        if evaluate.IN_RUN.fullmatch(file.name):
             os.replace(file, f"{file}.old")
     times = ("seconds", "images_per_second")  # left out, so that equal runs write equal files
     timeless = [{k: v for k, v in epoch_log.items() if k not in times} for epoch_log in history]
@@ -723,15 +721,11 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
             parser.error(f"--resume {folder}: no run to continue ({e}); start a new one with another --output")
         parser.set_defaults(**state["arguments"])
         args = parser.parse_args()
-        if vars(args).keys() != state["arguments"].keys() | {"output", "resume"}:
-            parser.error(f"the run in {folder} is from another version of this code")
         for name, value in fixed(state["arguments"]).items():
             if getattr(args, name) != value:
                 flag = f"--{name.replace('_', '-')}"
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {value}")
         args.output = folder
-    if args.fold >= args.folds:
-        parser.error(f"--fold {args.fold} does not exist: the {args.folds} folds are 0 to {args.folds - 1}")
     return args, state
 
 

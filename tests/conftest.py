@@ -37,6 +37,7 @@ def surroundings(tmp_path, monkeypatch):
 def run_script(script, *arguments, cwd, input="") -> subprocess.CompletedProcess:
     """Run one of the scripts in this process: importing torch and timm takes longer than most of what is tested."""
     module = importlib.import_module(script.removesuffix(".py"))
+    importlib.import_module("data").read_folder.cache_clear()  # as in a new process
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *map(str, arguments)])

@@ -20,7 +20,7 @@ TRAIN = [
     (f"--no-pretrained --output {'y' * 300}", "File name too long"),
     ("--no-pretrained --output moved", "moved already has a run"),
     ("--pretrained", "no pretrained weights"),
-    ("--folds 5 --fold 5", "the 5 folds are 0 to 4"),
+    ("--folds 5 --fold 5", "no image in val here; try another --fold"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
     ("''", "unrecognized arguments:"),

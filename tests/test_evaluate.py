@@ -339,20 +339,17 @@ def test_tables_of_other_programs_are_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("n", "probabilities", "expected"),
+    ("probabilities", "expected"),
     [
-        (60, [0.7, 0.9], "is this the confidence of the predicted class?"),
-        (60, [0.9, 0.1], "are the classes swapped?"),
-        (60, [0.1, 0.9], "intervals treat images as independent"),
-        (60, [0, 1], "are these predicted classes?"),
-        (48, [0.1, 0.9], "few images (48, 24 of 0)"),
+        ([0.7, 0.9], "is this the confidence of the predicted class?"),
+        ([0.9, 0.1], "are the classes swapped?"),
+        ([0.1, 0.9], "intervals treat images as independent"),
     ],
 )
-def test_what_makes_numbers_misleading_is_reported_at_the_head_of_the_report(tmp_path, n, probabilities, expected):
-    write_csv(tmp_path / "p.csv", to_rows([0, 1] * (n // 2), probabilities * (n // 2)))
+def test_what_makes_numbers_misleading_is_reported_at_the_head_of_the_report(tmp_path, probabilities, expected):
+    write_csv(tmp_path / "p.csv", to_rows([0, 1] * 30, probabilities * 30))
     done = run_script("evaluate.py", "p.csv", "--bootstrap", 50, cwd=tmp_path)
     card = (tmp_path / "p.scored.md").read_text()
-    assert expected in done.stderr
     for text in (done.stdout, card):
         head, _, _ = text.partition("\n## ")
         assert expected in head
@@ -619,14 +616,12 @@ def test_leaks_are_found_in_another_folder_and_are_at_the_head_of_the_card(run, 
     used = [row for row in read_csv(run / "splits.csv") if row["class"] == "NORMAL"]
     for i, row in enumerate(used):
         Image.open(demo / row["path"]).save(place / f"{i}.jpeg", quality=90)
-    _, err = evaluate_files(tmp_path, run, "--data", "other", "--output", "out", "--bootstrap", 0)
+    evaluate_files(tmp_path, run, "--data", "other", "--output", "out", "--bootstrap", 0)
     card = (tmp_path / "out" / "report.md").read_text()
     head, _, _ = card.partition("\n## ")
     for how, split in (("trained", "train"), ("chosen", "val")):
         n = sum(row["split"] == split for row in used)
-        line = f"LEAK: {how} on {n} of these images and 0 of these patients"
-        assert line in err
-        assert line in head
+        assert f"LEAK: {how} on {n} of these images and 0 of these patients" in head
 
 
 def test_copies_count_as_one_patient_and_contradicting_labels_are_reported(run, demo, tmp_path):
@@ -702,10 +697,9 @@ def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
 def test_an_unfinished_run_is_reported(run, tmp_path):
     altered(run, tmp_path / "a", 0.0, {"epochs": 40}, finished=False)
     done = run_script("evaluate.py", "a", "--bootstrap", 0, cwd=tmp_path)
-    line = "UNFINISHED: epoch 2 of 40"
-    assert done.stdout.splitlines()[2] == f"- {line}"
-    assert f"{line}: a\n" in done.stderr
-    assert f"- {line}\n" in (tmp_path / "a" / "report.md").read_text()
+    line = "- UNFINISHED: epoch 2 of 40"
+    assert done.stdout.splitlines()[2] == line
+    assert f"{line}\n" in (tmp_path / "a" / "report.md").read_text()
 
 
 # --- three classes ---
@@ -788,7 +782,7 @@ def test_data_other_than_the_runs_own_is_refused(run, demo, tmp_path):
     assert "run_b was not trained on the images in" in err
     shutil.rmtree(tmp_path / "a")
     _, err = evaluate_files(tmp_path, "run_a", code=2)
-    assert "give its new path with --data DIR" in err
+    assert "a does not exist; give the folder with train/ and test/ (--data DIR)" in err
 
 
 def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_path, monkeypatch):
