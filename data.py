@@ -1336,11 +1336,15 @@ def copy_groups(hashes: ndarray) -> ndarray:
     return _connected(len(unique), np.concatenate(links))[place.ravel()]
 
 
-def seen_before(traces: dict, seen: dict) -> tuple[ndarray, set[str]]:
-    """Which images are copies of one that was seen, bool [n], and which patients were seen; both: see Folder.traces."""
+def seen_before(traces: dict, seen: dict) -> str:
+    """How many images are copies of one that was seen, and how many patients were seen, in words; "" if none.
+
+    Both arguments: see Folder.traces.
+    """
     groups = copy_groups(torch.cat([traces["hashes"], seen["hashes"]]).numpy().view(np.uint64))
-    is_seen = np.isin(groups[: len(traces["hashes"])], groups[len(traces["hashes"]) :])
-    return is_seen, {*traces["patients"]}.intersection(seen["patients"])
+    n_images = np.isin(groups[: len(traces["hashes"])], groups[len(traces["hashes"]) :]).sum()
+    n_patients = len({*traces["patients"]}.intersection(seen["patients"]))
+    return f"{n_images} of these images and {n_patients} of these patients" if n_images or n_patients else ""
 
 
 def border_features(images: Tensor) -> Tensor:

@@ -161,11 +161,12 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     is_finite = np.isfinite(clean).all(1)
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
-    leaks = Counter()  # adds up over folds; zeros are left out
+    leaks = []
     # Every model is chosen on its validation images.
-    for use in ["trained_on"] if args.split == "val" else ["trained_on", "chosen_on"]:
-        is_seen, patients = data.seen_before(folder.traces(index), checkpoint[use])
-        leaks |= {f"{use}_images": int(is_seen.sum()), f"{use}_patients": len(patients)}
+    for use in ["trained on"] if args.split == "val" else ["trained on", "chosen on"]:
+        seen = data.seen_before(folder.traces(index), checkpoint[use.replace(" ", "_")])
+        if seen:
+            leaks.append(f"LEAK: {use} {seen}")
     scored = Scored(
         sources=[path],
         model=checkpoint["model"],
@@ -275,7 +276,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
             "fingerprint": None,
             "copies": 0,
             "left_out": [],
-            "leaks": Counter(),
+            "leaks": [],
         },
     )
 
@@ -498,16 +499,12 @@ def estimates(answers: Answers, bootstrap: Bootstrap, names) -> dict[str, dict]:
 def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) -> list[str]:
     """Warnings about what makes results invalid or easy to misread, a line each; sizes: images of each class."""
     remarks = []
-    leaks = s.about["leaks"]
     if s.checkpoint and not s.checkpoint["finished"]:
         planned = s.checkpoint["arguments"]["epochs"]
         remarks.append(f"UNFINISHED: epoch {len(s.checkpoint['history'])} of {planned}")
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
-    for use in ("trained_on", "chosen_on"):
-        images, patients = leaks[f"{use}_images"], leaks[f"{use}_patients"]
-        if images or patients:
-            remarks.append(f"LEAK: {use.replace('_', ' ')} {images} of these images and {patients} of these patients")
+    remarks += s.about["leaks"]
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
     if s.checkpoint is None:

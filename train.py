@@ -117,24 +117,6 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     return TrainingSet(root, folder, folder.images, labels, train, val, classes)
 
 
-def warn_overlap(d: TrainingSet, parent: dict | None) -> None:
-    """Warn if this run, or the one that its weights come from, was trained on validation images or their patients.
-
-    parent: traces of that run's training images.
-    """
-    trained_on = {"this run": d.folder.traces(d.train)}
-    if parent is not None:
-        trained_on["the --weights run"] = parent
-    for source, seen in trained_on.items():
-        is_seen, patients = data.seen_before(d.folder.traces(d.val), seen)
-        if is_seen.any() or patients:
-            warn(
-                f"LEAK: {source} was trained on {is_seen.sum()} of the {count(len(d.val), 'validation image')} and "
-                f"on {len(patients)} of their patients: validation results, and choices based on them, are "
-                "too optimistic"
-            )
-
-
 def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tensor], preprocessing: dict, device):
     """Yield the (x, y) of each step: augmented, normalised images [batch, 1, side, side] and their labels [batch].
 
@@ -399,7 +381,7 @@ def save_progress(
 ) -> dict:
     """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json; returns the latter.
 
-    about: what doesn't change in a run. parent: see warn_overlap.
+    about: what doesn't change in a run. parent: traces of the images that the run of --weights was trained on.
     """
     parts = {name: part.state_dict() for name, part in learner.parts.items()}
     models.save({**about, "parent": parent, "history": history, **parts}, folder / "last.pt", STATE_FORMAT)
@@ -453,13 +435,19 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
 
 def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict | None) -> dict:
     """All that evaluation and prediction need, except what each epoch adds: state_dict, epoch (of these weights) and
-    history (of all epochs when the file was written).
+    history (of all epochs when the file was written). Warns if validation images were trained on.
     """
     some = d.train[:: 1 + len(d.train) // 20_000]  # more would add nothing, but need a kilobyte each
     trained = d.folder.traces(d.train)
     if parent is not None:
         trained["patients"] = sorted({*trained["patients"], *parent["patients"]})
         trained["hashes"] = torch.cat([trained["hashes"], parent["hashes"]]).unique(dim=0)
+    validated = d.folder.traces(d.val)
+    seen = data.seen_before(validated, trained)
+    if seen:
+        warn(
+            f"LEAK: this run, or that of --weights, was trained on validation data ({seen}): results are too optimistic"
+        )
     cut = {"value": 0.5, "logit": 0.0} if len(d.classes) == 2 else {"value": None, "logit": None}
     return {
         **settings,
@@ -471,7 +459,7 @@ def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict |
         "border": models.fit_border(d.images, some, d.labels[some].numpy()) if len(d.classes) == 2 else None,
         "finished": False,
         "trained_on": trained,  # by this run, and by those that its weights come from
-        "chosen_on": d.folder.traces(d.val),  # epoch and operating point
+        "chosen_on": validated,  # epoch and operating point
         **about,
     }
 
@@ -570,7 +558,6 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         save = functools.partial(save_progress, folder, learner, about, parent, d, history)  # history grows
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save(finished=False)
-        warn_overlap(d, parent)
         print_start(args, origin["note"], d, learner, crop, size, device)
         checkpoint = start_checkpoint(d, settings, about, parent)
 

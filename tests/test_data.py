@@ -1170,9 +1170,8 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
     records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
     folder = data.Folder(records, None, hashes, None, None, {}, "")
-    is_copy, patients = data.seen_before(folder.traces(np.arange(5)), seen)
-    assert is_copy.tolist() == [False, True, False, True, False]
-    assert patients == {"p"}
+    assert data.seen_before(folder.traces(np.arange(5)), seen) == "2 of these images and 1 of these patients"
+    assert data.seen_before(folder.traces(np.array([0, 2, 4])), seen) == ""
 
 
 # --- the demo set ---

@@ -598,13 +598,13 @@ def test_other_thresholds_and_images_overwrite_no_report(run, evaluated, demo, t
 
 def test_scoring_val_reproduces_the_metrics_of_training(run, tmp_path):
     words = ("--split", "val", "--output", tmp_path, "--bootstrap", 0, "--device", "cpu")
-    found, err = evaluate_files(tmp_path, run, *words)
+    found, _ = evaluate_files(tmp_path, run, *words)
     checkpoint = models.load(run)
     known = checkpoint["history"][checkpoint["epoch"] - 1]
     drawn = [row["path"] for row in read_csv(run / "splits.csv") if row["split"] == "val"]
     scored = [row["path"] for row in read_csv(tmp_path / "val.csv")]
     assert sorted(scored) == sorted(drawn)
-    assert "LEAK" not in err
+    assert found["data"]["leaks"] == []
     assert found["metrics"]["auroc"]["value"] == known["val_auroc"]
     assert found["calibration"]["before"]["nll"] == pytest.approx(known["val_loss"], abs=1e-9)
 
