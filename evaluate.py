@@ -1167,17 +1167,17 @@ def main() -> None:
     add("inputs", nargs="*", metavar="FILE", help=help)
     add("--split", choices=("test", "val", "train"), default="test", help="images to score")
     help = "data folder to use instead of the run's own; then files are written only with --output"
-    add("--data", type=text, metavar="DIR", help=help)
-    add("--positive", metavar="CLASS", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
+    add("--data", type=text, help=help)
+    add("--positive", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
     help = "threshold to use instead of the stored one; then files are written only with --output"
-    add("--threshold", type=data.within(float, 0, 1), metavar="P", help=help)
+    add("--threshold", type=data.within(float, 0, 1), help=help)
     help = "also score copies with altered exposure, geometry, sharpness, noise or border"
     add("--stress", action="store_true", help=help)
     add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
-    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, metavar="N", help="bootstrap draws")
+    add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, help="bootstrap draws")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
     help = "folder for the files (default: beside the checkpoint or CSV; for several inputs, no files)"
-    add("--output", type=text, metavar="DIR", help=help)
+    add("--output", type=text, help=help)
     add("--json", action="store_true", help="print only JSON")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()

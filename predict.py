@@ -336,11 +336,11 @@ def main() -> None:
     parser = data.Parser(description="Classify radiographs. For research, not for diagnosis.")
     add = parser.add_argument
     add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
-    add("--ckpt", type=data.non_empty, metavar="FILE", help="run or checkpoint (default: newest finished run)")
+    add("--ckpt", type=data.non_empty, help="run or checkpoint (default: newest finished run)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")
     style.add_argument("--csv", dest="style", action="store_const", const="csv", help="print CSV with a header")
-    add("--cam", type=data.non_empty, metavar="DIR", help="write each image with its heat map (HiResCAM) to DIR")
+    add("--cam", type=data.non_empty, help="write each image with its heat map (HiResCAM) to a folder")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
     args = parser.parse_args()
     data.run_script(parser, lambda: print_predictions(args))

@@ -644,10 +644,10 @@ def make_parser() -> data.Parser:
     parser = data.Parser(description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=text, metavar="DIR", help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
-    help = "input side (default: 160, or the model's own if fixed)"
-    add("--img-size", type=number(int, 8, 10_000), metavar="PX", help=help)
-    add("--positive", metavar="CLASS", help="the positive class (default: PNEUMONIA, else a guess)")
+    add("--data", type=text, help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
+    help = "input side in pixels (default: 160, or the model's own if fixed)"
+    add("--img-size", type=number(int, 8, 10_000), help=help)
+    add("--positive", help="the positive class (default: PNEUMONIA, else a guess)")
     add("--folds", type=number(int, 2, 1000), default=10, help="number of patient folds; one is for validation")
     add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
     group = parser.add_argument_group("model")
@@ -656,7 +656,7 @@ def make_parser() -> data.Parser:
     help = "require, or skip, timm's weights (default: use them if available)"
     add_source("--pretrained", action=yes_no, default=None, help=help)
     help = "weights from a run, a .safetensors file or a torch state dict"
-    add_source("--weights", type=text, metavar="FILE", help=help)
+    add_source("--weights", type=text, help=help)
     add("--freeze", action=yes_no, default=False, help="train only the head: a linear probe")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
@@ -664,16 +664,16 @@ def make_parser() -> data.Parser:
     add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak learning rate; transformers need less")
     add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="AdamW weight decay; none on norms and biases")
     help = "learning-rate factor per layer, downwards"
-    add("--layer-decay", type=number(float, 0.1, 1), metavar="X", help=help)
+    add("--layer-decay", type=number(float, 0.1, 1), help=help)
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="epochs of linear warm-up before cosine decay")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="decay of the weight average (EMA); 0: off")
     add("--balance", action=yes_no, default=True, help="give each class the same total weight in the loss")
     add("--augment", choices=data.PRESETS, default="robust", help="strength of the augmentation")
     help = "lowest probability that counts as positive; or youden, or sensitivity=0.95, chosen on validation"
-    add("--threshold", type=threshold_rule, default="0.5", metavar="RULE", help=help)
+    add("--threshold", type=threshold_rule, default="0.5", help=help)
     add = parser.add_argument_group("run").add_argument
-    add("--output", type=text, metavar="DIR", help="run folder (default: runs/DATE-TIME-MODEL)")
-    add("--resume", type=text, metavar="DIR", help="continue a run; can change --data, --epochs, --device")
+    add("--output", type=text, help="run folder (default: runs/DATE-TIME-MODEL)")
+    add("--resume", type=text, help="continue the run in a folder; can change --data, --epochs, --device")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of everything but the split")
     add("--device", default="auto", help="auto, cpu, cuda, mps")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 on CUDA")
