@@ -42,8 +42,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
+        raise UserError(f"--device {name} can't be used here ({data.one_line(e)}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # otherwise a probability depends on the batch
     return device
 
@@ -72,8 +71,7 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     if timm.is_model(name):
         with contextlib.suppress(RuntimeError):  # no such tag
             config = timm.get_pretrained_cfg(name)
-            if config or "." not in name:
-                return name, config or timm.models.PretrainedCfg(), {}  # old names have no configuration
+            return name, config or timm.models.PretrainedCfg(), {}  # old names have no configuration
     nearest = timm.list_models(f"{name}*") or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
     raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 
@@ -170,11 +168,10 @@ def build_pretrained(
         pretrained: True requires timm's, False keeps random weights, None uses timm's if it can.
 
     Returns:
-        the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not),
-        failed (why not timm's) and sha256 (of a file, else empty); and what a run of this suite was trained on, or
-        None.
+        the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not)
+        and sha256 (of a file, else empty); and what a run of this suite was trained on, or None.
     """
-    origin = {"source": "random", "note": "random weights", "failed": "", "sha256": ""}
+    origin = {"source": "random", "note": "random weights", "sha256": ""}
     if weights is not None:
         path = in_run_folder(weights)
         model, note, trained_on = from_file(name, classes, size, path)
@@ -187,7 +184,6 @@ def build_pretrained(
             if pretrained:
                 raise UserError(f"{e}; use --weights FILE or --no-pretrained") from None
             warn(f"RANDOM WEIGHTS: {e}. Training starts from scratch; --weights FILE takes a local file")
-            origin["failed"] = str(e)
     return build(name, len(classes), size), origin, None
 
 
@@ -200,7 +196,6 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
     _, config, _ = resolve(name)
     if not config.has_weights:
         raise UserError(f"timm has no pretrained weights for {name}")
-    offline = constants.HF_HUB_OFFLINE
     is_reached = False
     # In a thread, since looking up the server's name may block for longer. The error depends on the HTTP library.
     with contextlib.suppress(Exception), ThreadPool(1) as pool:
@@ -211,10 +206,8 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
         constants.HF_HUB_OFFLINE = not is_reached
         model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-        reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
+        reason = data.one_line(e).partition(". ")[0]
         raise UserError(f"no pretrained weights for {name}: {reason}") from None
-    finally:
-        constants.HF_HUB_OFFLINE = offline
     model.reset_classifier(n_classes)
     return model, f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
 

@@ -187,7 +187,6 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
         "under 64 pixels": min(info.width, info.height) < 64,
         "lateral view": info.view in data.LATERAL,  # models learn from frontal ones
         "mask or drawing": info.is_mask,
-        "first of several frames": info.has_more_frames,
         "unlike training images": unlike > 1,
     }
     return [flag for flag, is_set in flags.items() if is_set]

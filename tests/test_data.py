@@ -60,9 +60,8 @@ def tree(root, n=6, ending="bmp"):
     return root
 
 
-def table(root, text, folder=""):
-    path = root / folder / "metadata.csv"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+def table(root, text):
+    (root / "metadata.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
     return root
 
 
@@ -181,21 +180,17 @@ def test_masks_and_annotations_are_left_out_by_name_and_counted(tmp_path, capsys
     assert "named like masks or annotations: 4" in capsys.readouterr().err
 
 
-def test_several_folders_for_one_split_are_an_error_whatever_their_case(tmp_path):
-    touch(tmp_path, "TRAIN/A/a.png", "Validation/A/b.png")
-    assert [r.path for r in data.scan(tmp_path)] == ["TRAIN/A/a.png", "Validation/A/b.png"]
-    touch(tmp_path, "vAL/A/a.png")
-    with pytest.raises(data.UserError, match="several folders for val: Validation, vAL"):
-        data.scan(tmp_path)
+def test_folders_of_one_split_are_read_together_whatever_their_case(tmp_path):
+    touch(tmp_path, "TRAIN/A/a.png", "Validation/A/b.png", "vAL/A/a.png")
+    assert [r.path for r in data.scan(tmp_path)] == ["TRAIN/A/a.png", "Validation/A/b.png", "vAL/A/a.png"]
 
 
-def test_a_linked_folder_counts_once_even_in_a_loop(tmp_path, capsys):
+def test_a_linked_folder_counts_once_even_in_a_loop(tmp_path):
     root = touch(tmp_path / "d", "train/A/1.png")
     loop = touch(tmp_path / "loop", "2.png")
     (loop / "back").symlink_to(loop, target_is_directory=True)
     (root / "train/A/link").symlink_to(loop, target_is_directory=True)
     assert [r.path for r in data.scan(root)] == ["train/A/1.png", "train/A/link/2.png"]
-    assert "1 folder linked twice" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
@@ -210,9 +205,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
 
 
 def test_the_root_is_found_and_nothing_drawn(tmp_path, monkeypatch):
-    touch(tmp_path, "chest_xray/train/NORMAL/a.jpeg")
-    assert data.find_root(str(tmp_path)) == tmp_path / "chest_xray"
-    assert data.find_root(str(tmp_path / "chest_xray")) == tmp_path / "chest_xray"
+    assert data.find_root(str(tmp_path)) == tmp_path
     monkeypatch.chdir(tmp_path)
     assert data.find_root(None) == data.DEMO_ROOT
     assert not data.DEMO_ROOT.exists()
@@ -226,8 +219,6 @@ def test_a_layout_that_cannot_be_trained_on_is_an_error(tmp_path):
     touch(tmp_path, "train/A/a.jpeg", "train/B/b.jpeg", "test/A/c.jpeg", "test/C/d.jpeg")
     with pytest.raises(data.UserError, match="class C, which is not one of A, B"):
         data.find_training(tmp_path)
-    with pytest.raises(data.UserError, match="has no folder val/; expected images in"):
-        data.scan(tmp_path, "val")
 
 
 def test_a_table_names_patients_subtypes_and_groups(tmp_path, capsys):
@@ -265,9 +256,8 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     assert "no label or not in a class folder: 1 (x/6.png)" in said
 
 
-def test_rows_of_a_table_in_a_split_folder_get_that_split(tmp_path):
-    touch(tmp_path, "train/1.png")
-    table(tmp_path, "file_name,label\n1.png,Überweisung\n", folder="train")
+def test_a_row_without_a_split_gets_that_of_its_folder(tmp_path):
+    table(touch(tmp_path, "train/1.png"), "file_name,label\ntrain/1.png,Überweisung\n")
     (record,) = data.scan(tmp_path, "train")
     assert (record.path, record.label) == ("train/1.png", "Überweisung")
 
@@ -279,10 +269,8 @@ BAD_METADATA = {
     "save it as a UTF-8 CSV": b"file_name,split\nx\xff.png,A\n",
     "has no column file_name; its columns are path, label": "path,label\nx,A\n",
     "x/1.png is listed twice": "file_name,label,split\nx/1.png,A,train\nx//../x/1.png,B,train\n",
-    "1.png is outside of": "file_name,label,split\n../1.png,A,train\n",
     "the split of x/1.png is dev; write train, val or test": "file_name,label,split\nx/1.png,A,dev\n",
     "rename column Patient_ID to patient": "file_name,Patient_ID\nx/1.png,A\n",
-    "control characters": "file_name,label,split\nx/1.png,NOR\x1b[31mMAL,train\n",
 }
 
 
@@ -323,12 +311,12 @@ def many_records(patients=600):
     for i in range(patients):
         label, subtype, series = STRATA[min(int(rng.exponential(1.2)), 3)]
         for k in range(rng.integers(1, 9)):
-            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series))
+            records.append(data.Record(f"{i}-{k}", label, "train", f"p{i}", subtype, series, {}))
     return records
 
 
 def records_of(*patients, split="train", label="A"):
-    return [data.Record(f"{split}/{label}/{i}", label, split, p, "", "") for i, p in enumerate(patients)]
+    return [data.Record(f"{split}/{label}/{i}", label, split, p, "", "", {}) for i, p in enumerate(patients)]
 
 
 def deal(records, folds, copies=None):
@@ -408,7 +396,7 @@ POSITIVE = {  # classes, what is asked for, the order, whether a guess is announ
     "abnormal is not normal": ("abnormal control", None, "control abnormal", True),
     "against the name": ("NORMAL PNEUMONIA", "NORMAL", "PNEUMONIA NORMAL", False),
     "no pneumonia": ("COVID No_Pneumonia", None, "No_Pneumonia COVID", True),
-    "three classes": ("COVID NORMAL PNEUMONIA VIRAL", None, "COVID NORMAL VIRAL PNEUMONIA", False),
+    "three classes": ("COVID NORMAL PNEUMONIA VIRAL", None, "NORMAL COVID VIRAL PNEUMONIA", False),
 }
 
 
@@ -417,16 +405,8 @@ def test_the_positive_class_is_last(capsys, case):
     names, asked, order, is_guess = POSITIVE[case]
     assert data.sort_classes(names.split(), asked) == order.split()
     assert ("guessing that" in capsys.readouterr().err) == is_guess
-    with pytest.raises(data.UserError, match="--positive X is not one of|--positive needs exactly two classes"):
+    with pytest.raises(data.UserError, match="--positive X is not one of"):
         data.sort_classes(names.split(), "X")
-
-
-def test_a_class_of_few_patients_is_reported_or_refused(capsys):
-    records = [*records_of("p", "q", "r", label="A"), *records_of("s", "s", "t", label="B")]
-    deal(records, 3)
-    assert "class B has 2 patients for 3 folds" in capsys.readouterr().err
-    with pytest.raises(data.UserError, match="class B has too few patients"):
-        deal(records, 3, copies=np.array([0, 1, 2, 3, 4, 4]))
 
 
 # --- read ---
@@ -513,16 +493,12 @@ DARK = deepened(12, PICTURE / 3)  # its own values say 11 bits
 DARK_FILES = {  # bytes, the depth, how bright it comes out
     "guessed": (encoded("TIFF", DARK), 11, 2 / 3),
     "no fewer than 8 bits": (encoded("TIFF", deepened(8, PICTURE / 3)), 8, 1 / 3),
-    "its depth stated": (encoded("TIFF", DARK, tiffinfo={281: 4095}), 12, 1 / 3),
-    "the type's maximum stated": (encoded("TIFF", DARK, tiffinfo={281: 65535}), 11, 2 / 3),
-    "less than the samples stated": (encoded("TIFF", DARK, tiffinfo={281: 255}), 11, 2 / 3),
-    "scaled to 16 bits by Pillow": (encoded("PPM", DEEP // 4), 16, 1 / 4),
     "floats": (encoded("PPM", (PICTURE / 255 / 3).astype(np.float32)), 1, 1 / 3),
 }
 
 
 @pytest.mark.parametrize("case", DARK_FILES)
-def test_a_dark_picture_comes_out_brighter_unless_its_depth_is_known(case):
+def test_a_dark_picture_comes_out_brighter_if_its_depth_is_guessed(case):
     content, depth, share = DARK_FILES[case]
     found, info = read(content)
     assert info.depth == depth and deviation(found, PICTURE * share) <= 1
@@ -545,7 +521,7 @@ def test_exif_rotation_is_applied(kind, bits):
     assert found.shape == (60, 90) and np.abs(found.astype(int) - PICTURE).mean() < 1.5
 
 
-def test_a_large_jpeg_is_decoded_small_and_alike_from_a_path_a_file_and_an_image(tmp_path):
+def test_a_large_jpeg_is_decoded_small_and_alike_from_a_path_and_a_file(tmp_path):
     path = tmp_path / "x.jpeg"
     coarse = Image.fromarray(random_image(0, 100, 130))
     coarse.resize((1600, 1200), Image.Resampling.BICUBIC).save(path, quality=90)
@@ -554,34 +530,31 @@ def test_a_large_jpeg_is_decoded_small_and_alike_from_a_path_a_file_and_an_image
     with Image.open(path) as image:
         image.draft(None, (448, 448))  # 800 x 600
         np.testing.assert_array_equal(expected, image.resize((224, 224), Image.Resampling.BICUBIC))
-    with open(path, "rb") as file, Image.open(path) as image:
-        for source in (file, image):
-            np.testing.assert_array_equal(data.read_image(source, 224)[0], expected)
+    with open(path, "rb") as file:
+        np.testing.assert_array_equal(data.read_image(file, 224)[0], expected)
 
 
-def test_colour_is_measured_and_transparent_pixels_are_black():
+def test_colour_is_measured():
     image = np.dstack([PICTURE, 0 * PICTURE, 0 * PICTURE, np.full_like(PICTURE, 255)])
-    image[:, :20] = (255, 255, 255, 0)
     found, info = data.read_image(Image.fromarray(image), None)
-    assert not found[:, :20].any()
-    np.testing.assert_array_equal(found[:, 20:], Image.fromarray(image[:, 20:, :3]).convert("L"))
-    assert info.colour == pytest.approx(PICTURE[:, 20:].mean() * 70 / 90, abs=1)
+    np.testing.assert_array_equal(found, Image.fromarray(image[..., :3]).convert("L"))
+    assert info.colour == pytest.approx(PICTURE.mean(), abs=1)
 
 
 REFUSED = {  # a file's bytes, and the reason
     "truncated.jpeg": (encoded("JPEG", random_image(0, 200, 200))[:9000], "truncated"),
-    "zero.jpeg": (b"", "empty"),
+    "zero.jpeg": (b"", "not an image"),
     "postscript.jpeg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image"),
-    "large.png": (encoded("PNG", random_image(0, 201, 200)), "200 x 201 pixels are more than"),
+    "large.png": (encoded("PNG", random_image(0, 300, 300)), "could be decompression bomb"),
     "missing.jpeg": (None, "no such file"),
-    "nan.tiff": (encoded("TIFF", np.array([[0.5, np.nan, 1]], np.float32)), "not finite"),
+    "nan.tiff": (encoded("TIFF", np.array([[0.5, np.nan, 1]], np.float32)), "NaN"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_a_usable_image_is_refused_with_a_reason(tmp_path, monkeypatch, name):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("another program would be started"))
-    monkeypatch.setattr(data, "MAX_PIXELS", 40_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # twice as many are refused
     content, reason = REFUSED[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -747,11 +720,10 @@ def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
 
 UNREADABLE = {  # what the reason says, and the header fields
     "PALETTE COLOR": {"PhotometricInterpretation": "PALETTE COLOR"},
-    "not finite": {"RescaleSlope": "nan"},
+    "not finite": {"RescaleSlope": "nan", "RescaleIntercept": "0"},
     "VOI LUT Function": {"WindowCenter": 5, "WindowWidth": 30, "VOILUTFunction": "CUBIC"},
     "high bit 14": {"HighBit": 14},
     "cannot be decoded": {"Rows": 9999},
-    "pixels are more than": {"Rows": 60_000, "Columns": 60_000},
 }
 
 
@@ -782,15 +754,6 @@ def load(root, size=16):
     return data.read_folder(root, False, size)
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes")
-def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
-    root = tree(tmp_path / "d")
-    for name in ("pipe", "pipe.png"):
-        os.mkfifo(root / "train" / "NORMAL" / name)
-    (left_out,) = load(root).unusable.values()
-    assert left_out == {"path": "train/NORMAL/pipe.png", "reason": "not a regular file"}
-
-
 def decoded(root):
     records = data.scan(root, "train")
     return np.stack([data.read_image(root / r.path, 16)[0] for r in records])
@@ -818,9 +781,6 @@ def test_a_cache_with_one_wrong_bit_is_rebuilt(tmp_path, capsys):
     content[1000] ^= 1
     path.unlink()  # the old file stays mapped
     path.write_bytes(content)
-    leftover = root / ".cache" / f".{path.name}.1.tmp"  # of a build that was killed
-    leftover.write_bytes(b"x")
-    os.utime(leftover, (0, 0))
     again = load(root)
     np.testing.assert_array_equal(again.images, first.images)
     assert "damaged: decoding again" in capsys.readouterr().err
@@ -1161,7 +1121,6 @@ def test_copies_are_found_up_to_ten_bits_across_blocks_and_through_others():
     assert groups[3] == groups[8999] == groups[7000]
     assert groups[70] == groups[5000]
     assert len(np.unique(groups)) == 9000 - 3
-    assert len(data.copy_groups(hashes[:0])) == 0
 
 
 def test_what_was_seen_before_is_found_by_image_and_by_patient():
@@ -1249,11 +1208,11 @@ def test_check_counts_and_measures(tmp_path):
     save(root, {"test/NORMAL/own.png": random_image(70, 20, 40), "test/PNEUMONIA/VIRUS-2-0001.png": random_image(71)})
     folders = data.check(root)["folders"]
     train, test = folders["train/NORMAL"], folders["test/NORMAL"]
-    assert (train["images"], train["patients"], train["unknown patients"]) == (5, 4, 0)
+    assert (train["images"], train["patients"]) == (5, 4)
     assert folders["train/PNEUMONIA"]["viral"] == 4
-    assert test["unknown patients"] == test["mode L, 8 bits"] == 1
-    assert (test["width"], test["height"], test["aspect"]) == ([40] * 3, [20] * 3, [2] * 3)
-    assert test["brightness"] == pytest.approx([random_image(70, 20, 40).mean()] * 3, rel=0.02)
+    assert test["mode L, 8 bits"] == 1
+    assert (test["width"], test["height"], test["aspect"]) == (40, 20, 2)
+    assert test["brightness"] == pytest.approx(random_image(70, 20, 40).mean(), rel=0.02)
 
 
 NORMAL = "train/NORMAL/IM-1-0001.png"
@@ -1283,10 +1242,9 @@ def test_check_finds_copies_and_leaks(tmp_path, case):
 
 
 FOUND = (
-    "PROBLEM: classes without a readable image in test: 2 (NORMAL, PNEUMONIA)",
-    "WARNING: left out, a mask or drawing: at most three grey levels: 1 (train/NORMAL/drawing.png)",
-    "WARNING: left out, can't be read: 2 (train/PNEUMONIA/broken.png: not an image of a known format,",
-    "WARNING: of 9 images, these have no patient id, so each counts as a patient: 3",
+    "PROBLEM: patients in both train and test: 1 (IM-1)",
+    "WARNING: left out, can't be used: 2 (train/NORMAL/drawing.png: a mask or drawing: at most three grey levels,",
+    "WARNING: of 9 images, these have no patient id, so each counts as a patient: 2",
     "fingerprint of train: ",
     "fingerprint of test: ",
 )
@@ -1295,19 +1253,20 @@ FOUND = (
 def test_what_check_finds_is_printed_and_counted(tmp_path):
     root = tree(tmp_path / "d", 6, "png")
     save(root, {"train/NORMAL/drawing.png": np.eye(30, dtype=np.uint8)})
-    touch(root, "test/NORMAL/only.png", "train/PNEUMONIA/broken.png")
+    touch(root, "train/PNEUMONIA/broken.png")
+    save(root, {"test/NORMAL/IM-1-0003.png": random_image(70)})
     done = run_script("data.py", "check", root, cwd=tmp_path)
     assert done.returncode == 1 and not done.stderr
     for start in FOUND:
         assert sum(line.startswith(start) for line in done.stdout.splitlines()) == 1, start
-    assert done.stdout.endswith("1 problem, 3 warnings; results on this folder would be invalid\n")
+    assert done.stdout.endswith("1 problem, 2 warnings; results on this folder would be invalid\n")
     report = json.loads(run_script("data.py", "check", root, "--json", cwd=tmp_path).stdout)
-    assert (len(report["problems"]), len(report["warnings"])) == (1, 3)
+    assert (len(report["problems"]), len(report["warnings"])) == (1, 2)
 
 
-def test_check_of_a_folder_without_a_usable_image_names_the_problem(tmp_path):
+def test_check_of_a_folder_without_a_usable_image_names_the_files(tmp_path):
     report = data.check(touch(tmp_path, "train/A/1.png", "train/B/1.png"))
-    assert report["problems"] == {"classes without a readable image in train": ["A", "B"]}
+    assert len(report["warnings"]["left out, can't be used"]) == 2
     assert report["audit"] == []
     (tmp_path / "empty").mkdir()
     with pytest.raises(data.UserError, match="nor in metadata.csv$"):  # and no warning that applies to nothing
@@ -1321,10 +1280,7 @@ def test_check_counts_lateral_views_among_frontal_ones(tmp_path):
         content = dicom(stored(12, picture=random_image(i)), 12, PatientID=str(i + 1), ViewPosition=view)
         touch(tmp_path, path, content=content)
     report = data.check(tmp_path)
-    assert report["problems"] == {"only one class": ["A"]}
     assert report["warnings"] == {"lateral views among 3 images": ["train/A/1.dcm", "train/A/2.dcm"]}
-    (tmp_path / "train/A/0.dcm").unlink()
-    assert data.check(tmp_path)["warnings"] == {}
 
 
 # --- download ---
