@@ -1080,9 +1080,9 @@ def preset(name: str, size: int) -> list[tuple]:
     """
 
     def crop(u):
-        """8 to 100 % of the area, aspect 3:4 to 4:3, anywhere in the image (Szegedy et al. 2015)."""
-        side = (1 - 0.92 * u[:, 0]).sqrt()
-        distortion = torch.exp((2 * u[:, 1] - 1) * math.log(4 / 3) / 2)
+        """50 to 100 % of the area, aspect 3:4 to 4:3, anywhere in the image (Szegedy et al. 2015)."""
+        side = (1 - 0.5 * u[:, 0]).sqrt()
+        distortion = (4 / 3) ** (u[:, 1] - 0.5)
         width = (side * distortion).clamp(max=1)
         height = (side / distortion).clamp(max=1)
         right = (u[:, 2] - 0.5) * (1 - width)
@@ -1092,15 +1092,15 @@ def preset(name: str, size: int) -> list[tuple]:
     medium = [
         (resample, crop),
         (flip, lambda u: {"chosen": u[:, 0] < 0.5}),
-        (brightness, lambda u: {"factor": 1 + 0.3 * (2 * u[:, 0] - 1)}),
-        (contrast, lambda u: {"factor": 1 + 0.3 * (2 * u[:, 0] - 1)}),
-        (gamma, lambda u: {"exponent": torch.exp(0.4 * (2 * u[:, 0] - 1))}),
+        (brightness, lambda u: {"factor": 0.7 + 0.6 * u[:, 0]}),
+        (contrast, lambda u: {"factor": 0.7 + 0.6 * u[:, 0]}),
+        (gamma, lambda u: {"exponent": torch.exp(0.8 * u[:, 0] - 0.4)}),
     ]
     robust = [
         (exchange_border, lambda u: {"width": (u[:, 0] < 0.3) * (0.04 + 0.14 * u[:, 1])}),
         *medium,
         # The deviation is 0 for half of the images.
-        (noise, lambda u: {"sd": 0.05 * (2 * u[:, 0] - 1).clamp(min=0), "start": (u[:, 1] * STARTS).long()}),
+        (noise, lambda u: {"sd": (0.1 * u[:, 0] - 0.05).clamp(min=0), "start": (u[:, 1] * STARTS).long()}),
     ]
     return {"none": [], "medium": medium, "robust": robust}[name]
 
@@ -1113,8 +1113,7 @@ def draw_numbers(operations: list[tuple], n: int, seed: int, epoch: int) -> list
     """
     numbers = []
     for operation, _ in operations:
-        name = "random_resized_crop" if operation is resample else operation.__name__  # the old name: same crops
-        generator = torch.Generator().manual_seed(seed_from(seed, epoch, name))
+        generator = torch.Generator().manual_seed(seed_from(seed, epoch, operation.__name__))
         numbers.append(torch.rand(n, NUMBERS, 1, 1, 1, generator=generator))
     return numbers
 

@@ -500,8 +500,7 @@ def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) 
     """Warnings about what makes results invalid or easy to misread, a line each; sizes: images of each class."""
     remarks = []
     if s.checkpoint and not s.checkpoint["finished"]:
-        planned = s.checkpoint["arguments"]["epochs"]
-        remarks.append(f"UNFINISHED: epoch {len(s.checkpoint['history'])} of {planned}")
+        remarks.append(f"UNFINISHED: epoch {len(s.checkpoint['history'])} of {s.checkpoint['arguments']['epochs']}")
     if s.about["demo"]:
         remarks.append("DEMO: synthetic phantoms, not radiographs")
     remarks += s.about["leaks"]

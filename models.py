@@ -168,23 +168,22 @@ def build_pretrained(
         pretrained: True requires timm's, False keeps random weights, None uses timm's if it can.
 
     Returns:
-        the model; the weights' origin: source (a file, hub or random), note (one line: what was used and what was not)
-        and sha256 (of a file, else empty); and what a run of this suite was trained on, or None.
+        the model; the weights' origin: note (one line: what was used and what was not) and sha256 (of a file, else
+        empty); and what a run of this suite was trained on, or None.
     """
-    origin = {"source": "random", "note": "random weights", "sha256": ""}
     if weights is not None:
         path = in_run_folder(weights)
         model, note, trained_on = from_file(name, classes, size, path)
-        return model, origin | {"source": str(path), "note": note, "sha256": data.sha256(path)}, trained_on
+        return model, {"note": note, "sha256": data.sha256(path)}, trained_on
     if pretrained is not False:
         try:
             model, note = from_hub(name, len(classes), size)
-            return model, origin | {"source": "hub", "note": note}, None
+            return model, {"note": note, "sha256": ""}, None
         except UserError as e:
             if pretrained:
                 raise UserError(f"{e}; use --weights FILE or --no-pretrained") from None
             warn(f"RANDOM WEIGHTS: {e}. Training starts from scratch; --weights FILE takes a local file")
-    return build(name, len(classes), size), origin, None
+    return build(name, len(classes), size), {"note": "random weights", "sha256": ""}, None
 
 
 def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
@@ -245,8 +244,6 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     note = f"{data.count(len(state), 'tensor')} of {path}"
     if others:
         note += f"; not used: {data.count(len(others), 'other')} ({others[0]})"
-    if channels != 1:
-        note += f"; {stem}: {channels} input channels summed to 1"
     if checkpoint.get("classes") == classes:
         note += f"; its head for {', '.join(classes)}"
     else:
@@ -583,11 +580,8 @@ def fit_border(images: Tensor, index: Tensor, labels: np.ndarray) -> dict[str, T
     from sklearn.linear_model import LogisticRegression  # here, since prediction does not need it
 
     features = torch.cat([data.border_features(images[part]) for part in index.split(64)]).double()
-    mean = features.mean(0)
-    scale = features.std(0).clamp(min=1e-3)  # a black edge does not vary
-    fitted = LogisticRegression(C=0.1, max_iter=1000).fit(((features - mean) / scale).numpy(), labels)
-    weight = torch.from_numpy(fitted.coef_[0]) / scale
-    return {"weight": weight, "bias": float(fitted.intercept_[0] - mean @ weight)}
+    fitted = LogisticRegression(max_iter=1000).fit(features.numpy(), labels)
+    return {"weight": torch.from_numpy(fitted.coef_[0]), "bias": float(fitted.intercept_[0])}
 
 
 def border_logit(border: dict, images: Tensor) -> np.ndarray:

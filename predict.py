@@ -305,8 +305,7 @@ def print_predictions(args: argparse.Namespace) -> int:
     checkpoint = classifier.checkpoint
     print(data.printable(f"model: {classifier.path}"), file=sys.stderr)
     if not checkpoint["finished"]:
-        planned = checkpoint["arguments"]["epochs"]
-        warn(f"UNFINISHED MODEL: epoch {len(checkpoint['history'])} of {planned}")
+        warn(f"UNFINISHED MODEL: epoch {len(checkpoint['history'])} of {checkpoint['arguments']['epochs']}")
     if checkpoint["data"]["demo"]:
         warn("DEMO MODEL: it was trained on synthetic phantoms; its predictions say nothing about patients")
     maps = args.cam and Path(args.cam)

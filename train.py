@@ -445,9 +445,7 @@ def start_checkpoint(d: TrainingSet, settings: dict, about: dict, parent: dict |
     validated = d.folder.traces(d.val)
     seen = data.seen_before(validated, trained)
     if seen:
-        warn(
-            f"LEAK: this run, or that of --weights, was trained on validation data ({seen}): results are too optimistic"
-        )
+        warn(f"LEAK: this run or its --weights were trained on validation data ({seen}): results are too optimistic")
     cut = {"value": 0.5, "logit": 0.0} if len(d.classes) == 2 else {"value": None, "logit": None}
     return {
         **settings,
@@ -558,8 +556,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         save = functools.partial(save_progress, folder, learner, about, parent, d, history)  # history grows
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save(finished=False)
-        print_start(args, origin["note"], d, learner, crop, size, device)
         checkpoint = start_checkpoint(d, settings, about, parent)
+        print_start(args, origin["note"], d, learner, crop, size, device)
 
     if device.type == "cpu":
         keep_memory()

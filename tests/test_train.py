@@ -372,7 +372,7 @@ def test_a_run_knows_what_its_starting_weights_were_trained_on(run_folder, demo,
     other = run_train(tmp_path, *common, "--fold", 3, "--output", "other")
     validation = rows_of(tmp_path / "other", "val")
     n = len(validation)
-    assert f"LEAK: this run, or that of --weights, was trained on validation data ({n} of these images" in other.err
+    assert f"LEAK: this run or its --weights were trained on validation data ({n} of these images" in other.err
     # A third generation still knows the patients of the first.
     traces = models.load(tmp_path / "other")["trained_on"]
     assert {row["patient"] for row in validation} <= set(traces["patients"])
@@ -395,7 +395,7 @@ def test_copies_of_training_images_in_a_validation_folder_are_reported(demo, tmp
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes() + bytes(j + 1))  # other bytes, the same radiograph
     done = run_train(tmp_path, "--data", "d", *SHORT, "--epochs", 1, "--output", "r")
-    assert "was trained on validation data (192 of these images and 0 of these patients)" in done.err
+    assert "trained on validation data (192 of these images and 0 of these patients)" in done.err
 
 
 # --- interruption and resume ---
