@@ -86,7 +86,7 @@ def run_script(parser: Parser, work, advise=lambda: "no partial files were left"
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that half-written files are removed
     torch.set_num_threads(min(torch.get_num_threads(), CORES))
-    for stream in (sys.stdin, sys.stdout):  # file names need not be valid text
+    for stream in (sys.stdin, sys.stdout):  # of file names, what is not valid text is escaped
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -259,14 +259,16 @@ def hash_lines(lines) -> str:
 
 def parallel(work, items, name: str):
     """Yield work(item) of each item in order, on all cores, with a progress bar; at most 512 in memory."""
-    with ThreadPoolExecutor(CORES) as pool:
-        for start in tqdm(range(0, len(items), 512), name, leave=False, unit_scale=512, disable=None):
-            yield from pool.map(work, items[start : start + 512])
+    with ThreadPoolExecutor(CORES) as pool, tqdm(total=len(items), desc=name, leave=False, disable=None) as bar:
+        for start in range(0, len(items), 512):
+            for result in pool.map(work, items[start : start + 512]):
+                bar.update()
+                yield result
 
 
 # --- find ---
 
-HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE|.*_cam\.png$")  # of other programs; heat maps
+HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
@@ -326,7 +328,7 @@ def walk(folder: Path, passed_over: Counter, onerror):
         subfolders[:] = sorted(itertools.filterfalse(HIDDEN.match, subfolders))
         for name in sorted(itertools.filterfalse(HIDDEN.match, files)):
             path = Path(top, name)
-            if is_image(path):
+            if is_image(path) and not name.endswith("_cam.png"):  # a heat map of predict.py
                 yield path
             else:
                 passed_over[path.suffix.lower() or "no extension"] += 1
@@ -339,9 +341,7 @@ def find_root(data: str | None) -> Path:
     root = Path(data)
     if not root.is_dir():
         problem = "is a file" if root.is_file() else "does not exist"
-        raise UserError(
-            f"{root} {problem}; give the folder with train/ and test/ (--data DIR), or run python data.py download"
-        )
+        raise UserError(f"{root} {problem}; give the folder with train/ and test/, or run python data.py download")
     return root
 
 
@@ -710,6 +710,8 @@ def _read(source, size):
     else:
         image = Image.open(source, formats=list(FORMATS)) if is_file else source
         info = ImageInfo(*image.size, image.mode)
+    if not image.width * image.height:
+        raise UserError("it has no pixels")
     if is_file and size:  # the JPEG decoder halves the image while at least twice the size is left
         image.draft(None, (2 * size, 2 * size))
     is_deep = image.mode[0] in "IF"
@@ -725,6 +727,8 @@ def _read(source, size):
             black, white = white, black
         bands = np.array_split(samples, 1 + samples.size // 2**20)  # the whole as floats would take gigabytes
         image = Image.fromarray(np.concatenate([_to_levels(band, black, white) for band in bands]))
+    if image.mode not in ("L", "1", "RGB"):
+        image = image.convert("RGB")
     thumbnail = np.asarray(image.resize((64, 64), Image.BOX).convert("RGB"))
     info.colour = float(np.ptp(thumbnail, axis=2).mean())
     image = image.convert("L")
@@ -740,7 +744,7 @@ def _read(source, size):
 def find_range(samples: ndarray) -> tuple[float, float]:
     """Black and white of samples of unknown depth, guessed from their values.
 
-    White is guessed as the smallest 2^d - 1, d >= 8, that at most a thousandth of the pixels exceed.
+    White is guessed as the smallest 2^d - 1, d >= 8, that at most about a thousandth of the pixels exceed.
     Pixels at an extreme of the type don't count: they are saturated or part of a burned-in marker. So a few odd pixels
     change nothing, and the depth is right if more than a thousandth of the pixels are in the upper half of the range
     (as in all of 1,665 public radiographs). A darker picture can't be distinguished from a brighter one of fewer bits:
@@ -749,8 +753,9 @@ def find_range(samples: ndarray) -> tuple[float, float]:
     """
     is_float = samples.dtype.kind == "f"
     some = samples.ravel()[:: 1 + samples.size // 2**20]
-    inner = some[~np.isin(some, EXTREMES)].astype(float)
-    lowest, highest = np.quantile(inner, (0.001, 0.999), method="nearest")
+    inner = some[~np.isin(some, EXTREMES)]
+    some = (inner if inner.size else some).astype(float)
+    lowest, highest = np.quantile(some, (0.001, 0.999), method="nearest")
     black = -(2.0 ** np.ceil(np.log2(-lowest))) if lowest < 0 else 0.0
     white = 2.0 ** np.ceil(np.log2(max(highest, 1) + 1)) - 1
     white = max(white, -black - 1)  # of signed samples either end shows the depth
@@ -765,7 +770,7 @@ def _to_levels(samples, black, white):
     return scaled.clip(0, 255).round().astype(np.uint8)
 
 
-@np.errstate(over="ignore")
+@np.errstate(all="ignore")
 def _open_dicom(file):
     """The first frame of a DICOM file in 8 bits, grey or RGB, as PS3.3 C.7.6.3, C.11.1 and C.11.2 say.
 
@@ -784,8 +789,8 @@ def _open_dicom(file):
         raise UserError("a DICOM file without an image")
     dataset.file_meta.setdefault("TransferSyntaxUID", "1.2.840.10008.1.2.1")  # a file without its preamble
     bits = dataset.BitsStored
-    info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits)
-    info.view = str(dataset.get("ViewPosition", ""))
+    view = str(dataset.get("ViewPosition", "")).strip()
+    info = ImageInfo(dataset.Columns, dataset.Rows, dataset.PhotometricInterpretation, bits, view=view)
     values = pixel_array(dataset, index=0)
     del dataset.PixelData  # it takes as much memory again
     if values.ndim == 3:
@@ -804,6 +809,8 @@ def _open_dicom(file):
         unused = 8 * size - bits
         ends = ends.astype(values.dtype) << unused >> unused  # wraps like the samples, whose unused bits are dropped
         is_padding = (stored >= ends.min()) & (stored <= ends.max())
+    dataset.RescaleSlope = dataset.get("RescaleSlope") or 1
+    dataset.RescaleIntercept = dataset.get("RescaleIntercept") or 0
     black = white = None
     for lookup in filter(None, map(dataset.get, ("ModalityLUTSequence", "VOILUTSequence"))):
         descriptor = lookup[0].LUTDescriptor
@@ -812,14 +819,15 @@ def _open_dicom(file):
     shown = apply_modality_lut(stored, dataset)
     if dataset.get("VOILUTSequence"):
         shown = apply_voi_lut(np.rint(shown).astype(int), dataset)
-    elif dataset.get("WindowWidth"):  # 0 is a placeholder
+    elif dataset.get("WindowCenter") is not None and np.any(dataset.get("WindowWidth")):  # a width of 0: a placeholder
         black, white = apply_windowing(np.array([-np.inf, np.inf]), dataset)
         shown = apply_windowing(shown, dataset)
     if white is None:
         lowest = -(2 ** (bits - 1)) if dataset.PixelRepresentation else 0
         highest = lowest + 2**bits - 1
         if bits == 16:
-            lowest, highest = find_range(values[~is_padding[values]])
+            picture = values[~is_padding[values]]
+            lowest, highest = find_range(picture if picture.size else values)
             info.depth = int(highest - lowest).bit_length()
         possible = shown[(stored >= lowest) & (stored <= highest)]
         black, white = possible.min(), possible.max()
@@ -1080,7 +1088,7 @@ def preset(name: str, size: int) -> list[tuple]:
     """
 
     def crop(u):
-        """50 to 100 % of the area, aspect 3:4 to 4:3, anywhere in the image (Szegedy et al. 2015)."""
+        """50 to 100 % of the area, aspect 3:4 to 4:3, anywhere in the image (after Szegedy et al. 2015)."""
         side = (1 - 0.5 * u[:, 0]).sqrt()
         distortion = (4 / 3) ** (u[:, 1] - 0.5)
         width = (side * distortion).clamp(max=1)
@@ -1283,9 +1291,9 @@ def draw_demo(folder: Path, images: int = 1000, seed: int = 0) -> None:
     seed. demo.json marks the set.
 
     Raises:
-        UserError: folder is not empty.
+        UserError: folder is a file or not empty.
     """
-    if any(folder.glob("*")):
+    if folder.is_file() or any(folder.glob("*")):
         raise UserError(f"{folder} exists and is not an empty folder; choose another one or remove it")
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -1496,7 +1504,7 @@ def print_check(report: dict) -> None:
     folders = report["folders"]
     print(f"{'':19}", *(f"{name:>20}" for name in folders))
     for row in dict.fromkeys(itertools.chain(*folders.values())):
-        print(f"{row:19}", *(f"{folder.get(row, 0):>20.5g}" for folder in folders.values()))
+        print(f"{row:19}", *(f"{folder.get(row, 0):>20.6g}" for folder in folders.values()))
     print("\nFrom width to contrast: medians. Where they differ between classes, a model can mistake that for the")
     print("disease. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
@@ -1524,13 +1532,13 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
     target = folder / "chest_xray"
     if (target / "train").exists():
         return target
-    if any(target.glob("*")):
+    if target.is_file() or any(target.glob("*")):
         raise UserError(f"{target} exists, but has no train/; move it away")
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".download.", dir=folder) as temporary:
         archive, unpacked = Path(temporary, "archive.zip"), Path(temporary, "unpacked")
         try:
-            torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum)
+            torch.hub.download_url_to_file(url, str(archive), hash_prefix=checksum, progress=sys.stderr.isatty())
             shutil.unpack_archive(archive, unpacked)  # safe, since its checksum is known
             os.replace(unpacked / "chest_xray", target)
         except Exception as e:  # noqa: BLE001, the network, the server and the archive fail in many ways

@@ -140,6 +140,8 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         UserError: no such split, other classes, moved or changed data, or logits that are not finite.
     """
     own_data = checkpoint["data"]
+    if not args.data and not os.path.exists(own_data["root"]):
+        raise UserError(f"{own_data['root']}, the data folder of {path}, is missing; give its new path with --data DIR")
     root = data.find_root(args.data or own_data["root"])
     folder = data.read_folder(root, args.split == "test", checkpoint["input_size"])
     data.check_classes(folder.records, checkpoint["classes"], root)
@@ -296,7 +298,8 @@ def join_folds(a: Scored, b: Scored) -> Scored:
         **arrays,
         threshold=a.threshold if a.threshold == b.threshold else one_per_run,
         about={**a.about, **added},
-        stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items()},
+        # A run without images of a class has no copies with exchanged borders.
+        stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
         checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
     )
 
@@ -479,11 +482,12 @@ def with_interval(name: str, values: ndarray, n_patients: int) -> dict:
     low = METRICS[name].low
     shares = (values - low) / (1 - low)
     share = shares[0]
-    ends = binomtest(round(share * n_patients), n_patients).proportion_ci()
     drawn = logit(np.clip(shares[1:], share / 6, 1 - (1 - share) / 6))
     drawn = drawn[np.isfinite(drawn)]  # none where all are 0, or all are 1
     if len(drawn) and drawn.std() > 1e-9:
         ends = expit(logit(share) + 1.96 * drawn.std() * np.array([-1, 1]))
+    else:
+        ends = binomtest(round(share * n_patients), n_patients).proportion_ci()
     return {"value": values[0], "ci95": [low + (1 - low) * end for end in ends]}
 
 
@@ -506,10 +510,8 @@ def find_remarks(s: Scored, sizes: ndarray, auroc_interval: list[float] | None) 
     remarks += s.about["leaks"]
     if not any(r.known_patient for r in s.records):
         remarks.append("all patients are unknown: intervals treat images as independent")
-    if s.checkpoint is None:
-        p = expit(s.calibrated_logits[:, -1])
-        if sizes.all() and (p >= 0.5).all():
-            remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
+    if s.checkpoint is None and sizes.all() and (s.calibrated_logits[:, -1] >= 0).all():
+        remarks.append("no probability is below 0.5: is this the confidence of the predicted class?")
     if auroc_interval and auroc_interval[1] < 0.5:
         remarks.append("the AUROC is below chance: are the classes swapped?")
     return remarks
@@ -662,7 +664,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     groups = {}
     for column, values in columns.items():
         known = [value for value in values if value]
-        names = sorted(set(known), key=lambda name: (len(name), name))  # 9 comes before 10
+        names = sorted(set(known), key=lambda name: (data.as_number(name.partition(" ")[0]) or 0, name))
         if len(names) > max(10, len(known) / 2):
             warn(f"column {column} gives no subgroups: most of its values differ")
             continue
@@ -787,7 +789,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
         entry |= {"number": number, "varied": varied, "difference": gap}
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1]["value"] for s in runs]
-            entry["worst_balanced_accuracy"] = np.mean(worst)
+            entry["worst_balanced_accuracy"] = {"value": np.mean(worst)}
         entries.append(entry)
         draws.append(drawn)
     add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
@@ -865,7 +867,7 @@ def report_sections(r: dict) -> dict:
             f"threshold {show(t['value'])} on P({r['positive']}): rule {t['rule']}; operating point from {t['from']}"
         )
         matrix = np.reshape(list(matrix.values()), (2, 2))
-    if "prevalence" in stored:
+    if "prevalence" in stored and 0 < d["prevalence"] < 1:
         facts.append(
             "probabilities assume equally frequent classes: for a prevalence of P add ln(P / (1 - P)) to their logits "
             f"(here {logit(d['prevalence']):+.3f}, which is also the calibration intercept to expect)"
@@ -928,6 +930,8 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"epoch {t['epoch']} of {len(t['history'])}, by code {t['environment']['git_commit']}",
             f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
         ]
+    if r["folds"] > 1:
+        lines.append(f"cross-validation of {r['folds']} runs, one of which is described here")
     lines += [
         f"this report: {made['command']}, on {made['date']}, by code {made['environment']['git_commit']}",
         "limits: measured on these images only, not on other hospitals, devices or ages",
@@ -1070,7 +1074,7 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            draw_roc(figure.axes[0], s.answers[-1], f"{number}: {s.sources[0]}", f"C{number - 1}")
+            draw_roc(figure.axes[0], s.answers[-1], f"{number}: {', '.join(s.sources)}", f"C{number - 1}")
     return figure
 
 
@@ -1145,18 +1149,20 @@ def evaluate(args: argparse.Namespace) -> None:
     }
     result = json.loads(json.dumps(result), parse_constant=lambda _: None)  # null instead of NaN
     sections = comparison_sections(result) if "compared" in result else report_sections(result)
-    print(json.dumps(result, indent=1) if args.json else render(sections))
+    last_lines = []
     is_official = len(inputs) == 1 and not (asked or args.data)
-    last_lines = sys.stderr if args.json else sys.stdout
-    if not (args.output or is_official):
-        print("nothing written; use --output DIR", file=last_lines)
-        return
-    folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in make_files(groups, result, sections, args).items():
-        write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
-        write(folder / name, content)
-        print(f"written: {data.printable(str(folder / name))}", file=last_lines)
+    try:
+        if args.output or is_official:
+            folder = Path(args.output or models.in_run_folder(inputs[0]).parent)
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, content in make_files(groups, result, sections, args).items():
+                write = {dict: data.write_json, str: data.write_text}.get(type(content), save_figure)
+                write(folder / name, content)
+                last_lines.append(f"written: {data.printable(str(folder / name))}")
+    finally:  # even if a file can't be written
+        print(json.dumps(result, indent=1) if args.json else render(sections))
+    last_lines = last_lines or ["nothing written; use --output DIR"]
+    print("\n".join(last_lines), file=sys.stderr if args.json else sys.stdout)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ import data
 from data import UserError, warn
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 7
+FORMAT_VERSION = 8
 
 
 def pick_device(name: str) -> torch.device:
@@ -42,7 +42,8 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise UserError(f"--device {name} can't be used here ({data.one_line(e)}); try --device auto") from None
+        reason = str(e).splitlines()[0]
+        raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # otherwise a probability depends on the batch
     return device
 
@@ -71,7 +72,8 @@ def resolve(name: str) -> tuple[str, timm.models.PretrainedCfg, dict]:
     if timm.is_model(name):
         with contextlib.suppress(RuntimeError):  # no such tag
             config = timm.get_pretrained_cfg(name)
-            return name, config or timm.models.PretrainedCfg(), {}  # old names have no configuration
+            if config or "." not in name:
+                return name, config or timm.models.PretrainedCfg(), {}  # old names have no configuration
     nearest = timm.list_models(f"{name}*") or difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
     raise UserError(f"timm has no model {name!r}; nearest: {', '.join(nearest[:4]) or 'none'}")
 
@@ -201,11 +203,11 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
         pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
         is_reached = True
     try:
-        # In offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
+        # From now on: in offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
         constants.HF_HUB_OFFLINE = not is_reached
         model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
-        reason = data.one_line(e).partition(". ")[0]
+        reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
         raise UserError(f"no pretrained weights for {name}: {reason}") from None
     model.reset_classifier(n_classes)
     return model, f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"

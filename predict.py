@@ -44,7 +44,8 @@ def find_inputs(inputs):
     """
     for item in inputs:
         if item == "-":
-            yield from find_inputs(filter(None, (line.rstrip("\r\n") for line in sys.stdin)))
+            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            yield from find_inputs(line for line in lines if line not in ("", "-"))
         elif os.path.isdir(item):
             unreadable, passed_over = [], Counter()
             found = [str(path) for path in data.walk(Path(item), passed_over, unreadable.append)]

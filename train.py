@@ -528,7 +528,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         d.images = d.images.to(device)  # 25 kB an image at 160 px: the whole set stays on the GPU
     _, config, _ = models.resolve(args.model)
     is_cropped = args.augment != "none" and not config.fixed_input_size
-    # A random crop enlarges what it shows; training at 3/4 of the size makes up for that (Touvron et al. 2019).
+    # A random crop enlarges what it shows; training at a smaller size makes up for that (Touvron et al. 2019).
     crop = min(max(round(size * 0.75 / 32) * 32, 32), size) if is_cropped else size
     for side in (crop, size):
         models.require_size(model, len(d.classes), side)

@@ -487,6 +487,8 @@ def test_a_saturated_marker_does_not_set_the_depth_and_a_large_picture_is_scaled
     found, info = read(encoded("PNG", samples))
     np.testing.assert_array_equal(found[10:], large[10:])
     assert info.depth == 12 and (found[:10] == 255).all()
+    white, _ = read(encoded("PNG", np.full((9, 9), 65535, np.uint16)))
+    assert (white == 255).all()
 
 
 DARK = deepened(12, PICTURE / 3)  # its own values say 11 bits
@@ -498,7 +500,7 @@ DARK_FILES = {  # bytes, the depth, how bright it comes out
 
 
 @pytest.mark.parametrize("case", DARK_FILES)
-def test_a_dark_picture_comes_out_brighter_if_its_depth_is_guessed(case):
+def test_the_depth_of_a_dark_picture_is_guessed_from_its_own_levels(case):
     content, depth, share = DARK_FILES[case]
     found, info = read(content)
     assert info.depth == depth and deviation(found, PICTURE * share) <= 1
@@ -535,7 +537,7 @@ def test_a_large_jpeg_is_decoded_small_and_alike_from_a_path_and_a_file(tmp_path
 
 
 def test_colour_is_measured():
-    image = np.dstack([PICTURE, 0 * PICTURE, 0 * PICTURE, np.full_like(PICTURE, 255)])
+    image = np.dstack([PICTURE, 0 * PICTURE, 0 * PICTURE, PICTURE])  # transparency is ignored
     found, info = data.read_image(Image.fromarray(image), None)
     np.testing.assert_array_equal(found, Image.fromarray(image[..., :3]).convert("L"))
     assert info.colour == pytest.approx(PICTURE.mean(), abs=1)

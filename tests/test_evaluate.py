@@ -619,6 +619,7 @@ def test_leaks_are_found_in_another_folder_and_are_at_the_head_of_the_card(run, 
     evaluate_files(tmp_path, run, "--data", "other", "--output", "out", "--bootstrap", 0)
     card = (tmp_path / "out" / "report.md").read_text()
     head, _, _ = card.partition("\n## ")
+    assert "inf" not in head  # the prevalence is 0
     for how, split in (("trained", "train"), ("chosen", "val")):
         n = sum(row["split"] == split for row in used)
         assert f"LEAK: {how} on {n} of these images and 0 of these patients" in head
@@ -692,6 +693,7 @@ def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
     assert metrics["accuracy"] == pytest.approx(np.mean(is_pneumonia(rows, "prediction") == y))
     assert found["threshold"]["rule"] == "one per run"
     assert found["stress"]["noise 0.05"]["auroc"] is not None
+    assert "cross-validation of 2 runs, one of which" in (tmp_path / "out" / "val.md").read_text()
 
 
 def test_an_unfinished_run_is_reported(run, tmp_path):
@@ -782,7 +784,7 @@ def test_data_other_than_the_runs_own_is_refused(run, demo, tmp_path):
     assert "run_b was not trained on the images in" in err
     shutil.rmtree(tmp_path / "a")
     _, err = evaluate_files(tmp_path, "run_a", code=2)
-    assert "a does not exist; give the folder with train/ and test/ (--data DIR)" in err
+    assert "give its new path with --data DIR" in err
 
 
 def test_logits_that_are_not_finite_are_an_error_with_the_files_name(run, tmp_path, monkeypatch):

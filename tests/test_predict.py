@@ -209,10 +209,11 @@ def test_paths_files_pictures_and_arrays_give_the_same_rows(run_folder, normals)
     image = np.asarray(Image.open(normals[0]))
     with Image.open(normals[0]) as picture, open(normals[0], "rb") as file:
         good = predict.predict([normals[0], file, picture, image, np.stack([image] * 3, 2)], run_folder)
-    bad = predict.predict([None, "nope"], run_folder)
+    bad = predict.predict([None, image[:0], "nope"], run_folder)
     for row in good:
         assert row["error"] == ""
         assert row["probability"] == pytest.approx(good[0]["probability"], abs=1e-2)
+    assert good[1]["probability"] == good[0]["probability"]
     assert all(row["error"] for row in bad)
 
 

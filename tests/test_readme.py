@@ -22,6 +22,7 @@ from conftest import ROOT, run_script
 import data
 import evaluate
 import models
+import train
 
 README = (ROOT / "README.md").read_text()
 TABLE, CONVERT, CALL, SERVICE, EXPORT = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -110,6 +111,8 @@ def test_the_commands_of_a_section_work_one_after_another(section, clone):
 def test_commands_that_are_not_run_can_be_parsed():
     (line,) = [line for line in COMMANDS if line.startswith("python tests/bench.py")]
     bench.make_parser().parse_args(line.split()[2:])
+    (line,) = [line for line in COMMANDS if line.startswith("torchrun")]
+    train.make_parser().parse_args(line.split()[3:])
 
 
 def run_python(*arguments, cwd):
