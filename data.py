@@ -308,13 +308,9 @@ def is_dicom(path: str | Path) -> bool:
     return False
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file has an image's extension, or the content of a DICOM file."""
-    return path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path)
-
-
 def walk(folder: Path, passed_over: Counter, onerror):
-    """Yield the images under folder, sorted by folder; links are followed, each folder is visited once.
+    """Yield the images under folder (by extension, or the content of a DICOM file), sorted by folder; links are
+    followed, each folder is visited once.
 
     passed_over counts the other files by extension; onerror is called with the OSError of each unreadable folder.
     """
@@ -328,7 +324,8 @@ def walk(folder: Path, passed_over: Counter, onerror):
         subfolders[:] = sorted(itertools.filterfalse(HIDDEN.match, subfolders))
         for name in sorted(itertools.filterfalse(HIDDEN.match, files)):
             path = Path(top, name)
-            if is_image(path) and not name.endswith("_cam.png"):  # a heat map of predict.py
+            is_image = path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path)
+            if is_image and not name.endswith("_cam.png"):  # a heat map of predict.py
                 yield path
             else:
                 passed_over[path.suffix.lower() or "no extension"] += 1

@@ -467,7 +467,7 @@ def test_every_format_reads_as_the_grey_picture(tmp_path, name):
     assert found.dtype == np.uint8
     assert deviation(found, GREY.resize((32, 32), Image.Resampling.BICUBIC)) <= tolerance
     assert (info.width, info.height, info.is_mask) == (90, 60, False)
-    assert data.is_image(path)
+    assert list(data.walk(tmp_path, Counter(), None)) == [path]
 
 
 @pytest.mark.parametrize("bits", [8, 11, 16])
