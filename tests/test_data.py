@@ -1132,6 +1132,7 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
     folder = data.Folder(records, None, hashes, None, None, {}, "")
     assert data.seen_before(folder.traces(np.arange(5)), seen) == "2 of these images and 1 of these patients"
+    assert data.seen_before(folder.traces(np.array([3])), seen) == "1 of these images and 0 of these patients"
     assert data.seen_before(folder.traces(np.array([0, 2, 4])), seen) == ""
 
 
