@@ -604,7 +604,8 @@ def split_rows(d: TrainingSet) -> list[dict]:
     rows = []
     for i, r in enumerate(d.folder.records):
         row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
-        rows.append(row | {"split": used.get(i, "left out")} | r.groups | mark)
+        row["split"] = used.get(i, "left out")
+        rows.append(row | r.groups | row | mark)  # a column of metadata.csv does not replace one of these
     return rows
 
 

@@ -339,6 +339,13 @@ def test_what_a_run_writes(run_folder):
         assert len(checkpoint[key]["hashes"]) == len(patients)
 
 
+def test_a_column_of_metadata_does_not_replace_one_of_splits(tmp_path):
+    record = data.Record("a.png", "A", "train", "p", "", "", {"class": "x", "age": "5"})
+    folder, one, none = SimpleNamespace(records=[record]), torch.tensor([0]), torch.tensor([])
+    (row,) = train.split_rows(train.TrainingSet(tmp_path, folder, None, None, one, none, ["A", "B"]))
+    assert row == {"path": "a.png", "class": "A", "patient": "p", "subtype": "", "split": "train", "age": "5"}
+
+
 def test_the_seed_changes_the_weights_and_not_the_split(demo, tmp_path):
     for seed in (1, 2):  # with a rate of 0 the first weights stay
         options = ("--epochs", 1, "--lr", 0, "--seed", seed, "--output", f"seed{seed}")
