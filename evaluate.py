@@ -163,10 +163,10 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     is_finite = np.isfinite(clean).all(1)
     if not is_finite.all():
         raise UserError(f"{path} gives logits that are not finite for {records[is_finite.argmin()].path}")
-    leaks = []
+    leaks, traces = [], folder.traces(index)
     # Every model is chosen on its validation images.
     for use in ["trained on"] if args.split == "val" else ["trained on", "chosen on"]:
-        seen = data.seen_before(folder.traces(index), checkpoint[use.replace(" ", "_")])
+        seen = data.seen_before(traces, checkpoint[use.replace(" ", "_")])
         if seen:
             leaks.append(f"LEAK: {use} {seen}")
     scored = Scored(
@@ -664,6 +664,7 @@ def subgroups(s: Scored, bootstrap: Bootstrap) -> dict[str, dict]:
     groups = {}
     for column, values in columns.items():
         known = [value for value in values if value]
+        # By the number that a name begins with, so that 9 comes before 10.
         names = sorted(set(known), key=lambda name: (data.as_number(name.partition(" ")[0]) or 0, name))
         if len(names) > max(10, len(known) / 2):
             warn(f"column {column} gives no subgroups: most of its values differ")
@@ -716,9 +717,7 @@ def to_rows(s: Scored) -> list[dict]:
         row["prediction"] = s.classes[s.predicted[i]]
         if s.about["demo"]:
             row["demo"] = "phantom"
-        for name, cell in r.groups.items():
-            row.setdefault(name, cell)
-        rows.append(row)
+        rows.append(row | r.groups | row)  # a column of metadata.csv does not replace one of these
     return rows
 
 
