@@ -82,11 +82,11 @@ def run_script(parser: Parser, work, advise=lambda: "no partial files were left"
     """Run work() and exit with its code, or with one line and 2 for a user's mistake or an I/O error, 1 for a closed
     output pipe, 130 for Ctrl-C or SIGTERM.
 
-    advise: returns a hint on how to continue, shown after an interruption or a failed read or write.
+    advise: returns a hint on how to continue, shown after an interruption, a closed pipe or a failed read or write.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # an exception, so that half-written files are removed
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, so that partial files are removed
     torch.set_num_threads(min(torch.get_num_threads(), CORES))
-    for stream in (sys.stdin, sys.stdout):  # of file names, what is not valid text is escaped
+    for stream in (sys.stdin, sys.stdout):  # escape what is not valid text in file names
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     try:
@@ -118,14 +118,14 @@ def within(kind: type, low: float, high: float = math.inf):
 
 
 def non_empty(text: str) -> str:
-    """An argparse type: text that is not empty (as an unset shell variable is)."""
+    """An argparse type: text that is not empty, as the value of an unset shell variable would be."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
 
 
 def printable(text: str) -> str:
-    """Text with ? for characters that move a cursor: a file name or a checkpoint's field may contain anything."""
+    """Text with ? for every unprintable character: a file name or a checkpoint's field may contain any."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -295,7 +295,7 @@ class Record:
 
 def normal_form(patient: str) -> str:
     """A patient's id without what spreadsheets change (case, blanks around it, leading zeros, a trailing .0), or ""
-    for a word for "not known".
+    for a word for "not known" and for zeros alone.
     """
     form = re.sub(r"\.0+$", "", patient.strip().lower()).lstrip("0")
     return "" if MISSING.fullmatch(form) else form
@@ -373,7 +373,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
         is_code = any(as_number(value) is None or re.fullmatch(r"\d{5,}", value) for value in values)
         if is_code and len(values) >= 20 and len(set(values)) > len(values) / 2:
             identifiers.append(column)
-    say(f"{table}: ignored identifier columns: most images have different values", identifiers)
+    say(f"{table}: ignored identifier columns (most of their values differ)", identifiers)
     has_labels = "label" in columns
     if "split" in columns and not has_labels:
         say(f"{table} has a column split but no column label: the folders decide the split")
@@ -396,7 +396,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     """The images of one split, or of all, sorted by split, class and path: those in ROOT/SPLIT/CLASS/ or, if
     metadata.csv has labels, those listed there, in any folder.
 
-    No image is decoded. An image of no known patient is its own patient. The images of a small val/ count as train.
+    No image is decoded. An image without a known patient is its own patient. The images of a small val/ count as train.
     In metadata.csv file_name may omit the extension. say(message, names) is called with each warning.
 
     Raises:
@@ -413,7 +413,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     if errors:
         raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
     if passed_over and not table_labels:
-        say(f"skipped, not images: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
+        say(f"skipped other files: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
     records, listed, odd = [], set(), defaultdict(list)
     blank = {column: "" for row in table.values() for column in row}
@@ -423,7 +423,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
         if table and name not in table:
             odd["metadata.csv has no row for these images"].append(path)
         elif table and name in listed:
-            odd["these share their row of metadata.csv with another image"].append(path)
+            odd["these images share their row of metadata.csv with another"].append(path)
         listed.add(name)
         row = blank | table.get(name, {})
         if not table_labels:
@@ -449,10 +449,10 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
 
     records.sort(key=lambda r: (SPLITS.index(r.split), r.label))
     n_val = sum(r.split == "val" for r in records)
-    if 0 < n_val < 100:  # the best-known copy has 16: too few to choose a model
+    if 0 < n_val < 100:  # the best-known release has 16: too few to choose a model
         say(f"{root}/val has only {count(n_val, 'image')}: used for training; validation is split off by patient")
         records = [replace(r, split="train") if r.split == "val" else r for r in records]
-    known = {r.label for r in records if r.split == records[0].split}  # of train, if it is among them
+    known = {r.label for r in records if r.split == records[0].split}  # of train, if it was scanned
     check_classes(records, sorted(known), root)
     remark_patients(records, say)
     return records
@@ -462,7 +462,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
     """A record from a labelled row of metadata.csv or of predictions; columns that are not in known become groups.
 
     The patient comes from the row, else from the header of a DICOM file (as a hash: the id itself is never stored),
-    else from a name as in the public copies (as do series and, if not in the row, subtype), else it is the path.
+    else from a name as in the public set (which also gives series and a missing subtype), else it is the path.
     """
     name = posixpath.basename(path)
     m = re.match(r"person(?P<number>\d{1,9})_(?P<series>bacteria|virus)_\d", name)
@@ -470,7 +470,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
     patient, series = path, ""
     if m:
         series, number = m["series"], m["number"]
-        is_newer = series in ("NORMAL", "BACTERIA", "VIRUS")  # those copies number all patients consecutively
+        is_newer = series in ("NORMAL", "BACTERIA", "VIRUS")  # those releases number all patients in one series
         patient = number if is_newer else f"{series}-{int(number)}"
     if file and is_dicom(file):
         with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
@@ -523,7 +523,7 @@ def find_training(root: Path) -> list[Record]:
     for sides, patients in shared_patients(records):
         raise UserError(
             f"{count(len(patients), 'patient')} in both {sides} of {root} ({', '.join(patients[:3])}): results would "
-            f"be invalid; remove them from one side (python data.py check --json {root} lists them)"
+            f"be invalid; remove them from one split (python data.py check --json {root} lists them)"
         )
     return [r for r in records if r.split != "test"]
 
@@ -546,7 +546,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     unknown = [r.path for r in records if not r.known_patient]
     say(f"of {len(records)} images, these have no patient id, so each counts as a patient", unknown)
     large = [patient for patient, own in images.items() if len(own) > max(20, 0.05 * len(records))]
-    say("patients with more than 5 % of all images; placeholders?", large)
+    say("patients with more than 5 % of all images (placeholders?)", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
     say("patients with images of several classes", several)
     alike = []
@@ -658,7 +658,7 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
-    hash: str = ""  # 256 bits, in hexadecimal, that hardly change when it is compressed, resized or re-exposed
+    hash: str = ""  # 256 bits, in hexadecimal, that hardly change when the image is compressed, resized or re-exposed
     error: str = ""  # why the file can't be used
     digest: str = ""  # in a cache: the first 16 hexadecimal digits of the file's SHA-256
 
@@ -677,7 +677,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
         uint8 array [size, size] (or [height, width]), and its ImageInfo. If the source is missing, empty, damaged,
         not an image, too large, not finite, or a DICOM file without pydicom: zeros, and the reason as the info's error.
 
-    Samples of 8 bits keep their levels. Deeper ones are scaled linearly: for DICOM files see _open_dicom, for others
+    For DICOM files see _open_dicom. In others, samples of 8 bits keep their levels, and deeper ones are scaled linearly
     from the black and white that find_range guesses. EXIF rotation is applied, transparency is ignored.
     """
     try:
@@ -688,7 +688,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
     except Exception as e:  # noqa: BLE001, decoders raise all kinds of exceptions for damaged files
         known = {
             FileNotFoundError: "no such file",
-            IsADirectoryError: "a folder without images",
+            IsADirectoryError: "a folder, not an image",
             Image.UnidentifiedImageError: "not an image of a known format",
             UserError: str(e),
         }
@@ -730,7 +730,7 @@ def _read(source, size):
     info.colour = float(np.ptp(thumbnail, axis=2).mean())
     image = image.convert("L")
     info.is_mask = image.resize((64, 64), Image.NEAREST).getcolors(3) is not None
-    # Of 17 x 16 area-averaged pixels, each compared with its right neighbour.
+    # 16 x 16 bits: 17 x 16 area-averaged pixels, each compared with its right neighbour.
     small = np.asarray(image.resize((17, 16), Image.BOX))
     info.hash = np.packbits(small[:, :-1] > small[:, 1:]).tobytes().hex()
     if size:
@@ -771,9 +771,9 @@ def _to_levels(samples, black, white):
 def _open_dicom(file):
     """The first frame of a DICOM file in 8 bits, grey or RGB, as PS3.3 C.7.6.3, C.11.1 and C.11.2 say.
 
-    Black and white are the lowest and highest values that the last lookup table or the first window can return, or
-    else the stored bits; a dark picture stays dark. With neither, the range of 16 stored bits is guessed, since many
-    programs write 16 whatever the depth. Padding is black.
+    Black and white are the lowest and highest values that the last lookup table or the first window can return.
+    Without either, they follow from the stored bits; of 16 stored bits the range is guessed, since many programs write
+    16 whatever the depth. A dark picture stays dark. Padding is black.
     """
     try:
         from pydicom import dcmread
@@ -876,7 +876,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         warn(f"DEMO DATA: {root} contains synthetic phantoms, not radiographs. No result says anything about patients.")
     records = scan(root, "test") if is_test else find_training(root)
     if not records:
-        raise UserError(f"{root}/test has no class folders with images")
+        raise UserError(f"{root} has no images in the test split")
     images, infos, hashes, fingerprint = load_images(root, records, size)
     unusable = {i: {"path": records[i].path, "reason": info.error} for i, info in enumerate(infos) if info.error}
     warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in unusable.values()])
@@ -884,7 +884,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     labels = {(copy, r.label) for copy, r in zip(copy_index.tolist(), records)}
     n_contradictions = len(labels) - len(np.unique(copy_index))
     if n_contradictions:
-        warn(f"{count(n_contradictions, 'image')} under several labels: python data.py check --json lists them")
+        warn(f"copies whose labels differ: {n_contradictions} (python data.py check --json lists them)")
     return Folder(
         records=records,
         images=images,
@@ -1104,7 +1104,7 @@ def preset(name: str, size: int) -> list[tuple]:
     robust = [
         (exchange_border, lambda u: {"width": (u[:, 0] < 0.3) * (0.04 + 0.14 * u[:, 1])}),
         *medium,
-        # The deviation is 0 for half of the images.
+        # The standard deviation is 0 for half of the images.
         (noise, lambda u: {"sd": (0.1 * u[:, 0] - 0.05).clamp(min=0), "start": (u[:, 1] * STARTS).long()}),
     ]
     return {"none": [], "medium": medium, "robust": robust}[name]
@@ -1150,7 +1150,7 @@ def normalise(x: Tensor, preprocessing: dict) -> Tensor:
 
 
 def draw_partners(records: list[Record]) -> Tensor | None:
-    """For each record the position of one with another label, drawn from its path: int64 [n]; None with one label."""
+    """For each record the position of one with another label, chosen by its path: int64 [n]; None with one label."""
     labels = np.array([r.label for r in records])
     others = {label: np.flatnonzero(labels != label) for label in np.unique(labels)}
     if len(others) < 2:
@@ -1161,8 +1161,9 @@ def draw_partners(records: list[Record]) -> Tensor | None:
 def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
     """Yield (name, copy) of uint8 images [n, side, side] under changes that leave the diagnosis as it is.
 
-    Exposure, compression, a Gaussian blur of 1 pixel at 224 (in proportion elsewhere), geometry, resolution, noise with
-    a standard deviation of 2 and 5 % of the range, and the outer 10 % of each side exchanged with another image.
+    Exposure, compression, a Gaussian blur with a standard deviation of 1 pixel at 224 (at other sizes in proportion),
+    geometry (percentages of the side), resolution, noise with a standard deviation of 2 and 5 % of the range, and the
+    outer 10 % of each side taken from an image of another class.
 
     Args:
         partners: uint8 like images, each of another class; None leaves out the exchange.
@@ -1205,8 +1206,9 @@ def stress(images: Tensor, partners: Tensor | None, paths: list[str]):
 
 # --- copies and shortcuts ---
 
-# Bits in which hashes of copies may differ. In 99 % of 250 radiographs, JPEG at quality 30 changed at most 10.5 bits,
-# half the size 8.5 and 0.8 times the brightness 7; the two most similar different images of 5,840 differ in 13.
+# Bits in which hashes of copies may differ. The 99th percentile of the bits that changed in 250 radiographs: 10.5 by
+# JPEG at quality 30, 8.5 by half the size, 7 by 0.8 times the brightness. The two most similar different images of
+# 5,840 differ in 13.
 SAME = 10
 BORDER = np.pad(np.zeros((26, 26), bool), 3, constant_values=True)  # of a thumbnail of 32 x 32
 
@@ -1221,7 +1223,7 @@ def _connected(n, links):
 
 
 def copy_groups(hashes: ndarray) -> ndarray:
-    """int64 [n]: equal numbers for copies, images whose hashes, uint64 [n, 4], differ in at most SAME bits.
+    """int64 [n]: equal numbers for copies: images whose hashes (uint64 [n, 4]) differ in at most SAME bits.
 
     Copies of copies are copies too.
     """
@@ -1229,7 +1231,7 @@ def copy_groups(hashes: ndarray) -> ndarray:
     folded = np.bitwise_xor.reduce(unique, axis=1)  # differs in no more bits than the whole
 
     def find_links(start):
-        """The copies among 64 hashes and those that follow; most pairs differ enough in their folded 64 bits."""
+        """Pairs of copies: 64 hashes against themselves and all that follow; the folded bits rule out most pairs."""
         links = []
         for other in range(start, len(unique), 4096):
             near = np.bitwise_count(folded[start : start + 64, None] ^ folded[other : other + 4096]) <= SAME
@@ -1273,7 +1275,7 @@ def auroc_error(auroc: float, n_positive: int, n_negative: int) -> float:
 # --- demo ---
 
 PHANTOM_SIDE = 112  # pixels; drawn at this size, then resized
-KINDS = (  # class, subtype, and file names as in the best-known and in the newer copies of the public set
+KINDS = (  # class, subtype, and file names as in the best-known and the newer releases of the public set
     ("NORMAL", "", "IM-{:04d}-{:04d}.jpeg", "NORMAL-{}-{:04d}.jpeg"),
     ("PNEUMONIA", "bacterial", "person{}_bacteria_{}.jpeg", "BACTERIA-{}-{:04d}.jpeg"),
     ("PNEUMONIA", "viral", "person{}_virus_{}.jpeg", "VIRUS-{}-{:04d}.jpeg"),
@@ -1371,12 +1373,12 @@ def check(root: Path) -> dict:
     Images are read through the cache that training uses, at DEFAULT_SIZE, so a second run is fast.
 
     Returns:
-        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS counts and medians of
-        the measures; audit: see _audit; problems, which make results invalid, and warnings: for each message the list
-        of what it is about, or None.
+        dict: root; demo; fingerprints: of train (with val) and test; folders: for each SPLIT/CLASS, counts and medians
+        of the measures; audit: see _audit; problems, which make results invalid, and warnings: for each message the
+        list of what it is about, or None.
 
     Raises:
-        UserError: the folder has no images, or see scan and load_images.
+        UserError: the folder has no images; also see scan and load_images.
     """
     problems, warnings = defaultdict(list), defaultdict(list)
 
@@ -1468,7 +1470,7 @@ def _audit(usable, say):
     borders, file = [], []
     for record, info, image, (*shape, bytes_per_pixel, _, _) in usable:
         borders.append(border_features(torch.from_numpy(image[None]))[0].numpy())
-        is_lossy = bool(LOSSY.fullmatch(record.path))  # otherwise the bytes depend on the picture
+        is_lossy = bool(LOSSY.fullmatch(record.path))  # the bytes of a lossless file depend on its content
         file.append([*shape, bytes_per_pixel * is_lossy, info.depth, modes.index(info.mode)])
     sources = {
         "the border alone, without any lung,": np.array(borders),
@@ -1502,8 +1504,8 @@ def print_check(report: dict) -> None:
     print(f"{'':19}", *(f"{name:>20}" for name in folders))
     for row in dict.fromkeys(itertools.chain(*folders.values())):
         print(f"{row:19}", *(f"{folder.get(row, 0):>20.6g}" for folder in folders.values()))
-    print("\nFrom width to contrast: medians. Where they differ between classes, a model can mistake that for the")
-    print("disease. --json lists all findings.\n")
+    print("\nFrom width to contrast: medians. Where they differ between classes, a model can mistake the difference")
+    print("for the disease. --json lists all findings.\n")
     for name, value in report["fingerprints"].items():
         print(f"fingerprint of {name}: {value}")
     for kind in ("problem", "warning"):
@@ -1540,14 +1542,14 @@ def download(folder: Path, url: str = URL, checksum: str = SHA256) -> Path:
             os.replace(unpacked / "chest_xray", target)
         except Exception as e:  # noqa: BLE001, the network, the server and the archive fail in many ways
             raise UserError(
-                f"the download failed or is damaged ({e!r}); try again, or fetch {url} (or on Kaggle "
-                f"paultimothymooney/chest-xray-pneumonia) and unpack it, so that {target}/train and {target}/test exist"
+                f"can't download {url} (on Kaggle: paultimothymooney/chest-xray-pneumonia): {e!r}; "
+                f"try again, or unpack it by hand, so that {target}/train exists"
             ) from None
     return target
 
 
 def main() -> None:
-    parser = Parser(description="Check, download or draw a data folder.")
+    parser = Parser(description="Check a data folder, download the public dataset, or draw a demo set.")
     commands = parser.add_subparsers(dest="command", required=True)
     sub = commands.add_parser("check", help="check a data folder; exit code 1 if results would be invalid")
     sub.add_argument("dir", metavar="DIR", help="folder with train/ and test/")

@@ -1,7 +1,7 @@
 """Score one checkpoint on a split of its data, or compare several on the same images.
 
 python evaluate.py                              # the newest finished run, on the test split
-python evaluate.py runs/A --plots               # test.json, test.csv and report.md in the run, with pictures too
+python evaluate.py runs/A --plots               # test.json, test.csv and report.md in the run, with plots
 python evaluate.py runs/A runs/B runs/C         # one table; B and C are compared with A, the reference
 python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run that did not see it
 python evaluate.py predictions.csv              # what another program predicted: path, label, probability
@@ -300,7 +300,7 @@ def join_folds(a: Scored, b: Scored) -> Scored:
         about={**a.about, **added},
         # A run without images of a class has no copies with exchanged borders.
         stressed={name: join_folds(copy, b.stressed[name]) for name, copy in a.stressed.items() if name in b.stressed},
-        checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # report unfinished
+        checkpoint=min(a.checkpoint, b.checkpoint, key=lambda checkpoint: checkpoint["finished"]),  # unfinished if any
     )
 
 
@@ -382,11 +382,11 @@ def mcc(a: Answers, weights: ndarray) -> ndarray:
 
 @dataclass
 class Metric:
-    """To add one, write a line in METRICS."""
+    """A number of the report; to add one, write a line in METRICS."""
 
     title: str
     whose: Callable[[Answers], ndarray] | None  # bool [n]: the images in its denominator; None: both classes
-    value: Callable[[Answers, ndarray], ndarray] | None = None  # see auroc; None: the rate of right answers among whose
+    value: Callable[[Answers, ndarray], ndarray] | None = None  # see auroc; None: the share of whose that is right
     low: int = 0  # its lowest value; the highest is 1
 
 
@@ -640,7 +640,7 @@ def group_estimates(a: Answers, chosen: ndarray, bootstrap: Bootstrap) -> dict:
 def thirds(values: list[str]) -> list[str]:
     """Replace numbers, and ages like 058Y, by the third that they are in, such as "25 to 58".
 
-    If any is not a number, or at most three differ, all are left unchanged. Empty text is a missing value.
+    If any is not a number, or there are at most three different ones, all are left unchanged. Empty text: missing.
     """
     numbers = [data.as_number(value) for value in values if value]
     if None in numbers or len(set(numbers)) <= 3:
@@ -702,7 +702,7 @@ def find_mistakes(s: Scored) -> dict[str, dict]:
 
 
 def to_rows(s: Scored) -> list[dict]:
-    """One row per image for the CSV; the numbers can be recomputed from it, except stress, border and shortcut.
+    """One row per image for the CSV; the report's numbers follow from it, except stress, border and adjusted AUROC.
 
     A column added here belongs in NO_GROUPS too, or scoring the CSV takes it for a subgroup.
     """
@@ -806,8 +806,8 @@ TITLES |= {"brier": "Brier score", "nll": "NLL", "ece": "ECE", "prevalence": "as
 def render(sections: dict[str, list | dict | None]) -> str:
     """A Markdown document that is readable in a terminal too.
 
-    sections: {heading: content}, the first heading being the title; a list of lines, or a table {row: {column: cell}},
-    see show. Empty ones are left out.
+    sections: {heading: content}, the first heading being the title; content is a list of lines, or a table {row:
+    {column: cell}}, see show. Empty sections are left out.
     """
     lines = []
     for name, content in sections.items():
@@ -854,7 +854,7 @@ def heading(r: dict) -> str:
 def report_sections(r: dict) -> dict:
     """The report of one model, from its JSON: what was scored, on what, and how; its numbers. See render."""
     d, t, stored = r["data"], r["threshold"], r.get("calibration", {})
-    sizes = ", ".join(f"{n} {name}" for name, n in d["sizes"].items())
+    sizes = ", ".join(f"{n} of class {name}" for name, n in d["sizes"].items())
     facts = [
         *r["warnings"],
         f"{r['checkpoint']} on {d['root']}: {sizes}; {len(d['left_out'])} left out",
@@ -886,7 +886,7 @@ def report_sections(r: dict) -> dict:
         "calibration": stored and {"as reported": stored, "before calibration": stored.get("before")},
         "subgroups": r.get("subgroups"),
         "images whose border suggests the wrong class": r.get("shortcut", {}).get("groups"),
-        "stress": r.get("stress"),
+        "stress (mean and worst: of the copies, column by column)": r.get("stress"),
         "confusion matrix": {f"true {name}": dict(zip(called, row)) for name, row in zip(r["classes"], matrix)},
         f"most confident mistakes, with the probability of {r.get('positive', 'the predicted class')}": r["failures"],
     }
@@ -909,13 +909,13 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
     lines = [
-        f"source of data: {d['root']}, fingerprint {d['fingerprint']} (SHA-256 over files, paths, labels and splits)",
+        f"source: {d['root']}; fingerprint (SHA-256 over files, paths, labels, splits): {d['fingerprint'] or 'none'}",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
-        f"copies: {count(d['copies'], 'scored image')} matching another; copies count as one patient",
-        f"unknown patient: {count(d['unknown_patients'], 'image')}",
+        f"copies: {count(d['copies'], 'scored image')} repeating an earlier one; copies count as one patient",
+        f"without a patient id: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",
-        "intervals at 0 and 1: Clopper and Pearson, for the number of patients in the metric",
-        f"SHA-256 of the file {r['checkpoint']}: {r['sha256']}",
+        "intervals at 0 and 1: Clopper and Pearson, for the patients in the metric's denominator",
+        f"SHA-256 of the scored file (of a run its ckpt.pt) {r['checkpoint']}: {r['sha256']}",
     ]
     if t:
         used = t["data"]
@@ -926,19 +926,20 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"started from: {t['origin']['note']}; SHA-256 of its file: {t['origin']['sha256'] or 'none'}",
             f"trained on {count(used['images']['train'], 'image')} of {used['root']}, {used['fingerprint']}",
             f"recipe: {recipe}",
-            f"epoch {t['epoch']} of {len(t['history'])}, by code {t['environment']['git_commit']}",
-            f"operating point: logit x {t['slope']:.4f} {t['intercept']:+.4f}, from {r['threshold']['from']}",
+            f"epoch {t['epoch']} of {len(t['history'])}, git commit {t['environment']['git_commit']}",
+            f"calibration: logit x {t['slope']:.4f} {t['intercept']:+.4f}",
+            f"operating point from {r['threshold']['from']}",
         ]
     if r["folds"] > 1:
         lines.append(f"cross-validation of {r['folds']} runs, one of which is described here")
     lines += [
-        f"this report: {made['command']}, on {made['date']}, by code {made['environment']['git_commit']}",
+        f"this report: {made['command']}, on {made['date']}, git commit {made['environment']['git_commit']}",
         "limits: measured on these images only, not on other hospitals, devices or ages",
         "use: research; not for diagnosis",
     ]
     captions = [f"{name}: {y} vs {x}; {note}" for name, (x, y, note) in PANELS.items()]
     return {
-        "pictures": pictures and [*(f"![{name}]({name})" for name in pictures), *captions],
+        "plots": pictures and [*(f"![{name}]({name})" for name in pictures), *captions],
         "terms": GLOSSARY,
         "about this study (after TRIPOD+AI 2024 and STARD-AI 2025)": lines,
         "to fill in by hand": TO_WRITE,
@@ -957,14 +958,14 @@ def comparison_sections(c: dict) -> dict:
             "model": " ".join([e["model"], *(f"{name}={value}" for name, value in e["varied"].items())]),
             **{name: e["metrics"].get(name) for name in names},
             "worst balanced accuracy": e.get("worst_balanced_accuracy"),
-            "difference of AUROC": gap or "reference",
+            "difference in AUROC": gap or "reference",
             "p (Holm)": gap.get("p_holm"),
         }
     facts = [f"{line} (model {', '.join(numbers)})" for line, numbers in remarks.items()]
     facts += [f"model {e['number']}: {e['checkpoint']}" for e in c["compared"]]
     facts += [
         "sorted by AUROC: the best of several models looks better than it is",
-        "p (Holm): of the difference of AUROC, adjusted for the number of models",
+        "p (Holm): of the difference in AUROC, adjusted for the number of comparisons",
         "several runs of a model: mean and standard deviation (sd); intervals resample patients and runs",
     ]
     return {heading(c): facts, "models": rows}
@@ -983,7 +984,7 @@ PANELS = {  # title: names of the axes, and what else to know
 
 
 def new_figure(title: str, rows: int, columns: int, width: float, height: float):
-    """A figure with panels, its axes, row by row; without pyplot, which would look for a display."""
+    """A figure whose axes are its panels, row by row; without pyplot, which would look for a display."""
     from matplotlib import rcParams
     from matplotlib.figure import Figure
 
@@ -1115,7 +1116,8 @@ def evaluate(args: argparse.Namespace) -> None:
     asked = {}
     if args.threshold is not None:
         p = args.threshold
-        asked = {"threshold": {"value": p, "logit": to_logit(p), "rule": f"{p:g}", "from": "command line"}}
+        source = "command line; calibration unchanged"
+        asked = {"threshold": {"value": p, "logit": to_logit(p), "rule": f"{p:g}", "from": source}}
     checkpoints = [
         None if path.lower().endswith((".csv", ".tsv")) else {**models.load(path), **asked} for path in inputs
     ]
@@ -1177,7 +1179,7 @@ def main() -> None:
     add("--threshold", type=data.within(float, 0, 1), help=help)
     help = "also score copies with altered exposure, geometry, sharpness, noise or border"
     add("--stress", action="store_true", help=help)
-    add("--plots", action="store_true", help="also draw pictures (needs matplotlib)")
+    add("--plots", action="store_true", help="also write plots (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, help="bootstrap draws")
     add("--seed", type=data.within(int, 0, 2**32 - 1), default=0, help="seed of the bootstrap")
     help = "folder for the files (default: beside the checkpoint or CSV; for several inputs, no files)"

@@ -1,4 +1,4 @@
-"""Build timm models, give them weights, save and load them, run them, draw heat maps, and flag unusual images.
+"""Build timm models, give them weights, save and load them, run them, compute heat maps, and detect unusual images.
 
 Every model has one grey input channel and one logit per class; the positive class is the last.
 
@@ -167,11 +167,11 @@ def build_pretrained(
     Args:
         weights: path of a .safetensors file, of a state dict saved by torch, or of a run of this suite; None for timm's
             pretrained ones.
-        pretrained: True requires timm's, False keeps random weights, None uses timm's if it can.
+        pretrained: True requires timm's, False keeps random weights, None uses timm's if available.
 
     Returns:
         the model; the weights' origin: note (one line: what was used and what was not) and sha256 (of a file, else
-        empty); and what a run of this suite was trained on, or None.
+        empty); and, for weights of a run of this suite, what that run was trained on, else None.
     """
     if weights is not None:
         path = in_run_folder(weights)
@@ -203,7 +203,7 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
         pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
         is_reached = True
     try:
-        # From now on: in offline mode the hub's library uses its cache at once; otherwise it would retry for minutes.
+        # To the end of the process. Offline, the hub's library uses its cache at once; else it retries for minutes.
         constants.HF_HUB_OFFLINE = not is_reached
         model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
@@ -217,7 +217,7 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     """A model with the weights in a file: every tensor must fit; only a run with these classes keeps its head.
 
     Returns:
-        the model; the note of build_pretrained; and what a run of this suite was trained on, else None.
+        the model; the note of build_pretrained; and, for weights of a run of this suite, its trained_on, else None.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -247,7 +247,7 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     if others:
         note += f"; not used: {data.count(len(others), 'other')} ({others[0]})"
     if checkpoint.get("classes") == classes:
-        note += f"; its head for {', '.join(classes)}"
+        note += f"; head kept, for {', '.join(classes)}"
     else:
         model.reset_classifier(len(classes))
         note += "; new head"
@@ -304,7 +304,7 @@ def find_state(content: dict, model: nn.Module, heads: str | tuple) -> tuple[dic
 
 
 def flatten(content: dict, prefix: str = ""):
-    """Yield each tensor in nested dicts, with the keys that lead to it, joined by dots."""
+    """Yield (name, tensor) for each tensor in nested dicts; the name is the keys that lead to it, joined by dots."""
     for key, value in content.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
@@ -319,7 +319,7 @@ def save(content: dict, path: Path, kind: str = FORMAT) -> None:
     """Write a dict of plain types and tensors as a file of torch.save, followed by its SHA-256, the seal; no reader
     ever sees a partial file.
     """
-    buffer = io.BytesIO()  # torch.save on a full disk raises RuntimeError, writing to a file OSError
+    buffer = io.BytesIO()  # on a full disk torch.save raises RuntimeError, but f.write OSError
     torch.save(canonical({**content, "format": kind, "format_version": FORMAT_VERSION}), buffer)
     with data.replacing(path) as f:
         f.write(buffer.getbuffer())
@@ -455,8 +455,8 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
     times gradient.
 
     The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
-    changes no probability. The features are those of the last stage of stride 8 or less, or else of the finest: the
-    32-pixel cells of most last stages are too coarse for an opacity.
+    changes no probability. The features are those of the last stage of stride 8 or less, or else of the finest (of
+    several with one stride, the last but one): the 32-pixel cells of most last stages are too coarse for an opacity.
 
     Args:
         model: in evaluation mode. image: uint8 [side, side].
@@ -475,8 +475,8 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
         strides = [info["reduction"] for info in model.feature_info]
         stride = max([s for s in strides if s <= STRIDE] or [min(strides)])
         layers = [info["module"] for info in model.feature_info if info["reduction"] == stride]
-        # Of equal blocks, as in a plain transformer, the last but one: of the last one's tokens, the head may read the
-        # class token alone.
+        # If several blocks share the stride, as in a plain transformer, the last but one: of the last block's tokens,
+        # the head may read the class token alone.
         layer = model.get_submodule(layers[-2:][0])
     except (AttributeError, LookupError, TypeError, ValueError):
         raise UserError(no_map) from None
@@ -562,8 +562,8 @@ def fit_input_check(images: Tensor, train: Tensor, val: Tensor) -> dict[str, Ten
 def unlikeness(check: dict, images: Tensor) -> Tensor:
     """float32 [n]; above 1 an image is unlike the training images.
 
-    The distance of the features from their mean. If it is smaller for the image turned upside down, the image is
-    probably upside down, and the distance is multiplied by the ratio of the two.
+    The distance of the features from the training mean, divided by the cut. If it is smaller for the image flipped
+    upside down, the image is probably upside down, and the distance is multiplied by the ratio of the two.
     """
     both = [image_features(images), image_features(images.flip(1))]
     here, turned = (((features - check["mean"]) @ check["whiten"]).norm(dim=1) for features in both)
@@ -571,7 +571,7 @@ def unlikeness(check: dict, images: Tensor) -> Tensor:
 
 
 def fit_border(images: Tensor, index: Tensor, labels: np.ndarray) -> dict[str, Tensor | float]:
-    """A logistic regression of the class on the border alone; if it predicts well, that is a warning.
+    """A logistic regression of the class on the border alone; if it predicts well, the border is a shortcut.
 
     Args:
         images: uint8 [n, side, side]. index: int64 [m], positions in images. labels: 0 or 1 for each position, [m].

@@ -2,7 +2,7 @@
 
 python predict.py img.jpeg                              # the newest finished run's model
 python predict.py --ckpt runs/a --csv folder            # a run's model, for all images in a folder
-python predict.py --cam maps img.jpeg                   # and where the model looked
+python predict.py --cam maps img.jpeg                   # also heat maps, in the folder maps
 find . -name '*.png' | python predict.py --json -       # paths from stdin, one JSON object per line
 
 From Python: predict.predict(images) with paths, open files, Pillow images or arrays.
@@ -51,7 +51,7 @@ def find_inputs(inputs):
             found = [str(path) for path in data.walk(Path(item), passed_over, unreadable.append)]
             found += [error.filename for error in unreadable]
             if passed_over:
-                warn(f"skipped {count(passed_over.total(), 'non-image file')} in {item}")
+                warn(f"skipped {count(passed_over.total(), 'other file')} in {item}")
             yield from found or [item]
         else:
             matches = [] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
@@ -195,9 +195,9 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
 
 # --- heat maps ---
 
-LOW = 0.3  # of a map's own maximum: lower values are not coloured
+LOW = 0.3  # of a map's own maximum: lower values are not tinted
 TINT = (255, 110, 0)
-SMALLEST = 224  # longer side of a panel, in pixels
+SMALLEST = 224  # the least longer side of a panel, in pixels
 FONTS = (
     "DejaVuSans",
     "NotoSans-Regular",

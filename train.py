@@ -1,8 +1,8 @@
 """Fine-tune a timm model to classify chest radiographs, by default as pneumonia or normal.
 
 python train.py --model mobilenetv3_small_050 --epochs 10        # data/chest_xray, else a synthetic demo set
-python train.py --data chest_xray --weights pretrained.pt        # own data, weights from a file
-python train.py --resume runs/20260101-120000-resnet18           # resume after an interruption, bit for bit
+python train.py --data chest_xray --weights pretrained.pt        # your own data, weights from a file
+python train.py --resume runs/20260101-120000-resnet18           # resume after an interruption, on the CPU bit for bit
 torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs or processes
 
 Sections: schedule; data; learner and epoch; operating point; the run's files; the run; command line.
@@ -94,7 +94,8 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     """Find, decode and split the images.
 
     Raises:
-        UserError: a class without an image to train or to validate on, or what data.find_training refuses.
+        UserError: a class without an image to train or to validate on, a threshold rule for three or more classes, or
+        what data.find_training refuses.
     """
     root = data.find_root(args.data)
     folder = data.read_folder(root, False, size)
@@ -120,7 +121,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
 def batches(d: TrainingSet, order: Tensor, operations: list, numbers: list[Tensor], preprocessing: dict, device):
     """Yield the (x, y) of each step: augmented, normalised images [batch, 1, side, side] and their labels [batch].
 
-    order: int64 [steps, batch], positions of images; operations: of data.preset; numbers: of data.draw_numbers.
+    order: int64 [steps, batch], positions of images; operations: from data.preset; numbers: from data.draw_numbers.
     """
     for index in order:
         images = d.images[index].to(device)
@@ -157,8 +158,8 @@ class Learner:
             layer_decay=args.layer_decay,
             foreach=True,
         )
-        # The average of the weights, which is validated and kept. The warm-up lets it look back over 2 to 6 % of the
-        # steps so far: a longer memory ruins short runs.
+        # The average of the weights, which is validated and kept. The warm-up lets it look back over 6 % of the first
+        # 60 steps and 2 % of the first 1,300: a longer memory ruins short runs.
         self.average = ModelEmaV3(model, decay=args.ema_decay, use_warmup=True, warmup_gamma=10)
         precision = args.precision
         if precision == "auto" and device.type == "cuda":
@@ -178,7 +179,7 @@ class Learner:
 def weighted_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
     """Cross-entropy of logits [batch, classes], each image weighted by its class.
 
-    Summed and divided by the count: "mean" would divide by the batch's own weights, and undo them.
+    Summed and divided by the count: "mean" would divide by the sum of the batch's weights, and partly undo them.
     """
     return F.cross_entropy(logits.float(), labels, class_weights, reduction="sum") / len(labels)
 
@@ -246,14 +247,15 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
 
 # --- operating point ---
 #
-# In use, a model gets images acquired differently from its validation images. So calibration and threshold are fitted
-# to validation images and their stressed copies, weighted so that the image border is unrelated to the class.
+# In use, a model gets images acquired differently from its validation images. So calibration, and a threshold that is
+# not a fixed number, are fitted to validation images and their stressed copies, weighted so that the image border is
+# unrelated to the class.
 
 LEAST_SLOPE, LARGEST_SLOPE = 0.01, 20.0
 
 
 def image_weights(labels: ndarray, border_logits: ndarray | None) -> tuple[ndarray, str]:
-    """A weight for each image, float64 [n], and what it does, in one line.
+    """A weight for each image, float64 [n], and one line that says what the weights balance.
 
     All classes weigh the same, also within each tercile of the border logit, so that it is unrelated to the class.
     If a class is missing from a tercile, or without border logits, only the classes are balanced.
@@ -308,7 +310,7 @@ def fit_operating_point(
 
 
 def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) -> float:
-    """A threshold on the calibrated logit z: positive at or above it; if chosen, halfway between two images.
+    """A threshold on the calibrated logit z: positive at or above it; unless fixed, halfway between two images.
 
     rule: youden (the largest sensitivity + specificity), sensitivity=X (the highest threshold that reaches X), or a
     fixed probability.
@@ -379,7 +381,7 @@ def save_progress(
     history: list[dict],
     finished: bool,
 ) -> dict:
-    """Write last.pt, all that --resume needs for an exact continuation, and after it metrics.json; returns the latter.
+    """Write last.pt, the state that --resume continues from, and after it metrics.json; returns the latter.
 
     about: what doesn't change in a run. parent: traces of the images that the run of --weights was trained on.
     """
@@ -417,7 +419,9 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
     if state["data"]["fingerprint"] != d.folder.fingerprint:
         raise UserError(f"the images have changed since the run in {folder} started; start a new run")
     if state["world"] != world:
-        raise UserError(f"the run in {folder} was started with {state['world']} processes, not {world}: use the same")
+        raise UserError(
+            f"the run in {folder} was started with {state['world']} processes, not {world}: use the same number"
+        )
     for name, part in learner.parts.items():
         part.load_state_dict(state[name])
     if not history:
@@ -567,7 +571,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         first_step = (epoch - 1) * steps
         rates = [learning_rate(first_step + i, args.epochs * steps, warmup, args.lr) for i in range(steps)]
         order = d.train[data.shuffle(len(d.train), args.seed, epoch)]
-        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # the rest varies by epoch
+        order = order[: steps * batch_size].view(steps, batch_size)[:, rank::world]  # what is left over varies
         numbers = data.draw_numbers(operations, len(d.images), args.seed, epoch)
         loader = batches(d, order, operations, numbers, settings, device)
         bar = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if is_first else True)
@@ -643,11 +647,12 @@ def make_parser() -> data.Parser:
     parser = data.Parser(description="Fine-tune a timm model on chest radiographs.")
     number, yes_no, text = data.within, argparse.BooleanOptionalAction, data.non_empty
     add = parser.add_argument_group("data").add_argument
-    add("--data", type=text, help="folder with train/CLASS/*.jpeg (default: data/chest_xray, else demo)")
+    add("--data", type=text, help="folder with train/CLASS/ (default: data/chest_xray, else a demo set)")
     help = "input side in pixels (default: 160, or the model's own if fixed)"
     add("--img-size", type=number(int, 8, 10_000), help=help)
     add("--positive", help="the positive class (default: PNEUMONIA, else a guess)")
-    add("--folds", type=number(int, 2, 1000), default=10, help="number of patient folds; one is for validation")
+    help = "number of patient folds, one for validation; unused if val/ has 100 images"
+    add("--folds", type=number(int, 2, 1000), default=10, help=help)
     add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
     group = parser.add_argument_group("model")
     add, add_source = group.add_argument, group.add_mutually_exclusive_group().add_argument
@@ -674,8 +679,9 @@ def make_parser() -> data.Parser:
     add("--output", type=text, help="run folder (default: runs/DATE-TIME-MODEL)")
     add("--resume", type=text, help="continue the run in a folder; can change --data, --epochs, --device")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of everything but the split")
-    add("--device", default="auto", help="auto, cpu, cuda, mps")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="auto: bf16 or fp16 on CUDA")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    help = "auto: bf16 or fp16 on CUDA, else fp32"
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help=help)
     add("--compile", action=yes_no, default=False, help="torch.compile the model")
     return parser
 
@@ -716,7 +722,7 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
 
 
 def how_to_continue(args: argparse.Namespace) -> str:
-    """For a run that was interrupted."""
+    """A hint for a run that was interrupted."""
     # Not Path.exists, which raises an error if the name is too long.
     if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
         return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"

@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=500, help="simulated data sets per row")
     args = parser.parse_args()
-    print("| images | AUROC | its coverage | coverage of sensitivity 0.99 |")
+    print("| images | AUROC | coverage of AUROC | coverage of sensitivity 0.99 |")
     print("| --- | --- | --- | --- |")
     for images in (100, 624, 5000):
         for auroc in (0.9, 0.99, 0.999):

@@ -48,7 +48,7 @@ def save(root, images):
 
 
 def file_names(split, start, n, ending="jpeg"):
-    """Half of n images in each class, every one a patient of its own."""
+    """The paths of n images, half in each class, each of its own patient."""
     classes = (f"NORMAL/IM-{{}}-0001.{ending}", f"PNEUMONIA/person{{}}_virus_1.{ending}")
     return [f"{split}/{classes[i % 2].format(start + i)}" for i in range(n)]
 
@@ -141,7 +141,7 @@ def test_a_stopped_script_prints_one_line_and_leaves_no_partial_file(tmp_path, m
 
 # --- find ---
 
-IDENTIFY = {  # the same number in two series is two patients, but newer copies count all in one series
+IDENTIFY = {  # the same number in two series is two patients, but newer releases count all in one series
     "person23_bacteria_78.jpeg": ("bacteria-23", "bacterial"),
     "person23_virus_150.jpeg": ("virus-23", "viral"),
     "IM-0115-0001.jpeg": ("IM-115", ""),
@@ -223,7 +223,7 @@ def test_a_layout_that_cannot_be_trained_on_is_an_error(tmp_path):
 
 def test_a_table_names_patients_subtypes_and_groups(tmp_path, capsys):
     touch(tmp_path, "train/A/a.png", "train/A/b.png", "train/B/IM-0007-1.png", "train/B/c.png")
-    rows = "train/A/a.png,p1,,F,test\ntrain/A/b,p1,,F\n"  # one without its ending
+    rows = "train/A/a.png,p1,,F,test\ntrain/A/b,p1,,F\n"  # one without its extension
     rows += "train/B/c.png,p2,viral,M\ntrain/B/gone.png,p3,viral,M\n"
     records = data.scan(table(tmp_path, "file_name,patient,subtype,sex,split\n" + rows), "train")
     assert [r.patient for r in records] == ["p1", "p1", "IM-7", "p2"]
@@ -252,7 +252,7 @@ def test_a_table_with_labels_needs_no_class_folders_and_what_is_odd_is_reported(
     data.scan(table(tmp_path, "file_name,label,split\n" + rows))
     said_of_others = capsys.readouterr().err
     assert "label; using metadata.csv: 2 (NORMAL/7.png, PNEUMONIA/7.png)" in said_of_others
-    assert "share their row of metadata.csv with another image: 1 (a/b.png)" in said_of_others
+    assert "share their row of metadata.csv with another: 1 (a/b.png)" in said_of_others
     assert "no label or not in a class folder: 1 (x/6.png)" in said
 
 
@@ -339,7 +339,7 @@ def test_folds_keep_patients_together_and_strata_balanced_and_never_change():
     for images in counts.values():
         assert max(images) - min(images) <= 8  # the largest patient
     assert deal(records[::-1], 10)[::-1] == folds  # in whatever order the files come
-    # Else earlier runs could not be compared with new ones.
+    # Otherwise earlier runs could not be compared with new ones.
     assert hashlib.sha256("".join(map(str, folds)).encode()).hexdigest()[:16] == "bda192c75a7e91e5"
 
 
@@ -378,7 +378,7 @@ def test_shared_patients_are_an_error(tmp_path):
 
 ODD_PATIENTS = {
     "of 2 images, these have no patient id, so each counts as a patient: 1 (train/A/1)": records_of("p", "train/A/1"),
-    "more than 5 % of all images; placeholders?: 1 (p)": records_of(*["p"] * 21, "q"),
+    "more than 5 % of all images (placeholders?): 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
     "use one spelling: 1 (00017b = 17B.0)": [*records_of("00017b", "8"), *records_of("17B.0", "x8", split="test")],
 }
@@ -446,7 +446,7 @@ def white_is_zero(samples):
     return encoded("TIFF", samples).replace(entry, struct.pack("<HHIH", 262, 3, 1, 0))
 
 
-FORMATS = {  # the picture in another coding, and how far from the 8-bit grey one it may be decoded
+FORMATS = {  # the picture in another encoding, and how far its levels may be from the 8-bit ones
     "grey.jp2": (encoded("JPEG2000", PICTURE), 0),
     "rgb.webp": (encoded("WEBP", np.dstack([PICTURE] * 3), lossless=True), 0),
     "palette.gif": (encoded("GIF", PICTURE), 2),
@@ -473,7 +473,7 @@ def test_every_format_reads_as_the_grey_picture(tmp_path, name):
 @pytest.mark.parametrize("bits", [8, 11, 16])
 def test_any_depth_gives_the_same_grey_levels(bits):
     signed = deepened(bits).astype(np.int32) - 2 ** (bits - 1)
-    signed[0, :5], signed[1, :5] = 10**6, -(10**6)  # of 5,400 pixels five are odd, at either end
+    signed[0, :5], signed[1, :5] = 10**6, -(10**6)  # five of 5,400 pixels are odd at each end
     for content in (encoded("PNG", deepened(bits)), encoded("TIFF", signed)):
         found, info = read(content)
         np.testing.assert_array_equal(found[2:], PICTURE[2:])
@@ -517,7 +517,7 @@ def test_a_picture_of_three_grey_levels_is_a_mask_and_one_of_four_is_not(n, is_m
 @pytest.mark.parametrize(("kind", "bits"), [("JPEG", 8), ("PNG", 12)])
 def test_exif_rotation_is_applied(kind, bits):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn it to the right to show it
+    exif[0x0112] = 6  # rotate clockwise to display
     samples = np.rot90(deepened(bits)).astype(np.uint8 if bits == 8 else np.uint16)
     found, _ = read(encoded(kind, samples, quality=98, exif=exif))
     assert found.shape == (60, 90) and np.abs(found.astype(int) - PICTURE).mean() < 1.5
@@ -556,7 +556,7 @@ REFUSED = {  # a file's bytes, and the reason
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_not_a_usable_image_is_refused_with_a_reason(tmp_path, monkeypatch, name):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("another program would be started"))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # twice as many are refused
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # more than twice as many are refused
     content, reason = REFUSED[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -693,7 +693,7 @@ def test_dicom_padding_is_black_and_a_dark_picture_beside_it_stays_dark(case):
 
 
 @needs_pydicom
-def test_multi_frame_colour_and_preambleless_dicom_is_read():
+def test_multi_frame_colour_and_preambleless_dicom_files_are_read():
     found, _ = read(dicom(PICTURE, 8)[132:])
     np.testing.assert_array_equal(found, PICTURE)
     frames = np.stack([PICTURE, 255 - PICTURE])
@@ -708,7 +708,7 @@ def test_multi_frame_colour_and_preambleless_dicom_is_read():
 def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
     """The id in a header is hashed, so that it is written nowhere."""
     for i, patient in enumerate(("Miller 1970", "0miller 1970", "Miller 1971", None, "anonymous", "0")):
-        path = f"train/A/IM-000{i}-0001"  # known by its content
+        path = f"train/A/IM-000{i}-0001"  # recognised by its content
         content = dicom(stored(12), 12, PatientID=patient, PatientName="Miller^Ann")
         touch(tmp_path, path, content=content)
     records = data.scan(tmp_path, "train")
@@ -752,7 +752,7 @@ def test_dicom_without_an_image_or_without_pydicom_is_refused(monkeypatch):
 
 
 def load(root, size=16):
-    data.read_folder.cache_clear()  # as a new process would start
+    data.read_folder.cache_clear()  # start as a new process would
     return data.read_folder(root, False, size)
 
 
@@ -985,7 +985,7 @@ def test_random_numbers_are_a_function_of_seed_and_epoch_and_never_change():
         assert not any(map(torch.equal, first, draw_all(seed, epoch)))
     order = first[-1].tolist()
     assert sorted(order) == list(range(50))
-    # Else earlier runs could not be compared with new ones.
+    # Otherwise earlier runs could not be compared with new ones.
     assert draw_all(5, 2)[1][0, 0].item() == pytest.approx(0.281299, abs=1e-4)
 
 
@@ -1001,7 +1001,7 @@ def stressed():
     return dict(data.stress(HALVES, partners, ["a.png", "b.png"]))
 
 
-def test_stress_makes_18_changed_copies(stressed):
+def test_stress_makes_18_stressed_copies(stressed):
     assert len(stressed) == 18
     for copy in stressed.values():
         assert copy.shape == HALVES.shape and copy.dtype == torch.uint8
@@ -1180,7 +1180,7 @@ def pad_file(path):
     path.write_bytes(path.read_bytes() + bytes(500))  # Pillow ignores what follows the image
 
 
-MARKS = {  # how the images of one class are changed, their ending, what separates the classes then
+MARKS = {  # how the images of one class are changed, their extension, what separates the classes then
     "corner": (mark_corner, "png", ["border"]),
     "bytes of JPEG": (pad_file, "jpeg", ["file"]),
     "bytes of PNG, which depend on the picture": (pad_file, "png", []),

@@ -635,7 +635,7 @@ def test_copies_count_as_one_patient_and_contradicting_labels_are_reported(run, 
     found, err = evaluate_files(tmp_path, run, "--data", "d", "--output", "out", "--bootstrap", 0)
     assert found["data"]["patients"] == 11
     assert found["data"]["copies"] == 2
-    assert err.count("1 image under several labels") == 1
+    assert err.count("copies whose labels differ: 1") == 1
 
 
 def test_columns_of_metadata_are_subgroups_and_in_the_csv(run, demo, tmp_path):
@@ -709,7 +709,7 @@ def test_an_unfinished_run_is_reported(run, tmp_path):
 
 @pytest.fixture(scope="module")
 def three(run_folder, demo, tmp_path_factory) -> Path:
-    """A checkpoint for the classes A, B and C: the run's with another head, and phantoms at random in the classes."""
+    """A checkpoint for the classes A, B and C: the run's with another head, and phantoms dealt to them in turn."""
     folder = tmp_path_factory.mktemp("three")
     for i, path in enumerate(sorted((demo / "test").rglob("*.jpeg"))):
         place = folder / "data" / "test" / "ABC"[i % 3]

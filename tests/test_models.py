@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 
 
 def to_checkpoint(name: str, model: nn.Module) -> dict:
-    """What this module reads of a checkpoint."""
+    """What models.py reads of a checkpoint."""
     return {
         "model": name,
         "model_arguments": {},
@@ -111,7 +111,7 @@ def test_each_architecture_has_a_localised_heat_map(trained):
     has_peak = maps.amax((0, 2, 3)) > 0.7
     assert has_peak.sum() > 4
     spread = maps.flatten(2).std(2).amax(0)
-    assert (spread > 0.01).sum() > 4  # a place, not a plain sheet
+    assert (spread > 0.01).sum() > 4  # localised, not uniform
 
 
 # --- heat maps ---
@@ -143,7 +143,7 @@ def test_the_map_of_a_trained_model_lies_on_the_planted_opacity():
 
 
 class Toy(nn.Module):
-    """A stage whose features are the image in cells of 8 pixels, in one of many layouts; logit 1 sums them up."""
+    """A stage whose features are the image in cells of 8 pixels, in one of several layouts; logit 1 sums them up."""
 
     def __init__(self, layout):
         super().__init__()
@@ -279,7 +279,7 @@ def test_a_head_is_taken_from_a_run_of_the_same_classes(tmp_path, small):
     models.save(to_checkpoint(SMALL, small), tmp_path / "ckpt.pt")
     model, origin, trained_on = load_weights(tmp_path, CLASSES)
     assert [key for key, value in model.state_dict().items() if not torch.equal(value, before[key])] == []
-    assert "its head for NORMAL, PNEUMONIA" in origin["note"]
+    assert "head kept, for NORMAL, PNEUMONIA" in origin["note"]
     assert trained_on["patients"] == ["IM-1"]
     model, origin, _ = load_weights(tmp_path, CLASSES[::-1])
     assert not torch.equal(model.classifier.weight, small.classifier.weight)
@@ -394,7 +394,7 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(tmp_path):
 
 
 def test_an_altered_field_is_refused(tmp_path, small):
-    """A file that PyTorch reads without complaint, with the seal of another content."""
+    """A file that PyTorch reads without complaint, with the seal of other content."""
     path = tmp_path / "ckpt.pt"
     files = []
     for slope in (1.5, 2.5):
@@ -496,7 +496,7 @@ def test_the_border_logit_depends_on_the_border_alone():
     images = torch.randint(0, 256, (120, 64, 64), generator=torch.Generator().manual_seed(4), dtype=torch.uint8)
     is_positive = np.arange(120) % 2 == 0
     images[is_positive, :4] //= 2
-    images[~is_positive, 20:40] //= 2  # says as much, but is no border
+    images[~is_positive, 20:40] //= 2  # says as much, but is not in the border
     index = torch.randperm(60, generator=torch.Generator().manual_seed(5))
     border = models.fit_border(images, index, is_positive[index])
     found = models.border_logit(border, images)

@@ -81,7 +81,7 @@ def test_probability_is_calibrated_and_the_threshold_decides(run_folder, demo, n
 def test_of_three_classes_the_most_probable_is_the_label(run_folder, normals, tmp_path):
     model = models.build("mobilenetv3_small_050", 3, 64)
     fields = {"classes": ["A", "B", "C"], "state_dict": model.state_dict()}
-    fields["threshold"] = {"value": None, "logit": None, "rule": "", "from": "", "weighting": ""}
+    fields["threshold"] = {"value": None, "logit": None, "rule": "", "from": ""}
     save_with(run_folder, tmp_path / "ckpt.pt", **fields)
     command = ("predict.py", "--ckpt", ".", normals[0])
     (row,) = as_json(run_script(*command, "--json", cwd=tmp_path))
@@ -185,13 +185,13 @@ def test_mixed_inputs_are_classified_and_the_bad_ones_named(run_folder, normals,
     command = ("predict.py", "--ckpt", run_folder, "--json", "missing.png", "sub", "empty", "-")
     done = run_script(*command, cwd=tmp_path, input=f"{normals[2]}\r\n\n")
     assert done.returncode == 1
-    assert "skipped 1 non-image file in sub" in done.stderr
+    assert "skipped 1 other file in sub" in done.stderr
     errors = {row["path"]: row["error"] for row in as_json(done)}
     assert errors == {
         "missing.png": "no such file",
         "sub/a b.jpeg": "",
         "sub/text.jpeg": "not an image of a known format",
-        "empty": "a folder without images",
+        "empty": "a folder, not an image",
         normals[2]: "",
     }
 

@@ -37,7 +37,7 @@ NOT_RUN = {  # what a command begins with, and why
     "torchrun": "test_two_processes_see_what_one_sees starts it",
     "python tests/": "takes minutes, by hand: arguments of bench.py are parsed",
 }
-CHEAP = {  # appended: of an option that is there twice the last one counts
+CHEAP = {  # appended: the last value of an option counts
     "train.py": ["--epochs=1", "--img-size=32", "--batch-size=32", "--device=cpu"],
     "evaluate.py": ["--bootstrap=20"],
 }

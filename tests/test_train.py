@@ -177,7 +177,7 @@ def test_a_steep_calibration_keeps_its_cut():
 
 
 @pytest.mark.parametrize(("rule", "cut"), [("0.2", math.log(0.25)), ("youden", 1.5), ("sensitivity=1", -0.5)])
-def test_a_threshold_rule_chooses_half_way_between_two_images(rule, cut):
+def test_a_threshold_rule_gives_the_cut_worked_out_by_hand(rule, cut):
     z, labels = np.array([-2.0, -1, 0, 1, 2, 3, 4]), np.array([0, 0, 1, 0, 1, 1, 1])
     assert train.choose_cut(rule, labels == 1, z, np.ones(7)) == pytest.approx(cut)
 
@@ -231,7 +231,7 @@ def test_each_epoch_augments_each_image_differently(watched):
     assert difference.min() > 0.02
 
 
-def test_labels_are_the_folders_and_the_positive_class_is_the_last(watched):
+def test_labels_come_from_the_folders_and_the_positive_class_is_last(watched):
     expected = [int(row["class"] == "PNEUMONIA") for row in rows_of(watched.folder, "train")]
     assert len(watched.y[0]) == 80
     for labels in watched.y:
@@ -303,7 +303,7 @@ def test_an_epoch_that_is_worse_is_not_kept(demo, tmp_path, monkeypatch):
 def test_the_operating_point_uses_stressed_copies(run_folder, demo, tmp_path, monkeypatch):
     shutil.copytree(run_folder, tmp_path / "r")
     shutil.copytree(demo, tmp_path / "moved")
-    (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration, which is all that --resume does
+    (tmp_path / "r" / "metrics.json").unlink()  # as if killed before calibration: all that is left for --resume
     ask = evaluate.ask
 
     def ask_better_under_stress(model, folder, index, *rest, **options):
@@ -431,7 +431,7 @@ def test_a_killed_run_ends_like_one_that_was_not(demo, tmp_path):
     run_train(tmp_path, "--resume", "cut")
     assert not list(cut.glob(".*.tmp"))
     assert (cut / "report.md.old").read_text() == "of the half-trained model"
-    assert (cut / "test_results.csv").exists()  # not of evaluate.py
+    assert (cut / "test_results.csv").exists()  # not written by evaluate.py
     again = run_train(tmp_path, "--resume", "cut")
     assert "the run in cut is finished; --epochs N trains it longer" in again.out
     assert without_times(whole) == without_times(cut)
@@ -496,7 +496,7 @@ def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path
 
 
 def test_a_full_disk_loses_nothing(run_folder, tmp_path):
-    """A limit on the size of files replaces a full disk: what was saved before is still there and continues."""
+    """A limit on the size of files stands in for a full disk: what was saved before is still there."""
     shutil.copytree(run_folder, tmp_path / "r")
     before = (tmp_path / "r" / "last.pt").read_bytes()
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
