@@ -615,12 +615,9 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float]:
     a, b = z[is_positive], z[~is_positive]
     # Where the logits of the classes do not overlap, no logistic regression has a finite slope.
     if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
-        scale = z.std()
-        standardised = (z[:, None] - z.mean()) / scale
-        fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(standardised, is_positive)
-        slope = fitted.coef_[0, 0] / scale
-        bound = np.abs(z).max() + 50
-        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -bound, bound)
+        fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(z[:, None], is_positive)
+        slope = fitted.coef_[0, 0]
+        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -1e4, 1e4)
     return {
         "brier": np.mean((p - is_positive) ** 2),
         "nll": -log_expit(np.where(is_positive, z, -z)).mean(),

@@ -303,8 +303,7 @@ def fit_operating_point(
     if slope < LEAST_SLOPE:
         warn("on validation the model is no better than chance: train longer")
         slope, intercept = LEAST_SLOPE, 0.0
-    z = models.calibrate(all_logits, slope, intercept)[:, 1].numpy()
-    cut = choose_cut(rule, all_labels == 1, z, all_weights)
+    cut = choose_cut(rule, all_labels == 1, slope * z + intercept, all_weights)
     threshold = {"value": float(expit(cut)), "logit": cut, "rule": rule, **source}
     return {"slope": slope, "intercept": intercept, "threshold": threshold}
 
