@@ -602,12 +602,13 @@ HEADER = "epoch  train loss  val loss  val AUROC  val acc.  seconds  images/s"
 
 def split_rows(d: TrainingSet) -> list[dict]:
     """The rows of splits.csv: which image was used for what."""
-    used = dict.fromkeys(d.train.tolist(), "train") | dict.fromkeys(d.val.tolist(), "val")
+    splits = np.full(len(d.folder.records), "left out")
+    splits[d.train] = "train"
+    splits[d.val] = "val"
     mark = {"demo": "phantom"} if data.is_demo(d.root) else {}
     rows = []
-    for i, r in enumerate(d.folder.records):
-        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype}
-        row["split"] = used.get(i, "left out")
+    for r, split in zip(d.folder.records, splits.tolist()):
+        row = {"path": r.path, "class": r.label, "patient": r.patient, "subtype": r.subtype, "split": split}
         rows.append(row | r.groups | row | mark)  # a column of metadata.csv does not replace one of these
     return rows
 
