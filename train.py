@@ -659,16 +659,14 @@ def make_parser() -> data.Parser:
     add("--model", type=text, default="mobilenetv3_small_050", help="any timm classification model")
     help = "require, or skip, timm's weights (default: use them if available)"
     add_source("--pretrained", action=yes_no, default=None, help=help)
-    help = "weights from a run, a .safetensors file or a torch state dict"
-    add_source("--weights", type=text, help=help)
+    add_source("--weights", type=text, help="weights from a run, a .safetensors file or a torch state dict")
     add("--freeze", action=yes_no, default=False, help="train only the head: a linear probe")
     add = parser.add_argument_group("recipe").add_argument
     add("--epochs", type=number(int, 1), default=10, help="passes over the training images")
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
     add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak learning rate; transformers need less")
     add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="AdamW weight decay; none on norms and biases")
-    help = "learning-rate factor per layer, downwards"
-    add("--layer-decay", type=number(float, 0.1, 1), help=help)
+    add("--layer-decay", type=number(float, 0.1, 1), help="learning-rate factor per layer, downwards")
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="epochs of linear warm-up before cosine decay")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="decay of the weight average (EMA); 0: off")
     add("--balance", action=yes_no, default=True, help="give each class the same total weight in the loss")
@@ -719,14 +717,6 @@ def parse_arguments(parser: data.Parser) -> tuple[argparse.Namespace, dict | Non
                 parser.error(f"{flag} {getattr(args, name)} contradicts the run in {folder}, which has {value}")
         args.output = folder
     return args, state
-
-
-def how_to_continue(args: argparse.Namespace) -> str:
-    """A hint for a run that was interrupted."""
-    # Not Path.exists, which raises an error if the name is too long.
-    if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
-        return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
-    return "nothing saved yet"
 
 
 def main() -> None:
