@@ -729,7 +729,14 @@ def main() -> None:
             dist.barrier()  # with PyTorch 2.6, destroying a group while another process works may hang
             dist.destroy_process_group()
 
-    data.run_script(parser, work, lambda: how_to_continue(args))
+    def advise():
+        """How to continue a run that was interrupted."""
+        # Not Path.exists, which raises an error if the name is too long.
+        if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
+            return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
+        return "nothing saved yet"
+
+    data.run_script(parser, work, advise)
 
 
 if __name__ == "__main__":
