@@ -96,21 +96,16 @@ class Scored:
     def is_binary(self) -> bool:
         return len(self.classes) == 2
 
-    @property
-    def reported(self) -> list[int]:
-        """Positions of the classes that are scored against the rest: the last of two, or each of more."""
-        return [1] if self.is_binary else list(range(len(self.classes)))
-
     @functools.cached_property
-    def answers(self) -> list[Answers]:
-        """For each class: what was predicted about it against the rest."""
+    def answers(self) -> dict[int, Answers]:
+        """What was predicted about a class against the rest, by its position: of the last of two, or of each of more."""
         stratum = None
         if self.border is not None:
             stratum = np.searchsorted(np.quantile(self.border, (0.2, 0.4, 0.6, 0.8)), self.border)
-        return [
-            Answers(self.labels == c, score, self.predicted == c, self.patient_index, stratum)
-            for c, score in enumerate(self.calibrated_logits.T)
-        ]
+        return {
+            c: Answers(self.labels == c, self.calibrated_logits[:, c], self.predicted == c, self.patient_index, stratum)
+            for c in ([1] if self.is_binary else range(len(self.classes)))
+        }
 
 
 def decided_fields(records: list[data.Record], logits: ndarray, checkpoint: dict) -> dict:
@@ -523,7 +518,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     runs: on the same images. number: of the model, in a comparison.
     """
     s = runs[0]
-    of_classes = [[bootstrap.values(run.answers[c], METRICS) for run in runs] for c in s.reported]
+    of_classes = [[bootstrap.values(run.answers[c], METRICS) for run in runs] for c in s.answers]
     of_runs = dict(zip(METRICS, np.mean(of_classes, axis=0).swapaxes(0, 1)))  # of each metric: [runs, 1 + draws]
     if not s.is_binary:
         # A wrong answer counts twice: for the true class, and for the predicted one.
@@ -532,7 +527,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
     drawn, metrics = {}, {}
     for name, values in of_runs.items():
         drawn[name] = mean_over_runs(values, np.random.default_rng([bootstrap.seed, number]))
-        n_patients = min(s.answers[c].n_patients(name) for c in s.reported)
+        n_patients = min(a.n_patients(name) for a in s.answers.values())
         metrics[name] = with_interval(name, drawn[name], n_patients)
         if len(runs) > 1:
             metrics[name]["sd"] = values[:, 0].std(ddof=1)
@@ -574,7 +569,7 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
     matrix = confusion_matrix(s.labels, s.predicted, labels=range(len(s.classes)))
     if not s.is_binary:
         both = ("auroc", "sensitivity")
-        each = {name: estimates(a, bootstrap, both) for name, a in zip(s.classes, s.answers)}
+        each = {name: estimates(a, bootstrap, both) for name, a in zip(s.classes, s.answers.values())}
         return {**result, "each_class": each, "confusion": matrix.tolist()}
     a = s.answers[1]
     at_half = replace(a, predicted=a.score >= 0)
@@ -706,7 +701,7 @@ def to_rows(s: Scored) -> list[dict]:
     rows = []
     for i, r in enumerate(s.records):
         row = {"path": r.path, "patient": r.patient, "subtype": r.subtype, "label": r.label}
-        for c in s.reported:
+        for c in s.answers:
             suffix = "" if s.is_binary else f"_{s.classes[c]}"
             row[f"logit{suffix}"] = s.logits[i, c]
             row[f"calibrated_logit{suffix}"] = s.calibrated_logits[i, c]
@@ -1021,8 +1016,7 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     figure = new_figure(title, 2, 3, 15, 9)
     roc, reliability, decision, distribution, matrix, training = figure.axes
     thresholds = np.arange(1, 100) / 100
-    for c in s.reported:
-        a = s.answers[c]
+    for c, a in s.answers.items():
         draw_roc(roc, a, s.classes[c], f"C{c}")
         CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=s.classes[c])
         benefits = np.column_stack(net_benefit(a, thresholds))
@@ -1071,7 +1065,9 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            draw_roc(figure.axes[0], s.answers[-1], f"{number}: {', '.join(s.sources)}", f"C{number - 1}")
+            draw_roc(
+                figure.axes[0], s.answers[len(s.classes) - 1], f"{number}: {', '.join(s.sources)}", f"C{number - 1}"
+            )
     return figure
 
 
