@@ -1011,8 +1011,8 @@ def net_benefit(a: Answers, thresholds: ndarray) -> tuple[ndarray, ndarray]:
     return (worth * (a.score >= cuts)).mean(1), worth.mean(1)
 
 
-def plot_report(s: Scored, title: str, history: list[dict]):
-    """Six panels of one model."""
+def plot_report(s: Scored, title: str, run: dict | None):
+    """Six panels of one model; run: the checkpoint, if it is one run's."""
     figure = new_figure(title, 2, 3, 15, 9)
     roc, reliability, decision, distribution, matrix, training = figure.axes
     thresholds = np.arange(1, 100) / 100
@@ -1031,10 +1031,10 @@ def plot_report(s: Scored, title: str, history: list[dict]):
     ConfusionMatrixDisplay.from_predictions(
         s.labels, s.predicted, labels=range(len(s.classes)), display_labels=s.classes, ax=matrix, colorbar=False
     )
-    if history:
+    if run:
         for name in ("train_loss", "val_loss", "val_auroc"):
-            training.plot([log["epoch"] for log in history], [log[name] for log in history], label=name)
-        training.axvline(s.checkpoint["epoch"], color="k", ls="--")
+            training.plot([log["epoch"] for log in run["history"]], [log[name] for log in run["history"]], label=name)
+        training.axvline(run["epoch"], color="k", ls="--")
         training.legend()
     for ax, (panel, (x, y, _)) in zip(figure.axes, PANELS.items()):
         ax.set(title=panel, xlabel=x, ylabel=y, visible=ax.has_data())
@@ -1086,10 +1086,9 @@ def make_files(groups: list[list[Scored]], r: dict, sections: dict, args: argpar
     stem = s.split if s.checkpoint else f"{s.model}.scored"  # scoring a run's test.csv must not replace its test.json
     figures = {}
     if args.plots:
-        is_run = s.checkpoint and len(s.sources) == 1
-        history = s.checkpoint["history"] if is_run else []
-        figures[f"{stem}.png"] = plot_report(s, heading(r), history)
-        if is_run and r["failures"]:
+        run = s.checkpoint if len(s.sources) == 1 else None
+        figures[f"{stem}.png"] = plot_report(s, heading(r), run)
+        if run and r["failures"]:
             figures[f"{stem}-mistakes.png"] = plot_mistakes(s, r["failures"], models.pick_device(args.device))
     card = render({**sections, **card_sections(r, list(figures))})
     files = {f"{stem}.json": r, "report.md" if stem == "test" else f"{stem}.md": card}
