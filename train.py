@@ -232,11 +232,10 @@ def validate(model: torch.nn.Module, d: TrainingSet, preprocessing: dict) -> dic
         raise UserError("the logits of validation images are not finite; start a new run with a lower --lr")
     labels = d.labels[d.val]
     predicted = logits.argmax(1)
-    z = models.calibrate(logits, 1.0, 0.0).numpy()
     patient_index = d.folder.patient_index[d.val]
     aurocs = []
-    for c in range(len(d.classes)):  # of two classes, both are equal
-        answers = evaluate.Answers((labels == c).numpy(), z[:, c], (predicted == c).numpy(), patient_index, None)
+    for c, score in enumerate(models.calibrate(logits, 1.0, 0.0).numpy().T):  # of two classes, both are equal
+        answers = evaluate.Answers((labels == c).numpy(), score, (predicted == c).numpy(), patient_index, None)
         aurocs.append(evaluate.measure(answers, ["auroc"]))
     return {
         "val_loss": float(F.cross_entropy(logits, labels)),  # unweighted, on whole images: unlike train_loss
