@@ -125,17 +125,13 @@ def load_classifier(path: Path, changed: int, device: str) -> Classifier:  # cha
     return Classifier(path, data.sha256(path)[:12], checkpoint, model, turns)
 
 
-def classify_all(sources, classifier: Classifier, maps: Path | None = None, one_by_one: bool = False):
-    """Yield the predictions of any number of sources in order, in batches spread over all cores.
-
-    one_by_one: each prediction comes out before the next source is taken. The rest is as for classify.
-    """
-    size, n_ahead = (1, 1) if one_by_one else (BATCH, 4 * data.CORES)
+def classify_all(sources, classifier: Classifier):
+    """Yield the predictions of any number of sources in order, in batches spread over all cores."""
     sources = iter(sources)
-    batches = iter(lambda: list(itertools.islice(sources, size)), [])
-    work = functools.partial(classify, classifier=classifier, maps=maps)
+    batches = iter(lambda: list(itertools.islice(sources, BATCH)), [])
+    work = functools.partial(classify, classifier=classifier)
     with ThreadPoolExecutor(data.CORES) as pool:
-        while ahead := list(itertools.islice(batches, n_ahead)):
+        while ahead := list(itertools.islice(batches, 4 * data.CORES)):
             yield from itertools.chain.from_iterable(pool.map(work, ahead))
 
 
@@ -288,7 +284,7 @@ def to_text(row: Prediction | None, style: str | None, checkpoint: dict) -> str:
             cells |= {f"probability_{name}": probabilities.get(name) for name in classes}
         header, _, line = data.to_csv([cells]).partition("\n")
         return line if row else f"{header}\n"
-    width = max(len(name) for name in [*classes, "error"])
+    width = max(map(len, [*classes, "error"]))
     of = "P(label)" if threshold is None else f"P({classes[-1]})"
     if row is None:
         cut = "" if threshold is None else f" (threshold {threshold:.3f})"
@@ -312,8 +308,11 @@ def print_predictions(args: argparse.Namespace) -> int:
     maps = args.cam and Path(args.cam)
     if maps:
         maps.mkdir(parents=True, exist_ok=True)
-    one_by_one = bool(maps) or "-" in args.inputs  # a heat map takes long, and a list on stdin may pause
-    rows = classify_all(find_inputs(args.inputs), classifier, maps, one_by_one)
+    sources = find_inputs(args.inputs)
+    if maps or "-" in args.inputs:  # one by one: a heat map takes long, and a list on stdin may pause
+        rows = (row for source in sources for row in classify([source], classifier, maps))
+    else:
+        rows = classify_all(sources, classifier)
     counts, flagged = Counter(), 0  # of each label, None for errors; with any flag
     sys.stdout.write(to_text(None, args.style, checkpoint))
     for row in tqdm(rows, unit="img", leave=False, disable=sys.stdout.isatty() or None):  # rows show progress too
