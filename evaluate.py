@@ -531,10 +531,8 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
         metrics[name] = with_interval(name, drawn[name], n_patients)
         if len(runs) > 1:
             metrics[name]["sd"] = values[:, 0].std(ddof=1)
-    training = None
-    if s.checkpoint:
-        large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
-        training = {name: value for name, value in s.checkpoint.items() if name not in large}
+    large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
+    training = s.checkpoint and {name: value for name, value in s.checkpoint.items() if name not in large}
     sources = [source for run in runs for source in run.sources]
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     remarks = [line for run in runs for line in find_remarks(run, sizes, metrics["auroc"]["ci95"])]
