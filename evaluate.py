@@ -583,13 +583,15 @@ def report(s: Scored, bootstrap: Bootstrap) -> dict:
         result["calibration"]["prevalence"] = 0.5  # at which the probability applies
     if s.border is not None:
         border = replace(a, score=s.border, predicted=s.border > 0)
-        groups = {}
-        for c, name in enumerate(s.classes):
-            is_misled = (s.labels == c) & (border.predicted != a.is_positive)
-            if is_misled.any():
-                groups[name] = group_estimates(a, is_misled, bootstrap)
-        border_auroc = estimates(border, bootstrap, ["auroc"])["auroc"]
-        result["shortcut"] = {"border_auroc": border_auroc, "groups": groups}
+        is_misled = border.predicted != a.is_positive
+        result["shortcut"] = {
+            "border_auroc": estimates(border, bootstrap, ["auroc"])["auroc"],
+            "groups": {
+                name: group_estimates(a, is_misled & (s.labels == c), bootstrap)
+                for c, name in enumerate(s.classes)
+                if c in s.labels[is_misled]
+            },
+        }
     if s.stressed:
         result["stress"], result["worst_balanced_accuracy"] = stress_table(s)
     return result
