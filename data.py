@@ -150,6 +150,11 @@ def count(n: int, noun: str) -> str:
     return f"{n or 'no'} {noun}{'s' * (n != 1)}"
 
 
+def without(content: dict, *keys: str) -> dict:
+    """A copy of a dict that lacks some of its keys."""
+    return {key: value for key, value in content.items() if key not in keys}
+
+
 @contextlib.contextmanager
 def replacing(path: Path):
     """A binary file to write, moved to path once it is complete: no reader ever sees a partial file."""
@@ -388,7 +393,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
                 f"{table}: the split of {path} is {asked or 'missing'}; write train, val or test, the same for all "
                 "images of a patient, for example test where zlib.crc32(patient.encode()) % 5 == 0, else train"
             )
-        rows[path] = {column: cell for column, cell in line.items() if column not in identifiers}
+        rows[path] = without(line, *identifiers)
     return rows
 
 
@@ -489,7 +494,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
         patient=patient,
         subtype=row.get("subtype") or {"bacteria": "bacterial", "virus": "viral"}.get(series.lower(), ""),
         series=series,
-        groups={column: cell for column, cell in row.items() if column not in known},
+        groups=without(row, *known),
     )
 
 

@@ -532,7 +532,7 @@ def summarise(runs: list[Scored], bootstrap: Bootstrap, number: int = 0) -> tupl
         if len(runs) > 1:
             metrics[name]["sd"] = values[:, 0].std(ddof=1)
     large = ("state_dict", "input_check", "border", "trained_on", "chosen_on")
-    training = s.checkpoint and {name: value for name, value in s.checkpoint.items() if name not in large}
+    training = s.checkpoint and data.without(s.checkpoint, *large)
     sources = [source for run in runs for source in run.sources]
     sizes = np.bincount(s.labels, minlength=len(s.classes))
     remarks = [line for run in runs for line in find_remarks(run, sizes, metrics["auroc"]["ci95"])]

@@ -328,7 +328,7 @@ def choose_cut(rule: str, is_positive: ndarray, z: ndarray, weights: ndarray) ->
 def describe(args: argparse.Namespace, d: TrainingSet, device: torch.device) -> dict:
     """Arguments, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
     return {
-        "arguments": {k: v for k, v in vars(args).items() if k not in ("output", "resume")},
+        "arguments": data.without(vars(args), "output", "resume"),
         "environment": evaluate.describe_environment(device),
         "data": {
             "root": str(d.root.resolve()),
@@ -401,8 +401,8 @@ def save_checkpoint(checkpoint: dict, history: list[dict], folder: Path) -> None
     for file in folder.iterdir():
         if evaluate.IN_RUN.fullmatch(file.name):
             os.replace(file, f"{file}.old")
-    times = ("seconds", "images_per_second")  # left out, so that equal runs write equal files
-    timeless = [{k: v for k, v in epoch_log.items() if k not in times} for epoch_log in history]
+    # Without times, so that equal runs write equal files.
+    timeless = [data.without(epoch_log, "seconds", "images_per_second") for epoch_log in history]
     models.save({**checkpoint, "history": timeless}, folder / "ckpt.pt")
 
 
@@ -685,7 +685,7 @@ def make_parser() -> data.Parser:
 
 def fixed(arguments: dict) -> dict:
     """The arguments that --resume can't change."""
-    return {k: v for k, v in arguments.items() if k not in ("data", "epochs", "device")}
+    return data.without(arguments, "data", "epochs", "device")
 
 
 def threshold_rule(text: str) -> str:
