@@ -767,7 +767,7 @@ def add_holm(tests: list[dict]) -> None:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     first = groups[0][0]
-    entries, draws = [], []
+    entries = []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
         drawn, entry = summarise(runs, bootstrap, number)
@@ -776,13 +776,14 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
             for name, value in runs[0].arguments.items()
             if any(others.arguments.get(name, value) != value for others, *_ in groups)
         }
-        gap = {"auroc": difference(drawn, draws[0])} if draws else {}
+        if number == 1:
+            reference = drawn
+        gap = {"auroc": difference(drawn, reference)} if number > 1 else {}
         entry |= {"number": number, "varied": varied, "difference": gap}
         if all(s.stressed for s in runs):
             worst = [stress_table(s)[1]["value"] for s in runs]
             entry["worst_balanced_accuracy"] = {"value": np.mean(worst)}
         entries.append(entry)
-        draws.append(drawn)
     add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
     about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
     entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
