@@ -200,11 +200,10 @@ def ask(
     records = [folder.records[i] for i in index.tolist()]
     partners = data.draw_partners(records) if stress else None
     logits, border = defaultdict(list), []
-    for start in range(0, len(index), 64):
-        batch = slice(start, start + 64)
+    for batch in torch.arange(len(index)).split(64):
         images = folder.images[index[batch]]
         others = None if partners is None else folder.images[index[partners[batch]]]
-        changed = data.stress(images, others, [r.path for r in records[batch]]) if stress else ()
+        changed = data.stress(images, others, [records[i].path for i in batch]) if stress else ()
         for name, copy in itertools.chain([("clean", images)], changed):
             logits[name].append(models.infer(model, copy, checkpoint))
         if checkpoint["border"] is not None:
