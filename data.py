@@ -274,6 +274,8 @@ def parallel(work, items, name: str):
 # --- find ---
 
 HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
+# The extensions of the formats that are read; see FORMATS.
+IMAGE_NAME = re.compile(r"\.(dcm|jpe|jpe?g|jfif|mpo|png|tiff?|bmp|gif|webp|jp2|j2k|p[bgnp]m)\Z", re.IGNORECASE)
 MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
@@ -329,7 +331,7 @@ def walk(folder: Path, passed_over: Counter, onerror):
         subfolders[:] = sorted(itertools.filterfalse(HIDDEN.match, subfolders))
         for name in sorted(itertools.filterfalse(HIDDEN.match, files)):
             path = Path(top, name)
-            is_image = path.suffix.lower() in IMAGE_SUFFIXES or is_dicom(path)
+            is_image = IMAGE_NAME.search(name) or is_dicom(path)
             if is_image and not name.endswith("_cam.png"):  # a heat map of predict.py
                 yield path
             else:
@@ -638,17 +640,8 @@ DEFAULT_SIZE = 160  # side in pixels of what is cached, unless a model or --img-
 filterwarnings("ignore", module="PIL|pydicom")
 
 
-FORMATS = {  # no others are opened: for PostScript, whatever the file's name, Pillow would run another program
-    "JPEG": ".jpg .jpeg .jpe .jfif .mpo",
-    "PNG": ".png",
-    "TIFF": ".tif .tiff",
-    "BMP": ".bmp",
-    "GIF": ".gif",
-    "WEBP": ".webp",
-    "JPEG2000": ".jp2 .j2k",
-    "PPM": ".pbm .pgm .ppm .pnm",
-}
-IMAGE_SUFFIXES = [".dcm", *" ".join(FORMATS.values()).split()]
+# No other formats are opened: for PostScript, whatever the file's name, Pillow would run another program.
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "GIF", "WEBP", "JPEG2000", "PPM")
 EXTREMES = (-2147483648, -32768, 32767, 65535, 2147483647)  # of samples of 16 and 32 bits
 
 
@@ -710,7 +703,7 @@ def _read(source, size):
     if is_file and DICOM_START.match(source.read(132)):
         image, info = _open_dicom(source)
     else:
-        image = Image.open(source, formats=list(FORMATS)) if is_file else source
+        image = Image.open(source, formats=FORMATS) if is_file else source
         info = ImageInfo(*image.size, image.mode)
     if not image.width * image.height:
         raise UserError("it has no pixels")
