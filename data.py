@@ -842,7 +842,7 @@ class Folder:
 
     records: list[Record]
     images: Tensor  # uint8 [n, size, size]; zeros if the file can't be read
-    hashes: ndarray  # uint64 [n, 4], see ImageInfo; that of an unusable file matches no other
+    hashes: Tensor  # int64 [n, 4], see ImageInfo; that of an unusable file matches no other
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
     unusable: dict[int, dict]  # position: path and reason of each file that can't be used
@@ -856,7 +856,7 @@ class Folder:
     def traces(self, index) -> dict:
         """What later identifies the images at index: their known patients, and their hashes as int64 [n, 4]."""
         patients = {self.records[i].patient for i in index if self.records[i].known_patient}
-        return {"patients": sorted(patients), "hashes": torch.from_numpy(self.hashes[index].view(np.int64))}
+        return {"patients": sorted(patients), "hashes": self.hashes[index]}
 
 
 @functools.lru_cache(maxsize=2)
@@ -894,7 +894,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     )
 
 
-def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, list[ImageInfo], ndarray, str]:
+def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, list[ImageInfo], Tensor, str]:
     """The images of one split, or of train/ and val/, decoded once and kept in one memory-mapped cache file: beside the
     data or, if that can't be written, in the user's cache folder.
 
@@ -925,7 +925,8 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
             warn(f"no image cache in {place} ({e.strerror or e})")
         if cached := _open_cache(place / name, root, records, size):
             images, infos = cached
-            hashes = np.frombuffer(bytes.fromhex("".join(info.hash for info in infos)), np.uint64).reshape(-1, 4)
+            bits = bytearray.fromhex("".join(info.hash for info in infos))
+            hashes = torch.frombuffer(bits, dtype=torch.int64).view(-1, 4)
             lines = (f"{info.digest} {r.path} {r.label} {r.split}" for r, info in zip(records, infos))
             return images, infos, hashes, hash_lines(lines)
     raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
@@ -1220,12 +1221,12 @@ def _connected(n, links):
     return connected_components(graph, directed=False)[1].astype(np.int64)
 
 
-def copy_groups(hashes: ndarray) -> ndarray:
-    """int64 [n]: equal numbers for copies: images whose hashes (uint64 [n, 4]) differ in at most SAME bits.
+def copy_groups(hashes: Tensor) -> ndarray:
+    """int64 [n]: equal numbers for copies: images whose hashes (int64 [n, 4]) differ in at most SAME bits.
 
     Copies of copies are copies too.
     """
-    unique, place = np.unique(hashes, axis=0, return_inverse=True)
+    unique, place = np.unique(hashes.numpy().view(np.uint64), axis=0, return_inverse=True)
     folded = np.bitwise_xor.reduce(unique, axis=1)  # differs in no more bits than the whole
 
     def find_links(start):
@@ -1247,7 +1248,7 @@ def seen_before(traces: dict, seen: dict) -> str:
 
     Both arguments: see Folder.traces.
     """
-    groups = copy_groups(torch.cat([traces["hashes"], seen["hashes"]]).numpy().view(np.uint64))
+    groups = copy_groups(torch.cat([traces["hashes"], seen["hashes"]]))
     n_images = np.isin(groups[: len(traces["hashes"])], groups[len(traces["hashes"]) :]).sum()
     n_patients = len({*traces["patients"]}.intersection(seen["patients"]))
     return f"{n_images} of these images and {n_patients} of these patients" if n_images or n_patients else ""
@@ -1409,7 +1410,7 @@ def check(root: Path) -> dict:
     audit = _audit([item for item in usable if item[0].split != "test"], remark)
 
     copies = defaultdict(list)
-    for record, number in zip(records, copy_groups(np.concatenate(hashes)).tolist()):
+    for record, number in zip(records, copy_groups(torch.cat(hashes)).tolist()):
         copies[number].append(record)
     rules = (
         ("split", problems, "copies across splits"),

@@ -1119,7 +1119,7 @@ def test_copies_are_found_up_to_ten_bits_across_blocks_and_through_others():
     hashes[8997] = ~hashes[5]  # all bits differ
     hashes[5000] = hashes[70]
     hashes[7000] = flip_bits(hashes, 8999, 10)  # a copy of a copy
-    groups = data.copy_groups(hashes)
+    groups = data.copy_groups(torch.from_numpy(hashes.view(np.int64)))
     assert groups[3] == groups[8999] == groups[7000]
     assert groups[70] == groups[5000]
     assert len(np.unique(groups)) == 9000 - 3
@@ -1130,7 +1130,7 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     old = np.stack([flip_bits(hashes, 1, 5), hashes[3]])
     seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
     records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
-    folder = data.Folder(records, None, hashes, None, None, {}, "")
+    folder = data.Folder(records, None, torch.from_numpy(hashes.view(np.int64)), None, None, {}, "")
     assert data.seen_before(folder.traces(np.arange(5)), seen) == "2 of these images and 1 of these patients"
     assert data.seen_before(folder.traces(np.array([3])), seen) == "1 of these images and 0 of these patients"
     assert data.seen_before(folder.traces(np.array([0, 2, 4])), seen) == ""
