@@ -174,13 +174,10 @@ def build_pretrained(
         empty); and, for weights of a run of this suite, what that run was trained on, else None.
     """
     if weights is not None:
-        path = in_run_folder(weights)
-        model, note, trained_on = from_file(name, classes, size, path)
-        return model, {"note": note, "sha256": data.sha256(path)}, trained_on
+        return from_file(name, classes, size, in_run_folder(weights))
     if pretrained is not False:
         try:
-            model, note = from_hub(name, len(classes), size)
-            return model, {"note": note, "sha256": ""}, None
+            return from_hub(name, len(classes), size)
         except UserError as e:
             if pretrained:
                 raise UserError(f"{e}; use --weights FILE or --no-pretrained") from None
@@ -188,8 +185,8 @@ def build_pretrained(
     return build(name, len(classes), size), {"note": "random weights", "sha256": ""}, None
 
 
-def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
-    """timm's pretrained model with a new head, and the note of build_pretrained.
+def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, dict, None]:
+    """timm's pretrained model with a new head; returns what build_pretrained does.
 
     Raises:
         UserError: there are none, or they can't be fetched.
@@ -210,14 +207,14 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, str]:
         reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
         raise UserError(f"no pretrained weights for {name}: {reason}") from None
     model.reset_classifier(n_classes)
-    return model, f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+    note = f"timm's pretrained weights ({config.hf_hub_id or config.url}); stem summed to 1 channel; new head"
+    return model, {"note": note, "sha256": ""}, None
 
 
-def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, str, dict | None]:
+def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.Module, dict, dict | None]:
     """A model with the weights in a file: every tensor must fit; only a run with these classes keeps its head.
 
-    Returns:
-        the model; the note of build_pretrained; and, for weights of a run of this suite, its trained_on, else None.
+    Returns what build_pretrained does.
 
     Raises:
         UserError: missing, damaged, weights of another architecture, or not finite.
@@ -251,7 +248,7 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
     else:
         model.reset_classifier(len(classes))
         note += "; new head"
-    return model, note, checkpoint.get("trained_on")
+    return model, {"note": note, "sha256": data.sha256(path)}, checkpoint.get("trained_on")
 
 
 def in_run_folder(path: str | Path) -> Path:
