@@ -202,19 +202,18 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
     mark. Words for "missing" become "", except in file_name and path, where backslashes become slashes.
 
     Args:
-        columns: names matched in any case; other columns keep their names as written.
+        columns: lower-case names, matched in any case; other columns keep their names as written.
 
     Raises:
         UserError: not a table, no rows, a duplicate column, or a row with more cells than the header.
     """
-    names = {name.lower(): name for name in columns}
     rows = []
     try:
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.partition("\n")[0].count)
         lines = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, skipinitialspace=True, strict=True)
         header = [name.strip() for name in next(lines, [])]
-        header = [names.get(name.lower(), name) for name in header]
+        header = [name.lower() if name.lower() in columns else name for name in header]
         for name in header:
             if name and header.count(name) > 1:
                 raise UserError(f"{path} has the column {name} twice")
@@ -224,8 +223,8 @@ def read_table(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
             row = dict.fromkeys(header, "")
             for name, cell in zip(header, cells):
                 cell = cell.strip()
-                if cell.startswith("'") and FORMULA.match(cell):
-                    cell = cell[1:]
+                if FORMULA.match(cell):
+                    cell = cell.removeprefix("'")
                 if name in ("file_name", "path"):
                     cell = cell.replace("\\", "/")
                 elif MISSING.fullmatch(cell):
