@@ -1359,7 +1359,6 @@ def _smooth(rng, bumps):
 
 # --- check ---
 
-LOSSY = re.compile(r".*\.(jpe?g?|jfif|mpo|webp|jp2|j2k)", re.IGNORECASE)  # extensions of lossy formats
 LATERAL = ("LL", "RL", "LATERAL")
 # Sizes before EXIF rotation; mean and standard deviation of the grey levels at DEFAULT_SIZE.
 MEASURES = ("width", "height", "aspect", "bytes per pixel", "brightness", "contrast")
@@ -1468,7 +1467,8 @@ def _audit(usable, say):
     borders, file = [], []
     for record, info, image, (*shape, bytes_per_pixel, _, _) in usable:
         borders.append(border_features(torch.from_numpy(image[None]))[0].numpy())
-        is_lossy = bool(LOSSY.fullmatch(record.path))  # the bytes of a lossless file depend on its content
+        # The bytes of a lossless file depend on its content.
+        is_lossy = re.search(r"(?i)\.(jpe?g?|jfif|mpo|webp|jp2|j2k)\Z", record.path) is not None
         file.append([*shape, bytes_per_pixel * is_lossy, info.depth, modes.index(info.mode)])
     sources = {
         "the border alone, without any lung,": np.array(borders),
