@@ -413,11 +413,13 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
     table_labels = {row["label"].lower() for row in table.values() if "label" in row}
     names = table_labels and table_labels | IS_NEGATIVE.keys()  # of folders, to be compared with the labels
     folders = [folder for folder in sorted(root.glob("*/")) if SPLIT_NAMES.get(folder.name.lower()) in splits]
-    files, passed_over, errors = [], Counter(), []
+
+    def refuse(error):
+        raise UserError(f"folder {error.filename} can't be read ({error.strerror})")
+
+    files, passed_over = [], Counter()
     for folder in [root] if table_labels else folders:
-        files += sorted(walk(folder, passed_over, errors.append))
-    if errors:
-        raise UserError(f"folder {errors[0].filename} can't be read ({errors[0].strerror})")
+        files += sorted(walk(folder, passed_over, refuse))
     if passed_over and not table_labels:
         say(f"skipped other files: {', '.join(f'{n} {ending}' for ending, n in passed_over.most_common(6))}")
 
