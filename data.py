@@ -713,7 +713,7 @@ def _read(source, size):
     is_deep = image.mode[0] in "IF"
     if not is_deep and ";16" in str(getattr(image, "tile", "")):
         raise UserError("16-bit colour or transparency can't be read; save it as greyscale")
-    is_inverted = is_deep and getattr(image, "tag_v2", {}).get(262) == 0  # which Pillow handles for 8 bits only
+    is_inverted = getattr(image, "tag_v2", {}).get(262) == 0  # which Pillow handles for 8 bits only
     image = ImageOps.exif_transpose(image)
     if is_deep:
         samples = np.asarray(image)
