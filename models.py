@@ -385,10 +385,9 @@ def newest_checkpoint() -> Path:
 
 def is_finished(folder: Path) -> bool:
     """Whether a run is finished, by its metrics.json, which is faster to read than its checkpoint."""
-    try:
+    with contextlib.suppress(Exception):  # missing, or damaged in any way
         return json.loads((folder / "metrics.json").read_text())["finished"] is True
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return False
 
 
 # --- inference ---
