@@ -557,10 +557,11 @@ def remark_patients(records: list[Record], say=warn) -> None:
     say("patients with more than 5 % of all images (placeholders?)", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
     say("patients with images of several classes", several)
-    alike = []
-    for names in spellings.values():
-        if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1:
-            alike.append(" = ".join(names))
+    alike = [
+        " = ".join(names)
+        for names in spellings.values()
+        if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1
+    ]
     say("patient ids spelled differently across splits; use one spelling", alike)
 
 
