@@ -120,11 +120,13 @@ def build(name: str, n_classes: int, size: int, pretrained: bool = False, **kwar
 
 
 def require_size(model: nn.Module, n_classes: int, size: int) -> None:
-    """Raise UserError unless the model makes logits from size x size pixels; leaves it in evaluation mode."""
-    x = torch.zeros(2, 1, size, size, device=next(model.parameters()).device)
+    """Raise UserError unless the model makes logits from size x size pixels; leaves it in evaluation mode.
+
+    model: on the CPU.
+    """
     try:
         with torch.no_grad():
-            logits = model.eval()(x)
+            logits = model.eval()(torch.zeros(2, 1, size, size))
     except (RuntimeError, AssertionError, ValueError) as e:
         reason = data.one_line(e)
         raise UserError(f"the model does not take {size} x {size} pixels ({reason}); try another size") from None
