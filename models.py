@@ -222,12 +222,9 @@ def from_file(name: str, classes: list[str], size: int, path: Path) -> tuple[nn.
         UserError: missing, damaged, weights of another architecture, or not finite.
     """
     content = read_weights(path)
-    checkpoint = {}
-    if "format" in content:
-        checkpoint = load(path)
-        content = checkpoint["state_dict"]
+    checkpoint = load(path) if "format" in content else {"state_dict": content}
     _, config, _ = resolve(name)
-    state, others = find_state(content, build(name, len(classes), size), config.classifier)
+    state, others = find_state(checkpoint["state_dict"], build(name, len(classes), size), config.classifier)
     if not state:
         raise UserError(f"{path} is not a state dict of tensors")
     stem, head = (x[0] if isinstance(x, tuple) else x for x in (config.first_conv, config.classifier))
