@@ -196,14 +196,13 @@ def from_hub(name: str, n_classes: int, size: int) -> tuple[nn.Module, dict, Non
     _, config, _ = resolve(name)
     if not config.has_weights:
         raise UserError(f"timm has no pretrained weights for {name}")
-    is_reached = False
-    # In a thread, since looking up the server's name may block for longer. The error depends on the HTTP library.
-    with contextlib.suppress(Exception), ThreadPool(1) as pool:
-        pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
-        is_reached = True
     try:
+        with ThreadPool(1) as pool:  # a thread, since looking up the server's name may block for longer
+            pool.apply_async(get_session().head, (constants.ENDPOINT,), {"timeout": 4}).get(6)
+    except Exception:  # noqa: BLE001, the error depends on the HTTP library
         # To the end of the process. Offline, the hub's library uses its cache at once; else it retries for minutes.
-        constants.HF_HUB_OFFLINE = not is_reached
+        constants.HF_HUB_OFFLINE = True
+    try:
         model = build(name, config.num_classes, size, pretrained=True)  # timm checks all weights only with its own head
     except Exception as e:  # noqa: BLE001, the hub, the network and the cache fail in many ways
         reason = data.one_line(e).partition(". ")[0].rstrip(".") or type(e).__name__
