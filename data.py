@@ -1481,20 +1481,21 @@ def _audit(usable, say):
     n_patients = Counter(label for label, _ in set(zip(labels.tolist(), patients.tolist())))
     enough = sorted(label for label, n in n_patients.items() if n >= 10)
     rows = []
-    for (a, b), source in itertools.product(itertools.combinations(enough, 2), sources):
+    for a, b in itertools.combinations(enough, 2):
         pair = np.isin(labels, (a, b))
         is_b = labels[pair] == b
         options = {"groups": patients[pair], "cv": StratifiedGroupKFold(5), "method": "predict_proba"}
-        probabilities = cross_val_predict(boosting, sources[source][pair], is_b, **options)
-        auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
-        half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
-        low, high = max(auroc - half, 0), min(auroc + half, 1)
-        rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": [low, high]})
-        if low > 0.6:
-            say(
-                f"{source} separates {a} from {b} with AUROC {auroc:.2f} [{low:.2f}, {high:.2f}]: "
-                "a model can learn the device instead of the disease"
-            )
+        for source, features in sources.items():
+            probabilities = cross_val_predict(boosting, features[pair], is_b, **options)
+            auroc = float(roc_auc_score(is_b, probabilities[:, 1]))
+            half = 1.96 * auroc_error(auroc, n_patients[b], n_patients[a])
+            low, high = max(auroc - half, 0), min(auroc + half, 1)
+            rows.append({"from": source, "classes": f"{a} from {b}", "auroc": auroc, "ci95": [low, high]})
+            if low > 0.6:
+                say(
+                    f"{source} separates {a} from {b} with AUROC {auroc:.2f} [{low:.2f}, {high:.2f}]: "
+                    "a model can learn the device instead of the disease"
+                )
     return rows
 
 
