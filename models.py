@@ -364,8 +364,8 @@ def from_checkpoint(checkpoint: dict, device: torch.device) -> nn.Module:
     Raises:
         UserError: the weights do not fit this version of timm's model.
     """
-    name, n_classes = checkpoint["model"], len(checkpoint["classes"])
-    model = build(name, n_classes, checkpoint["input_size"], **checkpoint["model_arguments"])
+    name = checkpoint["model"]
+    model = build(name, len(checkpoint["classes"]), checkpoint["input_size"], **checkpoint["model_arguments"])
     try:
         model.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as e:
