@@ -50,9 +50,8 @@ CORES = joblib.cpu_count()  # available to this process, given its CPU affinity 
 
 FORMULA = re.compile("'*[=+@-]")  # the start of text that a spreadsheet would run as a formula
 MISSING = re.compile(  # words for "not known", in tables and DICOM headers
-    r"-*|\?|#?n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unk(nown)?|unspecified|not (available|applicable)"
-    r"|removed|redacted|anon(ym(ous|i[sz]ed)?)?( patient)?|de-?identified",
-    re.IGNORECASE,
+    r"(?i)-*|\?|#?n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unk(nown)?|unspecified|not (available|applicable)"
+    r"|removed|redacted|anon(ym(ous|i[sz]ed)?)?( patient)?|de-?identified"
 )
 AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many make a year
 
@@ -274,8 +273,8 @@ def parallel(work, items, name: str):
 
 HIDDEN = re.compile(r"\.|@eaDir|__MACOSX|#recycle|\$RECYCLE")  # created by operating systems and other programs
 # The extensions of the formats that are read; see FORMATS.
-IMAGE_NAME = re.compile(r"\.(dcm|jpe|jpe?g|jfif|mpo|png|tiff?|bmp|gif|webp|jp2|j2k|p[bgnp]m)\Z", re.IGNORECASE)
-MASK = re.compile(r"(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
+IMAGE_NAME = re.compile(r"(?i)\.(dcm|jpe|jpe?g|jfif|mpo|png|tiff?|bmp|gif|webp|jp2|j2k|p[bgnp]m)\Z")
+MASK = re.compile(r"(?i)(?<![a-z])(masks?|labels?|annotations?|seg|segmentations?)(?![a-z])")  # in the names of masks
 # A DICOM file begins with a preamble or, without one, with a low element of group 2 or 8.
 DICOM_START = re.compile(rb"(?s).{128}DICM|\x02\0.\0[A-Z]{2}|\x08\0.\0(?:[A-Z]{2}|..\0\0)")
 TABLE_COLUMNS = ("file_name", "patient", "subtype", "label", "split")  # of metadata.csv
@@ -441,7 +440,7 @@ def scan(root: Path, split: str | None = None, say=warn) -> list[Record]:
             continue
         if not row["label"]:
             odd["left out, no label or not in a class folder"].append(path)
-        elif not table_labels and MASK.search("/".join(below).lower()):
+        elif not table_labels and MASK.search("/".join(below)):
             odd["left out, named like masks or annotations"].append(path)
         else:
             records.append(make_record(path, row["split"], row, TABLE_COLUMNS, file))
@@ -512,7 +511,7 @@ def check_classes(records: list[Record], classes: list[str], root: Path) -> None
 
 # --- split ---
 
-NEGATIVE = re.compile(r"^0$|(?<![a-z])(normal|healthy|negative|no[ _-]?(findings?|pneumonia)|controls?)(?![a-z])")
+NEGATIVE = re.compile(r"(?i)^0$|(?<![a-z])(normal|healthy|negative|no[ _-]?(findings?|pneumonia)|controls?)(?![a-z])")
 
 
 def find_training(root: Path) -> list[Record]:
@@ -572,7 +571,7 @@ def sort_classes(labels, asked: str | None) -> list[str]:
     """
 
     def rank(name):
-        return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name.lower()), name
+        return name == asked, name.upper() == "PNEUMONIA", not NEGATIVE.search(name), name
 
     classes = sorted(set(labels), key=rank)
     if asked is not None and asked not in classes:
