@@ -50,8 +50,8 @@ CORES = joblib.cpu_count()  # available to this process, given its CPU affinity 
 
 FORMULA = re.compile("'*[=+@-]")  # the start of text that a spreadsheet would run as a formula
 MISSING = re.compile(  # words for "not known", in tables and DICOM headers
-    r"(?i)-*|\?|#?n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unk(nown)?|unspecified|not (available|applicable)"
-    r"|removed|redacted|anon(ym(ous|i[sz]ed)?)?( patient)?|de-?identified"
+    r"(?i)-*|\?|#?n/?a|n\.a\.|<na>|nan|nil|none|null|missing|undefined|unk(nown)?|unspecified"
+    r"|not (available|applicable)|removed|redacted|anon(ym(ous|i[sz]ed)?)?( patient)?|de-?identified"
 )
 AGE_UNITS = {"Y": 1, "M": 12, "W": 52.18, "D": 365.25}  # how many make a year
 

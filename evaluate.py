@@ -98,7 +98,7 @@ class Scored:
 
     @functools.cached_property
     def answers(self) -> dict[int, Answers]:
-        """What was predicted about a class against the rest, by its position: of the last of two, or of each of more."""
+        """What was predicted about a class against the rest, by its position: the last of two, or each of more."""
         stratum = None
         if self.border is not None:
             stratum = np.searchsorted(np.quantile(self.border, (0.2, 0.4, 0.6, 0.8)), self.border)
