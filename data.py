@@ -351,7 +351,7 @@ def is_demo(root: Path) -> bool:
     return (root / DEMO_MARK).exists()
 
 
-def read_metadata(root: Path, say) -> dict[str, dict]:
+def read_metadata(root: Path, say=warn) -> dict[str, dict]:
     """The rows of ROOT/metadata.csv by path relative to root; empty without a table.
 
     Each row gets its split, one of SPLITS or None, and loses the columns that look like identifiers. say(message,
