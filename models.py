@@ -42,7 +42,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
+        reason = str(e).partition("\n")[0]  # which may be empty
         raise UserError(f"--device {name} can't be used here ({reason}); try --device auto") from None
     torch.backends.cudnn.allow_tf32 = False  # otherwise a probability depends on the batch
     return device
