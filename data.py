@@ -85,9 +85,9 @@ def run_script(parser: Parser, work, advise=lambda: "no partial files were left"
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, so that partial files are removed
     torch.set_num_threads(min(torch.get_num_threads(), CORES))
-    for stream in (sys.stdin, sys.stdout):  # escape what is not valid text in file names
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
+        if hasattr(stream, "reconfigure"):  # file names may have bytes that are not valid text
+            stream.reconfigure(errors=errors)
     try:
         code = work()
         sys.stdout.flush()  # here a closed pipe can still be caught
@@ -300,10 +300,18 @@ class Record:
 
 def normal_form(patient: str) -> str:
     """A patient's id without what spreadsheets change (case, blanks around it, leading zeros, a trailing .0), or ""
-    for a word for "not known" and for zeros alone.
+    for a word for "not known".
     """
-    form = re.sub(r"\.0+$", "", patient.strip().lower()).lstrip("0")
+    form = re.sub(r"^0+(?=[^.])|\.0+$", "", patient.strip().lower())
     return "" if MISSING.fullmatch(form) else form
+
+
+def require_pydicom() -> None:
+    """Raise UserError if pydicom is not installed."""
+    try:
+        import pydicom.pixels  # noqa: F401
+    except ImportError:
+        raise UserError("a DICOM file needs pydicom: pip install pydicom") from None
 
 
 def is_dicom(path: str | Path) -> bool:
@@ -361,7 +369,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
         UserError: see read_table; also a missing file_name, a file listed twice, or a labelled one without a split.
     """
     table, rows = root / "metadata.csv", {}
-    if not table.exists():
+    if not os.path.lexists(table):
         return rows
     lines = read_table(table, TABLE_COLUMNS)
     columns = list(lines[0])
@@ -470,6 +478,9 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
 
     The patient comes from the row, else from the header of a DICOM file (as a hash: the id itself is never stored),
     else from a name as in the public set (which also gives series and a missing subtype), else it is the path.
+
+    Raises:
+        UserError: a DICOM file, but no pydicom to read its patient.
     """
     name = posixpath.basename(path)
     m = re.match(r"person(?P<number>\d{1,9})_(?P<series>bacteria|virus)_\d", name)
@@ -480,12 +491,13 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
         is_newer = series in ("NORMAL", "BACTERIA", "VIRUS")  # those releases number all patients in one series
         patient = number if is_newer else f"{series}-{int(number)}"
     if file and is_dicom(file):
-        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
+        require_pydicom()
+        with contextlib.suppress(Exception):  # a damaged file: decoding reports the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
             in_header = normal_form(str(header.PatientID))
-            if in_header:
+            if in_header.strip("0"):  # zeros alone: de-identified
                 patient = hash_lines([in_header])[:16]
     if normal_form(row.get("patient", "")):
         patient = row["patient"]
@@ -505,7 +517,7 @@ def check_classes(records: list[Record], classes: list[str], root: Path) -> None
     for r in records:
         if r.label not in classes:
             raise UserError(
-                f"{root}/{r.split} has the class {r.label}, which is not one of {', '.join(classes)}; rename it?"
+                f"{root}/{r.split} has images of {r.label}, but the classes in training are {', '.join(classes)}"
             )
 
 
@@ -774,11 +786,10 @@ def _open_dicom(file):
     Without either, they follow from the stored bits; of 16 stored bits the range is guessed, since many programs write
     16 whatever the depth. A dark picture stays dark. Padding is black.
     """
-    try:
-        from pydicom import dcmread
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
-    except ImportError:
-        raise UserError("a DICOM file needs pydicom: pip install pydicom") from None
+    require_pydicom()
+    from pydicom import dcmread
+    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
+
     file.seek(0)
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
@@ -904,7 +915,7 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
 
     Returns:
         images, uint8 [n, size, size]; what is known about each; hashes, see Folder; and a fingerprint, SHA-256 over
-        digests, paths, labels and splits: the same for every copy of the data and every size.
+        digests, paths, labels, splits, patients and subtypes: the same for every copy of the data and every size.
 
     Raises:
         UserError: neither place can be written.
@@ -928,8 +939,10 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
             images, infos = cached
             bits = bytearray.fromhex("".join(info.hash for info in infos))
             hashes = torch.frombuffer(bits, dtype=torch.int64).view(-1, 4)
-            lines = (f"{info.digest} {r.path} {r.label} {r.split}" for r, info in zip(records, infos))
-            return images, infos, hashes, hash_lines(lines)
+            known = (
+                f"{info.digest} {r.path} {r.label} {r.split} {r.patient} {r.subtype}" for r, info in zip(records, infos)
+            )
+            return images, infos, hashes, hash_lines(known)
     raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 
 

@@ -143,7 +143,10 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     chosen = np.ones(len(folder.records), bool)
     if args.split != "test":
         if not args.data and folder.fingerprint != own_data["fingerprint"]:
-            raise UserError(f"{path} was not trained on the images in {root}; name the folder it used with --data DIR")
+            raise UserError(
+                f"the images in {root}, or their labels, patients or subtypes, are not those that {path} was trained on; "
+                "name the folder it used with --data DIR"
+            )
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val == (args.split == "val")
@@ -213,18 +216,19 @@ def ask(
 
 
 NEEDED = ("path", "label", "probability")
-CSV_COLUMNS = (*NEEDED, "calibrated_logit", "patient", "subtype")
+CSV_COLUMNS = (*NEEDED, "positive_class", "calibrated_logit", "patient", "subtype")
 NO_GROUPS = {*CSV_COLUMNS, "logit", "prediction", "demo"}  # columns of test.csv that are not subgroups
 
 
 def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     """What another program predicted: a table with the columns path, label and probability (of the positive class).
 
-    It may have patient, subtype, and calibrated_logit: the log-odds, used instead of the probability, which has ties
-    at 0 and 1. Any other column gives subgroups of the report.
+    It may have patient, subtype, positive_class, and calibrated_logit: the log-odds, used instead of the probability,
+    which has ties at 0 and 1. Any other column gives subgroups of the report.
 
     Args:
-        positive: the positive label that was asked for. asked: has the threshold that was asked for, or is empty.
+        positive: the positive label that was asked for; without it, positive_class of the first row is used.
+        asked: has the threshold that was asked for, or is empty.
 
     Raises:
         UserError: a column or value is missing or wrong, or there are not two labels.
@@ -248,6 +252,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{path}: a path is listed twice")
     labels = {r.label for r in records}
+    positive = positive or rows[0].get("positive_class") or None
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two is enough
             labels, positive = both, positive or max(both)
@@ -706,6 +711,8 @@ def to_rows(s: Scored) -> list[dict]:
             row[f"calibrated_logit{suffix}"] = s.calibrated_logits[i, c]
             row[f"probability{suffix}"] = expit(s.calibrated_logits[i, c])
         row["prediction"] = s.classes[s.predicted[i]]
+        if s.is_binary:
+            row["positive_class"] = s.classes[1]
         if s.about["demo"]:
             row["demo"] = "phantom"
         rows.append(row | r.groups | row)  # a column of metadata.csv does not replace one of these
@@ -725,7 +732,7 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
 
 
 def align(s: Scored, first: Scored) -> Scored:
-    """s with the patients of the first one, since another program's CSV may not name them.
+    """s with the patients of first, since another program's CSV may not name them.
 
     Raises:
         UserError: the two differ in classes, images, labels or data.
@@ -739,8 +746,9 @@ def align(s: Scored, first: Scored) -> Scored:
         raise UserError(f"{both} have different images or labels, for example {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
         raise UserError(f"{both} scored different images with the same paths: choose one folder with --data")
-    patients = dict(zip((r.path for r in first.records), first.patient_index))
-    return replace(s, patient_index=np.array([patients[r.path] for r in s.records]))
+    places = {r.path: i for i, r in enumerate(first.records)}
+    order = [places[r.path] for r in s.records]
+    return replace(s, records=[first.records[i] for i in order], patient_index=first.patient_index[order])
 
 
 def difference(mine: ndarray, reference: ndarray) -> dict:
@@ -765,7 +773,7 @@ def add_holm(tests: list[dict]) -> None:
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
-    first = groups[0][0]
+    first = max(itertools.chain(*groups), key=lambda s: sum(r.known_patient for r in s.records))
     entries = []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
@@ -786,7 +794,7 @@ def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     add_holm([entry["difference"]["auroc"] for entry in entries[1:]])
     about = {**entries[0]["data"], "demo": any(entry["data"]["demo"] for entry in entries)}
     entries.sort(key=lambda entry: -entry["metrics"]["auroc"]["value"])
-    return {"model": count(len(groups), "model"), "split": first.split, "data": about, "compared": entries}
+    return {"model": count(len(groups), "model"), "split": groups[0][0].split, "data": about, "compared": entries}
 
 
 # --- Markdown ---
@@ -901,7 +909,7 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
     lines = [
-        f"source: {d['root']}; fingerprint (SHA-256 over files, paths, labels, splits): {d['fingerprint'] or 'none'}",
+        f"source: {d['root']}; fingerprint (SHA-256 over files, labels, splits, patients): {d['fingerprint'] or 'none'}",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
         f"copies: {count(d['copies'], 'scored image')} repeating an earlier one; copies count as one patient",
         f"without a patient id: {count(d['unknown_patients'], 'image')}",
@@ -982,7 +990,7 @@ def new_figure(title: str, rows: int, columns: int, width: float, height: float)
 
     rcParams["text.parse_math"] = False  # file names may have dollar signs
     figure = Figure(figsize=(width, height), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(data.printable(title))
     figure.subplots(rows, columns)
     return figure
 
@@ -1016,20 +1024,21 @@ def plot_report(s: Scored, title: str, run: dict | None):
     figure = new_figure(title, 2, 3, 15, 9)
     roc, reliability, decision, distribution, matrix, training = figure.axes
     thresholds = np.arange(1, 100) / 100
+    names = [data.printable(name) for name in s.classes]
     for c, a in s.answers.items():
-        draw_roc(roc, a, s.classes[c], f"C{c}")
-        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=s.classes[c])
+        draw_roc(roc, a, names[c], f"C{c}")
+        CalibrationDisplay.from_predictions(a.is_positive, expit(a.score), n_bins=10, ax=reliability, name=names[c])
         benefits = np.column_stack(net_benefit(a, thresholds))
-        decision.plot(thresholds, benefits, label=[s.classes[c], f"all as {s.classes[c]}"])
+        decision.plot(thresholds, benefits, label=[names[c], f"all as {names[c]}"])
     decision.set_ylim(-0.1, 1)
     decision.legend()
     p = expit(s.calibrated_logits[:, -1])
-    distribution.hist([p[s.labels == c] for c in range(len(s.classes))], 20, range=(0, 1), label=s.classes)
+    distribution.hist([p[s.labels == c] for c in range(len(s.classes))], 20, range=(0, 1), label=names)
     if s.threshold["value"] is not None:
         distribution.axvline(s.threshold["value"], color="k", ls="--")
     distribution.legend()
     ConfusionMatrixDisplay.from_predictions(
-        s.labels, s.predicted, labels=range(len(s.classes)), display_labels=s.classes, ax=matrix, colorbar=False
+        s.labels, s.predicted, labels=range(len(s.classes)), display_labels=names, ax=matrix, colorbar=False
     )
     if run:
         for name in ("train_loss", "val_loss", "val_auroc"):
@@ -1065,9 +1074,8 @@ def plot_comparison(groups: list[list[Scored]], c: dict):
     figure = new_figure(heading(c), 1, 1, 8, 8)
     for number, runs in enumerate(groups, 1):
         for s in runs:
-            draw_roc(
-                figure.axes[0], s.answers[len(s.classes) - 1], f"{number}: {', '.join(s.sources)}", f"C{number - 1}"
-            )
+            name = data.printable(f"{number}: {', '.join(s.sources)}")
+            draw_roc(figure.axes[0], s.answers[len(s.classes) - 1], name, f"C{number - 1}")
     return figure
 
 

@@ -94,9 +94,11 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     """Find, decode and split the images.
 
     Raises:
-        UserError: a class without an image to train or to validate on, a threshold rule for three or more classes, or
-        what data.find_training refuses.
+        UserError: no such fold, a class without an image to train or to validate on, a threshold rule for three or more
+        classes, or what data.find_training refuses.
     """
+    if args.fold >= args.folds:
+        raise UserError(f"--fold {args.fold}: the last of {args.folds} folds is {args.folds - 1}")
     root = data.find_root(args.data)
     folder = data.read_folder(root, False, size)
     records = folder.records
@@ -110,7 +112,9 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
     for split, index in (("train", train), ("val", val)):
         for c, name in enumerate(classes):
             if c not in labels[index]:
-                raise UserError(f"class {name} has no image in {split} here; try another --fold, or fewer --folds")
+                raise UserError(
+                    f"class {name} has no image in {split}: use another --fold, fewer --folds or more patients"
+                )
     n_rarest = int(labels[val].bincount().min())
     if len(val) < 50 or n_rarest < 10:
         images = count(len(val), "validation image")
@@ -415,7 +419,9 @@ def restore(state: dict, args: argparse.Namespace, d: TrainingSet, learner: Lear
     folder = Path(args.output)
     history = state["history"]
     if state["data"]["fingerprint"] != d.folder.fingerprint:
-        raise UserError(f"the images have changed since the run in {folder} started; start a new run")
+        raise UserError(
+            f"the images, or what is known about them, have changed since the run in {folder} started: start a new run"
+        )
     if state["world"] != world:
         raise UserError(
             f"the run in {folder} was started with {state['world']} processes, not {world}: use the same number"

@@ -217,7 +217,7 @@ def test_a_layout_that_cannot_be_trained_on_is_an_error(tmp_path):
     ):
         data.find_training(tmp_path)
     touch(tmp_path, "train/A/a.jpeg", "train/B/b.jpeg", "test/A/c.jpeg", "test/C/d.jpeg")
-    with pytest.raises(data.UserError, match="class C, which is not one of A, B"):
+    with pytest.raises(data.UserError, match="test has images of C, but the classes in training are A, B"):
         data.find_training(tmp_path)
 
 
@@ -292,11 +292,25 @@ def test_identifier_columns_are_named_and_not_grouped(tmp_path, capsys, n, group
     assert ("identifier columns" in capsys.readouterr().err) == ("date" not in groups)
 
 
-@pytest.mark.parametrize("word", ["", "000", "Unknown"])
+@pytest.mark.parametrize("word", ["", "n/a", "Unknown"])
 def test_a_word_for_missing_is_not_a_patient(tmp_path, word):
     touch(tmp_path, "train/A/IM-0001-0001.png", "train/A/x.png")
     table(tmp_path, f"file_name,patient\ntrain/A/IM-0001-0001.png,{word}\ntrain/A/x.png,{word}\n")
     assert [r.patient for r in data.scan(tmp_path)] == ["IM-1", "train/A/x.png"]
+
+
+def test_a_patient_numbered_0_is_known(tmp_path):
+    touch(tmp_path, "train/A/a.png", "train/B/b.png", "test/A/c.png")
+    table(tmp_path, "file_name,patient\ntrain/A/a.png,0\ntrain/B/b.png,1\ntest/A/c.png,0\n")
+    with pytest.raises(data.UserError, match="1 patient in both train and test"):
+        data.find_training(tmp_path)
+
+
+def test_a_table_that_cannot_be_opened_is_not_passed_over(tmp_path):
+    touch(tmp_path, "train/A/a.png")
+    (tmp_path / "metadata.csv").symlink_to("missing")
+    with pytest.raises(FileNotFoundError):
+        data.scan(tmp_path)
 
 
 # --- split ---
@@ -720,6 +734,18 @@ def test_the_patient_is_from_the_table_else_the_header_else_the_name(tmp_path):
     assert [r.patient for r in data.scan(tmp_path, "train")] == ["p", *patients[1:]]
 
 
+@needs_pydicom
+def test_no_patient_of_a_dicom_file_gets_lost_without_pydicom(tmp_path, monkeypatch):
+    """Even if the pixels are in the cache."""
+    for i in range(4):
+        content = dicom(stored(12, picture=random_image(i)), 12, PatientID=str(1 + i // 2))
+        touch(tmp_path, f"train/{'AB'[i % 2]}/{i}.dcm", content=content)
+    load(tmp_path)
+    monkeypatch.setitem(sys.modules, "pydicom.pixels", None)
+    with pytest.raises(data.UserError, match="pip install pydicom"):
+        load(tmp_path)
+
+
 UNREADABLE = {  # what the reason says, and the header fields
     "PALETTE COLOR": {"PhotometricInterpretation": "PALETTE COLOR"},
     "not finite": {"RescaleSlope": "nan", "RescaleIntercept": "0"},
@@ -849,12 +875,12 @@ def test_unusable_files_are_reported_on_every_call_and_are_not_copies(tmp_path, 
     assert capsys.readouterr().err.count(f"left out, can't be used: 2 ({bad}: not an image") == 2
 
 
-def test_the_fingerprint_covers_files_paths_labels_and_splits(tmp_path):
+def test_the_fingerprint_covers_files_paths_and_all_that_decides_the_split(tmp_path):
     root = tree(tmp_path / "d")
     before = load(root).fingerprint
     shutil.copytree(root, tmp_path / "copy")
     assert load(tmp_path / "copy", size=8).fingerprint == before
-    for name in ("label", "split"):
+    for name in ("label", "split", "patient", "subtype"):
         changed = data.scan(root, "train")
         setattr(changed[0], name, "x")
         assert data.load_images(root, changed, 16)[3] != before

@@ -328,6 +328,15 @@ def test_the_probability_is_that_of_the_positive_label(tmp_path):
     assert found["confusion"] == {"tp": 2, "fp": 1, "fn": 0, "tn": 1}
 
 
+def test_the_csv_of_a_run_names_its_positive_class(run, tmp_path):
+    """Else one that was trained with --positive NORMAL would be scored upside down."""
+    altered(run, tmp_path / "r", classes=["PNEUMONIA", "NORMAL"])
+    first, _ = evaluate_files(tmp_path, "r", "--bootstrap", 0, "--output", "r")
+    again, _ = evaluate_files(tmp_path, "r/test.csv", "--bootstrap", 0)
+    assert again["positive"] == "NORMAL"
+    assert again["metrics"]["auroc"] == first["metrics"]["auroc"]
+
+
 def test_tables_of_other_programs_are_read(tmp_path):
     text = "Path; LABEL;Probability ;site\n a\\b.png;ill;0,75;x\n c.png; healthy;0,25;\n"
     (tmp_path / "p.TSV").write_bytes(b"\xef\xbb\xbf" + text.encode())
@@ -421,15 +430,17 @@ def test_holm_adjusted_p_values_match_those_by_hand():
 
 
 def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
-    """Nor if only one of the two files names the patients: those of the first file are used."""
+    """Nor if only one of the two files names the patients."""
     rows = read_csv(rivals / "good.csv")
     for i, row in enumerate(rows):
         row["patient"] = f"p{i // 3}"
     write_csv(rivals / "same.csv", rows[::-1])
-    found, _ = evaluate_files(rivals, "same.csv", "good.csv", "--bootstrap", 100)
-    assert found["data"]["patients"] == 100
-    (gap,) = [entry["difference"]["auroc"] for entry in found["compared"] if entry["difference"]]
-    assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
+    for names in (("same.csv", "good.csv"), ("good.csv", "same.csv")):
+        found, _ = evaluate_files(rivals, *names, "--bootstrap", 100)
+        assert found["data"]["patients"] == 100
+        assert [entry["warnings"] for entry in found["compared"]] == [[], []]  # no unknown patients
+        (gap,) = [entry["difference"]["auroc"] for entry in found["compared"] if entry["difference"]]
+        assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
 
 
 def test_predictions_for_other_labels_cannot_be_compared(rivals):
@@ -484,8 +495,8 @@ def test_files_have_the_keys_that_others_rely_on(evaluated, run, demo):
     assert r["data"]["root"] == str(demo.resolve())
     assert list(r["metrics"]) == list(evaluate.METRICS)
     assert {"brier", "nll", "ece", "slope", "intercept", "before", "prevalence"} <= r["calibration"].keys()
-    columns = ["path", "patient", "subtype", "label", "logit", "calibrated_logit", "probability", "prediction", "demo"]
-    assert list(evaluated.rows[0]) == columns
+    identity, scores = ["path", "patient", "subtype", "label"], ["logit", "calibrated_logit", "probability"]
+    assert list(evaluated.rows[0]) == [*identity, *scores, "prediction", "positive_class", "demo"]
 
 
 def test_a_report_says_where_it_comes_from(evaluated, run):
@@ -781,7 +792,7 @@ def test_data_other_than_the_runs_own_is_refused(run, demo, tmp_path):
     assert "scored different images with the same paths" in err
     min((tmp_path / "b" / "train" / "NORMAL").iterdir()).unlink()
     _, err = evaluate_files(tmp_path, "run_b", "--split", "val", code=2)
-    assert "run_b was not trained on the images in" in err
+    assert "are not those that run_b was trained on" in err
     shutil.rmtree(tmp_path / "a")
     _, err = evaluate_files(tmp_path, "run_a", code=2)
     assert "give its new path with --data DIR" in err
@@ -810,12 +821,18 @@ def test_missing_matplotlib_is_reported_in_one_line(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("default")  # matplotlib's own
 def test_pictures_are_drawn_from_whatever_there_is(run, three, tmp_path):
     write_csv(tmp_path / "one.csv", to_rows(["1", "1", "1"], [0.2, 0.7, 0.9]))
-    altered(run, tmp_path / "s1", 0.5, {"seed": 1})
+    # Names that are not valid text: matplotlib refuses them.
+    altered(run, tmp_path / "\udcff", 0.5, {"seed": 1})
+    odd, in_train = "PNEUM\udcc4", models.load(run)["data"]
+    shutil.copytree(in_train["root"], tmp_path / "data")
+    (tmp_path / "data" / "test" / "PNEUMONIA").rename(tmp_path / "data" / "test" / odd)
+    altered(run, tmp_path / "odd", classes=["NORMAL", odd], data={**in_train, "root": str(tmp_path / "data")})
     cases = [
         ([run], ["test", "test-mistakes"]),
         ([three], ["test", "test-mistakes"]),
         (["one.csv"], ["one.scored"]),
-        ([run, "s1"], ["compare"]),
+        ([run, "\udcff"], ["compare"]),
+        (["odd"], ["test", "test-mistakes"]),
     ]
     for i, (words, stems) in enumerate(cases):
         done = run_script("evaluate.py", *words, "--bootstrap", 0, "--plots", "--output", f"{i}", cwd=tmp_path)

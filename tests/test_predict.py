@@ -196,6 +196,16 @@ def test_mixed_inputs_are_classified_and_the_bad_ones_named(run_folder, normals,
     }
 
 
+def test_a_path_on_stdin_need_not_be_valid_text(run_folder, normals, tmp_path):
+    """In a process of its own: the encoding of its streams matters."""
+    path = os.fsencode(tmp_path / "a") + b"\xe4.jpeg"
+    shutil.copy(normals[0], path)
+    command = [sys.executable, ROOT / "predict.py", "--ckpt", run_folder, "--csv", "-"]
+    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, input=path, capture_output=True, env=strict, check=True)
+    assert b"a\\udce4.jpeg," in done.stdout
+
+
 def test_folders_and_globs_name_each_image_once(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a/1.png", "a/deep/2.png", "b/3.png", "c[1].png"):

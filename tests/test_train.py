@@ -444,10 +444,17 @@ def change_an_image(checkpoint, root):
     Image.fromarray(np.asarray(Image.open(path)) // 2).save(path)
 
 
+def change_a_subtype(checkpoint, root):
+    """Validation is stratified by it: images that were trained on would be validated on."""
+    path = next((root / "train" / "NORMAL").iterdir()).relative_to(root)
+    (root / "metadata.csv").write_text(f"file_name,subtype\n{path},mild\n")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (change_an_image, "have changed since the run"),
+        (change_a_subtype, "have changed since the run"),
         (lambda checkpoint, root: checkpoint.update(epoch=0), "does not belong to"),
         (lambda checkpoint, root: checkpoint["arguments"].update(seed=1), "does not belong to"),
     ],
