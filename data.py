@@ -306,14 +306,6 @@ def normal_form(patient: str) -> str:
     return "" if MISSING.fullmatch(form) else form
 
 
-def require_pydicom() -> None:
-    """Raise UserError if pydicom is not installed."""
-    try:
-        import pydicom.pixels  # noqa: F401
-    except ImportError:
-        raise UserError("a DICOM file needs pydicom: pip install pydicom") from None
-
-
 def is_dicom(path: str | Path) -> bool:
     """Whether the first bytes are those of a DICOM file, whatever its extension."""
     with contextlib.suppress(OSError), open(path, "rb") as f:
@@ -478,9 +470,6 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
 
     The patient comes from the row, else from the header of a DICOM file (as a hash: the id itself is never stored),
     else from a name as in the public set (which also gives series and a missing subtype), else it is the path.
-
-    Raises:
-        UserError: a DICOM file, but no pydicom to read its patient.
     """
     name = posixpath.basename(path)
     m = re.match(r"person(?P<number>\d{1,9})_(?P<series>bacteria|virus)_\d", name)
@@ -491,8 +480,7 @@ def make_record(path: str, split: str, row: dict[str, str], known, file: Path | 
         is_newer = series in ("NORMAL", "BACTERIA", "VIRUS")  # those releases number all patients in one series
         patient = number if is_newer else f"{series}-{int(number)}"
     if file and is_dicom(file):
-        require_pydicom()
-        with contextlib.suppress(Exception):  # a damaged file: decoding reports the reason
+        with contextlib.suppress(Exception):  # no pydicom, or a damaged file: decoding reports the reason
             from pydicom import dcmread
 
             header = dcmread(file, stop_before_pixels=True, force=True, specific_tags=["PatientID"])
@@ -786,10 +774,11 @@ def _open_dicom(file):
     Without either, they follow from the stored bits; of 16 stored bits the range is guessed, since many programs write
     16 whatever the depth. A dark picture stays dark. Padding is black.
     """
-    require_pydicom()
-    from pydicom import dcmread
-    from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
-
+    try:
+        from pydicom import dcmread
+        from pydicom.pixels import apply_modality_lut, apply_voi_lut, apply_windowing, pixel_array
+    except ImportError:
+        raise UserError("a DICOM file needs pydicom: pip install pydicom") from None
     file.seek(0)
     dataset = dcmread(file, force=True)
     if "PixelData" not in dataset:  # a report, a plan or an index
@@ -911,7 +900,7 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
     data or, if that can't be written, in the user's cache folder.
 
     Args:
-        records: from scan or find_training; the file is rebuilt when the path, size, times or inode of one changes.
+        records: from scan or find_training; the file is rebuilt when path, size, times, inode or patient of one change.
 
     Returns:
         images, uint8 [n, size, size]; what is known about each; hashes, see Folder; and a fingerprint, SHA-256 over
@@ -924,7 +913,9 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
     for record in records:
         file = root / record.path
         info = file.stat(follow_symlinks=file.exists())  # a broken link is reported by decoding
-        stamps.append(f"{record.path} {info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}")
+        times = f"{info.st_mtime_ns} {info.st_ctime_ns}"
+        # The patient too: without pydicom a DICOM file loses it, and then its pixels must not come from the cache.
+        stamps.append(f"{record.path} {record.patient} {info.st_size} {times} {info.st_ino}")
     kind = "test" if records[0].split == "test" else "train"
     name = f"{kind}-{size}-v{READER_VERSION}-{hash_lines(stamps)[:16]}.bin"
     user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
@@ -939,10 +930,10 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
             images, infos = cached
             bits = bytearray.fromhex("".join(info.hash for info in infos))
             hashes = torch.frombuffer(bits, dtype=torch.int64).view(-1, 4)
-            known = (
-                f"{info.digest} {r.path} {r.label} {r.split} {r.patient} {r.subtype}" for r, info in zip(records, infos)
-            )
-            return images, infos, hashes, hash_lines(known)
+            lines = []
+            for r, info in zip(records, infos):
+                lines.append(f"{info.digest} {r.path} {r.label} {r.split} {r.patient} {r.subtype}")
+            return images, infos, hashes, hash_lines(lines)
     raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 
 
