@@ -77,7 +77,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, advise=lambda: "no partial files were left") -> None:
+def run_script(parser: Parser, work, advise=lambda: "only stdout may be partial") -> None:
     """Run work() and exit with its code, or with one line and 2 for a user's mistake or an I/O error, 1 for a closed
     output pipe, 130 for Ctrl-C or SIGTERM.
 
@@ -117,7 +117,7 @@ def within(kind: type, low: float, high: float = math.inf):
 
 
 def non_empty(text: str) -> str:
-    """An argparse type: text that is not empty, as the value of an unset shell variable would be."""
+    """An argparse type: text, but not "", the value of an unset shell variable."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
@@ -373,7 +373,7 @@ def read_metadata(root: Path, say=warn) -> dict[str, dict]:
             continue
         meant = re.sub(r"[ _-]?id$", "", column.lower())
         if meant in TABLE_COLUMNS:
-            raise UserError(f"{table}: rename column {column} to {meant}, or to something else if it isn't one")
+            raise UserError(f"{table}: rename column {column} to {meant} if it is that, else to another name")
         values = [line[column] for line in lines if line[column]]
         is_code = any(as_number(value) is None or re.fullmatch(r"\d{5,}", value) for value in values)
         if is_code and len(values) >= 20 and len(set(values)) > len(values) / 2:
@@ -598,7 +598,7 @@ def is_validation(records: list[Record], patient_index: ndarray, folds: int, fol
     """bool [n]: the images of val/, or else of one of the folds; no seed changes them.
 
     Patients stay together. Within each stratum of class, subtype and name series, those with most images come first
-    (ties in an order hashed from their names), and each goes to the fold with the fewest images of the stratum so far.
+    (ties in an order hashed from their ids), and each goes to the fold with the fewest images of the stratum so far.
 
     Args:
         patient_index: from number_patients.
@@ -657,7 +657,7 @@ class ImageInfo:
     colour: float = 0.0  # mean distance between the largest and the smallest of red, green and blue: 0 to 255
     is_mask: bool = False  # at most three grey levels
     view: str = ""  # ViewPosition of a DICOM header
-    hash: str = ""  # 256 bits, in hexadecimal, that hardly change when the image is compressed, resized or re-exposed
+    hash: str = ""  # 256 bits, in hexadecimal, that hardly change when the image is compressed, resized or brightened
     error: str = ""  # why the file can't be used
     digest: str = ""  # in a cache: the first 16 hexadecimal digits of the file's SHA-256
 
@@ -687,7 +687,7 @@ def read_image(source, size: int | None) -> tuple[ndarray, ImageInfo]:
     except Exception as e:  # noqa: BLE001, decoders raise all kinds of exceptions for damaged files
         known = {
             FileNotFoundError: "no such file",
-            IsADirectoryError: "a folder, not an image",
+            IsADirectoryError: "a folder that gave no image",
             Image.UnidentifiedImageError: "not an image of a known format",
             UserError: str(e),
         }
@@ -883,7 +883,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     labels = {(copy, r.label) for copy, r in zip(copy_index.tolist(), records)}
     n_contradictions = len(labels) - len(np.unique(copy_index))
     if n_contradictions:
-        warn(f"copies whose labels differ: {n_contradictions} (python data.py check --json lists them)")
+        warn(f"copies whose labels differ: {n_contradictions} (python data.py check --json {root} lists them)")
     return Folder(
         records=records,
         images=images,
@@ -1419,7 +1419,7 @@ def check(root: Path) -> dict:
     rules = (
         ("split", problems, "copies across splits"),
         ("label", problems, "copies whose labels differ"),
-        ("patient", warnings, "copies whose patients differ, counted as one patient"),
+        ("patient", warnings, "copies without a common patient id, counted as one patient"),
     )
     for group in copies.values():
         for attribute, findings, message in rules:

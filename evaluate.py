@@ -3,7 +3,7 @@
 python evaluate.py                              # the newest finished run, on the test split
 python evaluate.py runs/A --plots               # test.json, test.csv and report.md in the run, with plots
 python evaluate.py runs/A runs/B runs/C         # one table; B and C are compared with A, the reference
-python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run that did not see it
+python evaluate.py runs/fold* --split val       # cross-validation: each image is scored by the run not trained on it
 python evaluate.py predictions.csv              # what another program predicted: path, label, probability
 
 Sections: what was predicted; metrics; intervals; report; comparison; Markdown; pictures; command line.
@@ -283,7 +283,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
 
 
 def join_folds(a: Scored, b: Scored) -> Scored:
-    """Two runs of a cross-validation as one: each image is scored by the run that did not see it."""
+    """Two runs of a cross-validation as one: each image is scored by the run not trained on it."""
     sources, records = a.sources + b.sources, a.records + b.records
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{', '.join(sources)} validated on the same images: they are not folds of one split")
@@ -745,7 +745,7 @@ def align(s: Scored, first: Scored) -> Scored:
         path, _ = min(labels ^ others)
         raise UserError(f"{both} have different images or labels, for example {path}")
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
-        raise UserError(f"{both} scored different images with the same paths: choose one folder with --data")
+        raise UserError(f"{both} scored different data with the same paths: choose one folder with --data")
     places = {r.path: i for i, r in enumerate(first.records)}
     order = [places[r.path] for r in s.records]
     return replace(s, records=[first.records[i] for i in order], patient_index=first.patient_index[order])
@@ -886,7 +886,7 @@ def report_sections(r: dict) -> dict:
         "calibration": stored and {"as reported": stored, "before calibration": stored.get("before")},
         "subgroups": r.get("subgroups"),
         "images whose border suggests the wrong class": r.get("shortcut", {}).get("groups"),
-        "stress (mean and worst: of the copies, column by column)": r.get("stress"),
+        "stress (mean and worst: without clean, column by column)": r.get("stress"),
         "confusion matrix": {f"true {name}": dict(zip(called, row)) for name, row in zip(r["classes"], matrix)},
         f"most confident mistakes, with the probability of {r.get('positive', 'the predicted class')}": r["failures"],
     }
@@ -911,7 +911,6 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     lines = [
         f"source: {d['root']}; fingerprint (SHA-256 over files, labels, splits, patients): {d['fingerprint'] or 'none'}",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
-        f"copies: {count(d['copies'], 'scored image')} repeating an earlier one; copies count as one patient",
         f"without a patient id: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",
         "intervals at 0 and 1: Clopper and Pearson, for the patients in the metric's denominator",
@@ -927,6 +926,7 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
             f"trained on {count(used['images']['train'], 'image')} of {used['root']}, {used['fingerprint']}",
             f"recipe: {recipe}",
             f"epoch {t['epoch']} of {len(t['history'])}, git commit {t['environment']['git_commit']}",
+            f"copies: {count(d['copies'], 'scored image')} repeating an earlier one; copies count as one patient",
             f"calibration: logit x {t['slope']:.4f} {t['intercept']:+.4f}",
             f"operating point from {r['threshold']['from']}",
         ]
@@ -1174,10 +1174,10 @@ def main() -> None:
     add("--split", choices=("test", "val", "train"), default="test", help="images to score")
     help = "data folder to use instead of the run's own; then files are written only with --output"
     add("--data", type=text, help=help)
-    add("--positive", help="the positive label of a CSV (default: 1, PNEUMONIA, else a guess)")
+    add("--positive", help="the positive label of a CSV (default: its positive_class, else 1, PNEUMONIA or a guess)")
     help = "threshold to use instead of the stored one; then files are written only with --output"
     add("--threshold", type=data.within(float, 0, 1), help=help)
-    help = "also score copies with altered exposure, geometry, sharpness, noise or border"
+    help = "also score versions with altered exposure, geometry, sharpness, noise or border"
     add("--stress", action="store_true", help=help)
     add("--plots", action="store_true", help="also write plots (needs matplotlib)")
     add("--bootstrap", type=data.within(int, 0, 10**6), default=2000, help="bootstrap draws")

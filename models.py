@@ -82,7 +82,7 @@ def settings(name: str, size: int | None) -> dict:
     """What a checkpoint says about a model besides its weights: model and model_arguments (see resolve), input_size in
     pixels, and mean and std of grey levels in [0, 1] as timm's weights expect them.
 
-    If size is None, it is the model's own if that is fixed, else 160.
+    size: None for the model's own if that is fixed, else 160.
     """
     architecture, config, arguments = resolve(name)
     if size is None:
@@ -311,8 +311,8 @@ def flatten(content: dict, prefix: str = ""):
 
 
 def save(content: dict, path: Path, kind: str = FORMAT) -> None:
-    """Write a dict of plain types and tensors as a file of torch.save, followed by its SHA-256, the seal; no reader
-    ever sees a partial file.
+    """Write a dict of plain types and tensors with torch.save, followed by its SHA-256, the seal; no reader ever sees a
+    partial file.
     """
     buffer = io.BytesIO()  # on a full disk torch.save raises RuntimeError, but f.write OSError
     torch.save(canonical({**content, "format": kind, "format_version": FORMAT_VERSION}), buffer)
@@ -450,7 +450,7 @@ def heat_map(model: nn.Module, image: np.ndarray, target: str, checkpoint: dict)
 
     The gradient is taken of the target's logit minus the mean of all logits, since what raises all of them equally
     changes no probability. The features are those of the last stage of stride 8 or less, or else of the finest (of
-    several with one stride, the last but one): the 32-pixel cells of most last stages are too coarse for an opacity.
+    several with that stride, the last but one): the 32-pixel cells of most last stages are too coarse for an opacity.
 
     Args:
         model: in evaluation mode. image: uint8 [side, side].

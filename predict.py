@@ -97,7 +97,7 @@ def predict(images, checkpoint: str | Path | None = None, device: str = "auto") 
     Args:
         images: paths, open seekable binary files, Pillow images or uint8 arrays [height, width] or [height, width, 3],
             see data.read_image.
-        checkpoint: a ckpt.pt or the folder of a run; None for the newest run under runs/, finished if there is one.
+        checkpoint: a ckpt.pt or the folder of a run; None for the newest finished run in runs/, else the newest.
 
     Returns:
         for each image the fields of Prediction; one that can't be read has its reason in error.
@@ -193,7 +193,7 @@ def find_flags(image: np.ndarray, info: data.ImageInfo, unlike: float) -> list[s
 
 LOW = 0.3  # of a map's own maximum: lower values are not tinted
 TINT = (255, 110, 0)
-SMALLEST = 224  # the least longer side of a panel, in pixels
+SMALLEST = 224  # minimum longer side of a panel, in pixels
 FONTS = (
     "DejaVuSans",
     "NotoSans-Regular",
@@ -333,7 +333,7 @@ def print_predictions(args: argparse.Namespace) -> int:
 def main() -> None:
     parser = data.Parser(description="Classify radiographs. For research, not for diagnosis.")
     add = parser.add_argument
-    add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for a list on stdin")
+    add("inputs", nargs="+", metavar="PATH", help="files, folders, globs, or - for paths on stdin")
     add("--ckpt", type=data.non_empty, help="run or checkpoint (default: newest finished run)")
     style = parser.add_mutually_exclusive_group()
     style.add_argument("--json", dest="style", action="store_const", const="json", help="one JSON object per line")

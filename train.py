@@ -113,7 +113,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         for c, name in enumerate(classes):
             if c not in labels[index]:
                 raise UserError(
-                    f"class {name} has no image in {split}: use another --fold, fewer --folds or more patients"
+                    f"class {name} has no image in {split}: use more patients or, without val/, other folds"
                 )
     n_rarest = int(labels[val].bincount().min())
     if len(val) < 50 or n_rarest < 10:
@@ -634,12 +634,12 @@ def print_start(
 
 
 def print_end(folder: Path, d: TrainingSet, metrics: dict) -> None:
-    """Which epoch was selected, how long the run took, and what to do next."""
+    """Which epoch was selected, how long the epochs took, and what to do next."""
     ckpt = folder / "ckpt.pt"
     selected = metrics["epochs"][metrics["best_epoch"] - 1]
     kept = f"epoch {selected['epoch']} of {len(metrics['epochs'])}, validation AUROC {selected['val_auroc']:.4f}"
     print(f"\nselected: {kept} (the latest within a standard error of the best)")
-    print(f"took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
+    print(f"epochs took {metrics['seconds']:.0f} s; checkpoint: {data.printable(str(ckpt))}\n")
     image = d.root / d.folder.records[d.val[0]].path
     for words in (["evaluate.py", ckpt], ["predict.py", "--ckpt", ckpt, image]):
         print(data.printable(shlex.join(["python", *map(str, words)])))
@@ -656,7 +656,7 @@ def make_parser() -> data.Parser:
     help = "input side in pixels (default: 160, or the model's own if fixed)"
     add("--img-size", type=number(int, 8, 10_000), help=help)
     add("--positive", help="the positive class (default: PNEUMONIA, else a guess)")
-    help = "number of patient folds, one for validation; unused if val/ has 100 images"
+    help = "number of patient folds, one for validation; unused if val/ has 100 or more"
     add("--folds", type=number(int, 2, 1000), default=10, help=help)
     add("--fold", type=number(int, 0, 999), default=0, help="the validation fold: 0 to folds - 1")
     group = parser.add_argument_group("model")
@@ -671,7 +671,7 @@ def make_parser() -> data.Parser:
     add("--batch-size", type=number(int, 2), default=64, help="images per step and process")
     add("--lr", type=number(float, 0, 1e30), default=0.003, help="peak learning rate; transformers need less")
     add("--weight-decay", type=number(float, 0, 1e6), default=0.05, help="AdamW weight decay; none on norms and biases")
-    add("--layer-decay", type=number(float, 0.1, 1), help="learning-rate factor per layer, downwards")
+    add("--layer-decay", type=number(float, 0.1, 1), help="layer-wise learning-rate decay factor")
     add("--warmup-epochs", type=number(float, 0), default=1.0, help="epochs of linear warm-up before cosine decay")
     add("--ema-decay", type=number(float, 0, 0.99999), default=0.99, help="decay of the weight average (EMA); 0: off")
     add("--balance", action=yes_no, default=True, help="give each class the same total weight in the loss")

@@ -1248,7 +1248,11 @@ def test_check_counts_and_measures(tmp_path):
 NORMAL = "train/NORMAL/IM-1-0001.png"
 FINDINGS = {  # where a darker copy of NORMAL is put, which kind of finding it is, and its message
     "same patient": ("train/NORMAL/IM-1-0002.png", None, ""),
-    "other patient": ("train/NORMAL/IM-9-0001.png", "warnings", "copies whose patients differ, counted as one patient"),
+    "other patient": (
+        "train/NORMAL/IM-9-0001.png",
+        "warnings",
+        "copies without a common patient id, counted as one patient",
+    ),
     "other class": ("train/PNEUMONIA/IM-1-0001.png", "problems", "copies whose labels differ"),
     "other split": ("test/NORMAL/IM-9-0001.png", "problems", "copies across splits"),
     "shared patient": ("test/NORMAL/IM-1-0002.png", "problems", "patients in both train and test"),

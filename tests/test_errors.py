@@ -21,7 +21,7 @@ TRAIN = [
     ("--no-pretrained --output moved", "moved already has a run"),
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "--fold 5: the last of 5 folds is 4"),
-    ("--folds 1000 --fold 999", "no image in val: use another --fold, fewer --folds or more patients"),
+    ("--folds 1000 --fold 999", "no image in val: use more patients or, without val/, other folds"),
     ("--positive COVID --no-pretrained", "--positive COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
     ("''", "unrecognized arguments:"),

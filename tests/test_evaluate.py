@@ -685,7 +685,7 @@ def test_runs_that_differ_in_their_seed_are_one_model(run, tmp_path):
 
 
 def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
-    """Each image is scored by the run that did not see it, at that run's threshold."""
+    """Each image is scored by the run not trained on it, at that run's threshold."""
     threshold = models.load(run)["threshold"] | {"logit": 0.2, "value": float(expit(0.2))}
     altered(run, tmp_path / "f1", 0.3, {"fold": 1}, threshold=threshold)
     words = ("--split", "val", "--bootstrap", 0, "--stress", "--output", "out")
@@ -789,7 +789,7 @@ def test_data_other_than_the_runs_own_is_refused(run, demo, tmp_path):
     first, second = sorted((tmp_path / "b" / "test" / "NORMAL").iterdir())[:2]
     shutil.copy(first, second)
     _, err = evaluate_files(tmp_path, "run_a", "run_b", "--bootstrap", 0, code=2)
-    assert "scored different images with the same paths" in err
+    assert "scored different data with the same paths" in err
     min((tmp_path / "b" / "train" / "NORMAL").iterdir()).unlink()
     _, err = evaluate_files(tmp_path, "run_b", "--split", "val", code=2)
     assert "are not those that run_b was trained on" in err

@@ -191,7 +191,7 @@ def test_mixed_inputs_are_classified_and_the_bad_ones_named(run_folder, normals,
         "missing.png": "no such file",
         "sub/a b.jpeg": "",
         "sub/text.jpeg": "not an image of a known format",
-        "empty": "a folder, not an image",
+        "empty": "a folder that gave no image",
         normals[2]: "",
     }
 
