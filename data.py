@@ -556,12 +556,8 @@ def remark_patients(records: list[Record], say=warn) -> None:
     say("patients with more than 5 % of all images (placeholders?)", large)
     several = [patient for patient, own in images.items() if len({r.label for r in own}) > 1]
     say("patients with images of several classes", several)
-    alike = [
-        " = ".join(names)
-        for names in spellings.values()
-        if len(names) > 1 and len({r.split for name in names for r in images[name]}) > 1
-    ]
-    say("patient ids spelled differently across splits; use one spelling", alike)
+    alike = [" = ".join(names) for names in spellings.values() if len(names) > 1]
+    say("patient ids that differ only in spelling; use one spelling", alike)
 
 
 def sort_classes(labels, asked: str | None) -> list[str]:
@@ -583,13 +579,15 @@ def sort_classes(labels, asked: str | None) -> list[str]:
 
 
 def number_patients(records: list[Record], copy_index: ndarray) -> ndarray:
-    """int64 [n], from 0 in order of appearance: images of one patient, and copies of each other, share a number.
+    """int64 [n], from 0 in order of appearance: images of one patient (in any spelling), and copies of each other,
+    share a number.
 
     copy_index: from copy_groups.
     """
     first, links = {}, []
     for i, record in enumerate(records):
-        for group in (record.patient, int(copy_index[i])):
+        patient = normal_form(record.patient) if record.known_patient else record.path
+        for group in (patient, int(copy_index[i])):
             links.append((i, first.setdefault(group, i)))
     return _connected(len(records), np.array(links))
 
@@ -846,13 +844,13 @@ class Folder:
     hashes: Tensor  # int64 [n, 4], see ImageInfo; that of an unusable file matches no other
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
-    unusable: dict[int, dict]  # position: path and reason of each file that can't be used
+    infos: list[ImageInfo]
     fingerprint: str
 
     @property
     def usable(self) -> ndarray:
         """Which files can be used, bool [n]."""
-        return ~np.isin(np.arange(len(self.records)), list(self.unusable))
+        return np.array([not info.error for info in self.infos])
 
     def traces(self, index) -> dict:
         """What later identifies the images at index: their known patients, and their hashes as int64 [n, 4]."""
@@ -877,8 +875,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
     if not records:
         raise UserError(f"{root} has no images in the test split")
     images, infos, hashes, fingerprint = load_images(root, records, size)
-    unusable = {i: {"path": records[i].path, "reason": info.error} for i, info in enumerate(infos) if info.error}
-    warn("left out, can't be used", [f"{item['path']}: {item['reason']}" for item in unusable.values()])
+    warn("left out, can't be used", [f"{r.path}: {info.error}" for r, info in zip(records, infos) if info.error])
     copy_index = copy_groups(hashes)
     labels = {(copy, r.label) for copy, r in zip(copy_index.tolist(), records)}
     n_contradictions = len(labels) - len(np.unique(copy_index))
@@ -890,7 +887,7 @@ def read_folder(root: Path, is_test: bool, size: int) -> Folder:
         hashes=hashes,
         copy_index=copy_index,
         patient_index=number_patients(records, copy_index),
-        unusable=unusable,
+        infos=infos,
         fingerprint=fingerprint,
     )
 

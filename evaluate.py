@@ -150,7 +150,8 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
         chosen = in_val == (args.split == "val")
-    left_out = [item for i, item in folder.unusable.items() if chosen[i]]
+    out = np.flatnonzero(chosen & ~folder.usable)
+    left_out = [{"path": folder.records[i].path, "reason": folder.infos[i].error} for i in out]
     index = np.flatnonzero(chosen & folder.usable)
     if not len(index):
         raise UserError(f"no image of the {args.split} split of {root} can be read")
@@ -723,11 +724,19 @@ def to_rows(s: Scored) -> list[dict]:
 
 
 def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
-    """Group the runs whose arguments differ only in the named ones."""
-    groups = defaultdict(list)
+    """Group the runs on the same data whose arguments differ in the named ones and in no other.
+
+    Runs with equal arguments are different models: their code may differ.
+    """
+    groups, seen = defaultdict(list), Counter()
     for s in scored:
-        common = s.arguments | dict.fromkeys(names)
-        groups[json.dumps(common, sort_keys=True)].append(s)
+        trained_on = s.checkpoint and s.checkpoint["data"]["fingerprint"]
+        own, common = (
+            json.dumps([trained_on, arguments], sort_keys=True)
+            for arguments in (s.arguments, s.arguments | dict.fromkeys(names))
+        )
+        groups[common, seen[own]].append(s)
+        seen[own] += 1
     return list(groups.values())
 
 

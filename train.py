@@ -595,7 +595,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
 
     if is_first:
         finish_checkpoint(folder, d, about, history, device)
-        print_end(folder, d, save(finished=True))
+        metrics = save(finished=True)
+        print_end(folder, d, metrics)
 
 
 ROW = (

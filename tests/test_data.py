@@ -357,6 +357,11 @@ def test_folds_keep_patients_together_and_strata_balanced_and_never_change():
     assert hashlib.sha256("".join(map(str, folds)).encode()).hexdigest()[:16] == "bda192c75a7e91e5"
 
 
+def test_the_spellings_of_an_id_are_one_patient():
+    records = records_of("0017", "x", "17", "17.0", "X", "train/A/5", "train/a/5")
+    assert data.number_patients(records, np.arange(7)).tolist() == [0, 1, 0, 0, 1, 2, 3]
+
+
 def test_patients_who_share_a_copy_become_one():
     records = many_records(60)
     paths = [r.path for r in records]
@@ -394,7 +399,7 @@ ODD_PATIENTS = {
     "of 2 images, these have no patient id, so each counts as a patient: 1 (train/A/1)": records_of("p", "train/A/1"),
     "more than 5 % of all images (placeholders?): 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
-    "use one spelling: 1 (00017b = 17B.0)": [*records_of("00017b", "8"), *records_of("17B.0", "x8", split="test")],
+    "use one spelling: 1 (00017b = 17B.0)": records_of("00017b", "8", "17B.0", "x8"),
 }
 
 
@@ -744,7 +749,7 @@ def test_no_patient_of_a_dicom_file_gets_lost_without_pydicom(tmp_path, monkeypa
     monkeypatch.setitem(sys.modules, "pydicom", None)
     folder = load(tmp_path)
     assert not folder.usable.any()
-    assert "pip install pydicom" in folder.unusable[0]["reason"]
+    assert "pip install pydicom" in folder.infos[0].error
 
 
 UNREADABLE = {  # what the reason says, and the header fields
@@ -848,7 +853,7 @@ def test_an_interrupted_build_leaves_nothing_and_a_transient_failure_is_retried(
             load(root)
         assert not list((root / ".cache").iterdir())
         m.setattr(data, "read_image", failing)
-        assert len(load(root).unusable) == 6
+        assert sum(~load(root).usable) == 6
     np.testing.assert_array_equal(load(root).images, decoded(root))
 
 
@@ -868,10 +873,10 @@ def test_unusable_files_are_reported_on_every_call_and_are_not_copies(tmp_path, 
     bad, mask = "train/NORMAL/IM-80-0001.jpeg", "train/PNEUMONIA/person1_virus_9.png"
     save(touch(root, bad), {mask: np.eye(20, dtype=np.uint8)})
     first = load(root)
-    assert load(root).unusable == first.unusable
-    reasons = {item["path"]: item["reason"] for item in first.unusable.values()}
+    assert load(root).infos == first.infos
+    reasons = {r.path: info.error for r, info in zip(first.records, first.infos) if info.error}
     assert reasons == {bad: "not an image of a known format", mask: "a mask or drawing: at most three grey levels"}
-    assert [first.records[i].path for i in first.unusable] == list(reasons)
+    assert [first.records[i].path for i in np.flatnonzero(~first.usable)] == list(reasons)
     assert len(np.unique(first.copy_index)) == len(first.records)
     assert capsys.readouterr().err.count(f"left out, can't be used: 2 ({bad}: not an image") == 2
 

@@ -684,6 +684,19 @@ def test_runs_that_differ_in_their_seed_are_one_model(run, tmp_path):
     assert other["difference"]["auroc"]["value"] == pytest.approx(alone[2] - auroc["value"])
 
 
+@pytest.mark.parametrize("split", ["test", "val"])
+def test_runs_of_other_code_or_other_training_images_are_other_models(run, tmp_path, split):
+    """Equal arguments: the code has changed in between. Another fingerprint: images were added or removed."""
+    altered(run, tmp_path / "same", 0.5)
+    words = ["--split", split, "--bootstrap", 0, run, "same"]
+    if split == "test":
+        about = {**models.load(run)["data"], "fingerprint": "x"}
+        altered(run, tmp_path / "s1", 0.5, {"seed": 1}, data=about)
+        words.append("s1")
+    found, _ = evaluate_files(tmp_path, *words)
+    assert len(found["compared"]) == len(words) - 4
+
+
 def test_the_folds_of_a_cross_validation_are_pooled(run, tmp_path):
     """Each image is scored by the run not trained on it, at that run's threshold."""
     threshold = models.load(run)["threshold"] | {"logit": 0.2, "value": float(expit(0.2))}
