@@ -571,7 +571,7 @@ def sort_classes(labels, asked: str | None) -> list[str]:
 
     classes = sorted(set(labels), key=rank)
     if asked is not None and asked not in classes:
-        raise UserError(f"--positive {asked} is not one of the classes {', '.join(classes)}")
+        raise UserError(f"the positive class {asked} is not one of the classes {', '.join(classes)}")
     positive = classes[-1]
     if len(classes) == 2 and not asked and positive.upper() != "PNEUMONIA":
         warn(f"guessing that {positive} is positive, not {classes[0]}; set it with --positive CLASS")
@@ -929,7 +929,7 @@ def load_images(root: Path, records: list[Record], size: int) -> tuple[Tensor, l
             hashes = torch.frombuffer(bits, dtype=torch.int64).view(-1, 4)
             lines = []
             for r, info in zip(records, infos):
-                lines.append(f"{info.digest} {r.path} {r.label} {r.split} {r.patient} {r.subtype}")
+                lines.append(repr((info.digest, r.path, r.label, r.split, r.patient, r.subtype)))
             return images, infos, hashes, hash_lines(lines)
     raise UserError(f"the image cache can't be written to {' or '.join(map(str, places))}; set XDG_CACHE_HOME")
 

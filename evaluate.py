@@ -228,11 +228,11 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     which has ties at 0 and 1. Any other column gives subgroups of the report.
 
     Args:
-        positive: the positive label that was asked for; without it, positive_class of the first row is used.
+        positive: the positive label that was asked for.
         asked: has the threshold that was asked for, or is empty.
 
     Raises:
-        UserError: a column or value is missing or wrong, or there are not two labels.
+        UserError: a column or value is missing or wrong, positive_class varies, or there are not two labels.
     """
     rows = data.read_table(Path(path), CSV_COLUMNS)
     columns = rows[0].keys()
@@ -253,7 +253,10 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     if len({r.path for r in records}) < len(records):
         raise UserError(f"{path}: a path is listed twice")
     labels = {r.label for r in records}
-    positive = positive or rows[0].get("positive_class") or None
+    stated = {row.get("positive_class") or positive for row in rows}
+    if len(stated) > 1 or positive not in (None, *stated):
+        raise UserError(f"{path}: positive_class must be the same in all rows, and the same as --positive")
+    (positive,) = stated
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two is enough
             labels, positive = both, positive or max(both)
@@ -615,9 +618,11 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float]:
     a, b = z[is_positive], z[~is_positive]
     # Where the logits of the classes do not overlap, no logistic regression has a finite slope.
     if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
-        fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10).fit(z[:, None], is_positive)
-        slope = fitted.coef_[0, 0]
-        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -1e4, 1e4)
+        standardised = (z - z.mean()) / z.std()
+        fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
+        slope = fitted.fit(standardised[:, None], is_positive).coef_[0, 0] / z.std()
+        limit = np.abs(z).max() + 50
+        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -limit, limit)
     return {
         "brier": np.mean((p - is_positive) ** 2),
         "nll": -log_expit(np.where(is_positive, z, -z)).mean(),
@@ -741,7 +746,7 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
 
 
 def align(s: Scored, first: Scored) -> Scored:
-    """s with the patients of first, since another program's CSV may not name them.
+    """s with the patients of first.
 
     Raises:
         UserError: the two differ in classes, images, labels or data.
@@ -782,7 +787,8 @@ def add_holm(tests: list[dict]) -> None:
 
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
-    first = max(itertools.chain(*groups), key=lambda s: sum(r.known_patient for r in s.records))
+    # Its patients count for all: another program's CSV may not name them, nor know which images are copies.
+    first = max(itertools.chain(*groups), key=lambda s: (any(r.known_patient for r in s.records), bool(s.checkpoint)))
     entries = []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]

@@ -113,7 +113,7 @@ def read_data(args: argparse.Namespace, size: int) -> TrainingSet:
         for c, name in enumerate(classes):
             if c not in labels[index]:
                 raise UserError(
-                    f"class {name} has no image in {split}: use more patients or, without val/, other folds"
+                    f"class {name} has no usable image in {split}: use more patients or, without val/, other folds"
                 )
     n_rarest = int(labels[val].bincount().min())
     if len(val) < 50 or n_rarest < 10:

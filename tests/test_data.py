@@ -424,7 +424,7 @@ def test_the_positive_class_is_last(capsys, case):
     names, asked, order, is_guess = POSITIVE[case]
     assert data.sort_classes(names.split(), asked) == order.split()
     assert ("guessing that" in capsys.readouterr().err) == is_guess
-    with pytest.raises(data.UserError, match="--positive X is not one of"):
+    with pytest.raises(data.UserError, match="the positive class X is not one of"):
         data.sort_classes(names.split(), "X")
 
 
@@ -890,6 +890,11 @@ def test_the_fingerprint_covers_files_paths_and_all_that_decides_the_split(tmp_p
         changed = data.scan(root, "train")
         setattr(changed[0], name, "x")
         assert data.load_images(root, changed, 16)[3] != before
+    alike = []
+    for patient, subtype in (("a", "b c"), ("a b", "c")):
+        changed[0].patient, changed[0].subtype = patient, subtype
+        alike.append(data.load_images(root, changed, 16)[3])
+    assert alike[0] != alike[1]
     path = root / changed[0].path
     content = path.read_bytes()
     path.write_bytes(content + b"x")  # ignored by decoders

@@ -195,10 +195,11 @@ def test_brier_and_nll_equal_scikit_learn_and_ece_a_value_by_hand(tmp_path):
 def test_the_calibration_slope_and_intercept_by_hand():
     # At the lower logit a quarter are positive, at the higher three quarters: a rise by 2 ln 3 over a distance of 2.
     y = np.array([1, 0, 0, 0, 1, 1, 1, 0], bool)
-    z = np.array([-1.0] * 4 + [1.0] * 4) + 0.8
-    found = evaluate.calibration(y, z)
-    assert found["slope"] == pytest.approx(math.log(3), abs=1e-6)
-    assert found["intercept"] == pytest.approx(-0.8, abs=1e-6)
+    z = np.array([-1.0] * 4 + [1.0] * 4)
+    for scale, shift in ((1.0, 0.8), (1e-6, 100.0), (1.0, -30_000.0)):  # the last two: of collapsed models
+        found = evaluate.calibration(y, z * scale + shift)
+        assert found["slope"] * scale == pytest.approx(math.log(3), abs=1e-6)
+        assert found["intercept"] == pytest.approx(-shift, abs=1e-6)
 
 
 def test_classes_that_do_not_overlap_have_no_slope():
@@ -441,6 +442,15 @@ def test_a_model_does_not_differ_from_itself_in_another_order(rivals):
         assert [entry["warnings"] for entry in found["compared"]] == [[], []]  # no unknown patients
         (gap,) = [entry["difference"]["auroc"] for entry in found["compared"] if entry["difference"]]
         assert gap == {"value": pytest.approx(0), "ci95": pytest.approx([0, 0]), "p": 1, "p_holm": 1}
+
+
+def test_in_a_comparison_the_patients_of_a_run_count(evaluated, run):
+    """Even if another program's table names more: a run knows which images are copies."""
+    rows = [{**row, "patient": f"p{i}"} for i, row in enumerate(evaluated.rows)]
+    write_csv(run.parent / "each.csv", rows)
+    for names in (("run", "each.csv"), ("each.csv", "run")):
+        found, _ = evaluate_files(run.parent, *names, "--bootstrap", 0)
+        assert found["data"]["patients"] == 12
 
 
 def test_predictions_for_other_labels_cannot_be_compared(rivals):
@@ -783,6 +793,7 @@ def test_three_classes_get_the_metrics_defined_for_them(three, tmp_path):
         ("path,label,probability\na,0,0.1\na,1,0.5\n", "a path is listed twice"),
         ("path,label,probability\na,x,0.1\nb,y,0.5\nc,z,0.5\n", "two labels"),
         ("path,label,probability,flags,error\na,1,0.1,,\n", "labels are predictions"),
+        ("path,label,probability,positive_class\na,x,0.1,x\nb,y,0.5,y\n", "must be the same in all rows"),
     ],
 )
 def test_a_csv_that_cannot_be_scored_is_one_line_and_code_2(tmp_path, content, expected):
