@@ -736,10 +736,8 @@ def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
     groups, seen = defaultdict(list), Counter()
     for s in scored:
         trained_on = s.checkpoint and s.checkpoint["data"]["fingerprint"]
-        own, common = (
-            json.dumps([trained_on, arguments], sort_keys=True)
-            for arguments in (s.arguments, s.arguments | dict.fromkeys(names))
-        )
+        own = json.dumps([trained_on, s.arguments], sort_keys=True)
+        common = json.dumps([trained_on, s.arguments | dict.fromkeys(names)], sort_keys=True)
         groups[common, seen[own]].append(s)
         seen[own] += 1
     return list(groups.values())
@@ -924,7 +922,7 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
     lines = [
-        f"source: {d['root']}; fingerprint (SHA-256 over files, labels, splits, patients): {d['fingerprint'] or 'none'}",
+        f"source: {d['root']}; fingerprint (SHA-256 over files and what is known of them): {d['fingerprint'] or 'none'}",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
         f"without a patient id: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",
