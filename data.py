@@ -32,6 +32,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from warnings import filterwarnings
 
+SCRIPTS = [Path(__file__).resolve().with_name(f"{name}.py") for name in ("data", "evaluate", "predict", "train")]
+# Until run_script takes over, Ctrl-C ends a script at once: no traceback from the middle of importing a library.
+if Path(sys.argv[0]).resolve() in SCRIPTS and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import joblib
 import numpy as np
 import torch
@@ -77,13 +82,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, advise=lambda: "only stdout may be partial") -> None:
+def run_script(parser: Parser, work, advise=lambda: "only what was printed may be incomplete") -> None:
     """Run work() and exit with its code, or with one line and 2 for a user's mistake or an I/O error, 1 for a closed
     output pipe, 130 for Ctrl-C or SIGTERM.
 
     advise: returns a hint on how to continue, shown after an interruption, a closed pipe or a failed read or write.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, so that partial files are removed
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # else it is ignored, as in the background of a shell script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(min(torch.get_num_threads(), CORES))
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace")):
         if hasattr(stream, "reconfigure"):  # file names may have bytes that are not valid text

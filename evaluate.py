@@ -9,6 +9,8 @@ python evaluate.py predictions.csv              # what another program predicted
 Sections: what was predicted; metrics; intervals; report; comparison; Markdown; pictures; command line.
 """
 
+import data  # isort: skip (first, so that Ctrl-C is quiet during the imports below)
+
 import argparse
 import contextlib
 import functools
@@ -44,7 +46,6 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import ConfusionMatrixDisplay, RocCurveDisplay, confusion_matrix
 from torch import Tensor
 
-import data
 import models
 import predict
 from data import UserError, count, warn

@@ -10,6 +10,8 @@ From Python: predict.predict(images) with paths, open files, Pillow images or ar
 Sections: inputs, classify, heat maps, write.
 """
 
+import data  # isort: skip (first, so that Ctrl-C is quiet during the imports below)
+
 import argparse
 import contextlib
 import functools
@@ -30,7 +32,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-import data
 import models
 from data import UserError, count, warn
 

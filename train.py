@@ -8,6 +8,8 @@ torchrun --nproc-per-node=4 train.py --data chest_xray           # several GPUs 
 Sections: schedule; data; learner and epoch; operating point; the run's files; the run; command line.
 """
 
+import data  # isort: skip (first, so that Ctrl-C is quiet during the imports below)
+
 import argparse
 import contextlib
 import ctypes
@@ -38,7 +40,6 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import data
 import evaluate
 import models
 from data import UserError, count, warn

@@ -1,9 +1,12 @@
 """What a user can do wrong, for all scripts in one table: one line on stderr, exit code 2, no traceback."""
 
 import shlex
+import signal
+import subprocess
+import sys
 
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
 
 TRAIN = [
     ("--data nowhere", "nowhere does not exist"),
@@ -78,3 +81,17 @@ def test_user_errors_are_one_line_and_exit_code_2(script, arguments, message, de
     assert ("did you mean" in message) == ("did you mean" in errors[-1])
     usage = [line for line in errors[:-1] if not line.startswith(("usage:", " "))]
     assert not usage, done.stderr
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "predict.py", "data.py"])
+def test_interrupted_imports_print_no_traceback(tmp_path, script):
+    """In a process of its own, whose import of numpy is interrupted."""
+    (tmp_path / "numpy.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
+    done = subprocess.run(
+        [sys.executable, ROOT / script],
+        env={"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # the background of a shell ignores it
+    )
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
