@@ -1398,6 +1398,10 @@ def check(root: Path) -> dict:
         raise UserError("; ".join([f"{root} has no images in train/, val/ or test/, nor in metadata.csv", *warnings]))
     for sides, patients in shared_patients(records):
         problems[f"patients in both {sides}"] = patients
+    for split in SPLITS:
+        classes = {r.label for r in records if r.split == split}
+        if len(classes) == 1:
+            warnings[f"only one class in {split}"] = list(classes)
 
     usable, folders = [], defaultdict(list)  # (record, info, image, measures) of each; the same by folder
     hashes, fingerprints = [], {}

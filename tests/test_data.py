@@ -1287,6 +1287,7 @@ def test_check_finds_copies_and_leaks(tmp_path, case):
 
 FOUND = (
     "PROBLEM: patients in both train and test: 1 (IM-1)",
+    "WARNING: only one class in test: 1 (NORMAL)",
     "WARNING: left out, can't be used: 2 (train/NORMAL/drawing.png: a mask or drawing: at most three grey levels,",
     "WARNING: of 9 images, these have no patient id, so each counts as a patient: 2",
     "fingerprint of train: ",
@@ -1303,9 +1304,9 @@ def test_what_check_finds_is_printed_and_counted(tmp_path):
     assert done.returncode == 1 and not done.stderr
     for start in FOUND:
         assert sum(line.startswith(start) for line in done.stdout.splitlines()) == 1, start
-    assert done.stdout.endswith("1 problem, 2 warnings; results on this folder would be invalid\n")
+    assert done.stdout.endswith("1 problem, 3 warnings; results on this folder would be invalid\n")
     report = json.loads(run_script("data.py", "check", root, "--json", cwd=tmp_path).stdout)
-    assert (len(report["problems"]), len(report["warnings"])) == (1, 2)
+    assert (len(report["problems"]), len(report["warnings"])) == (1, 3)
 
 
 def test_check_of_a_folder_without_a_usable_image_names_the_files(tmp_path):
@@ -1324,7 +1325,7 @@ def test_check_counts_lateral_views_among_frontal_ones(tmp_path):
         content = dicom(stored(12, picture=random_image(i)), 12, PatientID=str(i + 1), ViewPosition=view)
         touch(tmp_path, path, content=content)
     report = data.check(tmp_path)
-    assert report["warnings"] == {"lateral views among 3 images": ["train/A/1.dcm", "train/A/2.dcm"]}
+    assert report["warnings"]["lateral views among 3 images"] == ["train/A/1.dcm", "train/A/2.dcm"]
 
 
 # --- download ---
