@@ -33,7 +33,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_curve
-from sklearn.utils.class_weight import compute_class_weight, compute_sample_weight
+from sklearn.utils.class_weight import compute_sample_weight
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor
@@ -556,9 +556,8 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     steps = len(d.train) // batch_size
     warmup = round(args.warmup_epochs * steps)
     operations = data.preset(args.augment, crop)
-    balance = "balanced" if args.balance else None
-    class_weights = compute_class_weight(balance, classes=np.arange(len(d.classes)), y=d.labels[d.train].numpy())
-    class_weights = torch.tensor(class_weights, dtype=torch.float32, device=device)
+    sizes = d.labels[d.train].bincount()
+    class_weights = sizes.sum() / (len(sizes) * sizes) if args.balance else torch.ones(len(sizes))
 
     if is_first:
         about = describe(args, d, device) | {"origin": origin, "world": world}
@@ -581,7 +580,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         loader = batches(d, order, operations, numbers, settings, device)
         bar = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if is_first else True)
         epoch_log = {"epoch": epoch, "planned_epochs": args.epochs}
-        epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
+        epoch_log |= train_epoch(learner, class_weights.to(device), bar, rates, first_step)
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
         if not is_first:
             continue
