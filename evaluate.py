@@ -1056,7 +1056,8 @@ def plot_report(s: Scored, title: str, run: dict | None):
     )
     if run:
         for name in ("train_loss", "val_loss", "val_auroc"):
-            training.plot([log["epoch"] for log in run["history"]], [log[name] for log in run["history"]], label=name)
+            epochs, values = zip(*[(log["epoch"], log[name]) for log in run["history"]])
+            training.plot(epochs, values, ".-", label=name)
         training.axvline(run["epoch"], color="k", ls="--")
         training.legend()
     for ax, (panel, (x, y, _)) in zip(figure.axes, PANELS.items()):

@@ -911,6 +911,7 @@ def test_panels_show_the_threshold_in_use_and_say_what_was_scored(run, tmp_path,
     assert list(panels) == list(evaluate.PANELS)
     (line,) = panels["probabilities"].lines
     assert line.get_xdata()[0] == 0.3
+    assert [line.get_marker() for line in panels["training"].lines[:3]] == ["."] * 3  # one epoch gives no line
     dot = panels["ROC"].lines[-1]
     metrics = values(found["metrics"])
     assert dot.get_xdata()[0] == pytest.approx(1 - metrics["specificity"])
