@@ -555,7 +555,7 @@ def remark_patients(records: list[Record], say=warn) -> None:
     images, spellings = defaultdict(list), defaultdict(list)
     for r in records:
         images[r.patient].append(r)
-    for patient in sorted(images):
+    for patient in sorted({r.patient for r in records if r.known_patient}):
         spellings[normal_form(patient)].append(patient)
     unknown = [r.path for r in records if not r.known_patient]
     say(f"of {len(records)} images, these have no patient id, so each counts as a patient", unknown)
@@ -1259,7 +1259,7 @@ def seen_before(traces: dict, seen: dict) -> str:
     """
     groups = copy_groups(torch.cat([traces["hashes"], seen["hashes"]]))
     n_images = np.isin(groups[: len(traces["hashes"])], groups[len(traces["hashes"]) :]).sum()
-    n_patients = len({*traces["patients"]}.intersection(seen["patients"]))
+    n_patients = len(set(map(normal_form, traces["patients"])).intersection(map(normal_form, seen["patients"])))
     return f"{n_images} of these images and {n_patients} of these patients" if n_images or n_patients else ""
 
 

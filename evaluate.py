@@ -730,17 +730,12 @@ def to_rows(s: Scored) -> list[dict]:
 
 
 def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
-    """Group the runs on the same data whose arguments differ in the named ones and in no other.
-
-    Runs with equal arguments are different models: their code may differ.
-    """
-    groups, seen = defaultdict(list), Counter()
+    """Group the runs of the same code on the same data whose arguments differ only in the named ones."""
+    groups = defaultdict(list)
     for s in scored:
-        trained_on = s.checkpoint and s.checkpoint["data"]["fingerprint"]
-        own = json.dumps([trained_on, s.arguments], sort_keys=True)
-        common = json.dumps([trained_on, s.arguments | dict.fromkeys(names)], sort_keys=True)
-        groups[common, seen[own]].append(s)
-        seen[own] += 1
+        trained = s.checkpoint and (s.checkpoint["code"], s.checkpoint["data"]["fingerprint"])
+        common = s.arguments | dict.fromkeys(names)
+        groups[json.dumps([trained, common], sort_keys=True)].append(s)
     return list(groups.values())
 
 
@@ -787,7 +782,8 @@ def add_holm(tests: list[dict]) -> None:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     # Its patients count for all: another program's CSV may not name them, nor know which images are copies.
-    first = max(itertools.chain(*groups), key=lambda s: (any(r.known_patient for r in s.records), bool(s.checkpoint)))
+    known = lambda s: np.mean([r.known_patient for r in s.records]) > 0.5
+    first = max(itertools.chain(*groups), key=lambda s: (known(s), bool(s.checkpoint)))
     entries = []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]

@@ -31,7 +31,7 @@ import data
 from data import UserError, warn
 
 FORMAT = "chest radiograph classifier"
-FORMAT_VERSION = 9
+FORMAT_VERSION = 10
 
 
 def pick_device(name: str) -> torch.device:

@@ -334,6 +334,7 @@ def describe(args: argparse.Namespace, d: TrainingSet, device: torch.device) -> 
     """Arguments, environment and data, the same in last.pt, ckpt.pt and metrics.json."""
     return {
         "arguments": data.without(vars(args), "output", "resume"),
+        "code": data.hash_lines(data.sha256(path) for path in (data.__file__, models.__file__, __file__)),
         "environment": evaluate.describe_environment(device),
         "data": {
             "root": str(d.root.resolve()),
@@ -739,7 +740,9 @@ def main() -> None:
         """How to continue a run that was interrupted."""
         # Not Path.exists, which raises an error if the name is too long.
         if args.output is not None and os.path.exists(os.path.join(args.output, "last.pt")):
-            return f"continue with: {shlex.join(['python', 'train.py', '--resume', args.output])}"
+            n = os.environ.get("LOCAL_WORLD_SIZE")  # of torchrun
+            start = ["torchrun", f"--nproc-per-node={n}"] if n else ["python"]
+            return f"continue with: {shlex.join([*start, 'train.py', '--resume', args.output])}"
         return "nothing saved yet"
 
     data.run_script(parser, work, advise)

@@ -400,6 +400,9 @@ ODD_PATIENTS = {
     "more than 5 % of all images (placeholders?): 1 (p)": records_of(*["p"] * 21, "q"),
     "images of several classes: 1 (p)": [*records_of("p", "q"), *records_of("p", label="B")],
     "use one spelling: 1 (00017b = 17B.0)": records_of("00017b", "8", "17B.0", "x8"),
+    "of 2 images, these have no patient id, so each counts as a patient: 2": [
+        data.Record(path, "A", "train", path, "", "", {}) for path in ("train/A/a.png", "train/A/A.png")
+    ],
 }
 
 
@@ -1166,8 +1169,8 @@ def test_what_was_seen_before_is_found_by_image_and_by_patient():
     hashes = np.random.default_rng(0).integers(0, 2**64, (5, 4), dtype=np.uint64)
     old = np.stack([flip_bits(hashes, 1, 5), hashes[3]])
     seen = {"patients": ["p", "r", "train/A/2"], "hashes": torch.from_numpy(old.view(np.int64))}
-    records = records_of("o", "p", "train/A/2", "q", "s")  # the third names no patient
-    folder = data.Folder(records, None, torch.from_numpy(hashes.view(np.int64)), None, None, {}, "")
+    records = records_of("o", "00P.0", "train/A/2", "q", "s")  # p in another spelling; the third names no patient
+    folder = data.Folder(records, None, torch.from_numpy(hashes.view(np.int64)), None, None, [], "")
     assert data.seen_before(folder.traces(np.arange(5)), seen) == "2 of these images and 1 of these patients"
     assert data.seen_before(folder.traces(np.array([3])), seen) == "1 of these images and 0 of these patients"
     assert data.seen_before(folder.traces(np.array([0, 2, 4])), seen) == ""

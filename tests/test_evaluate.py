@@ -696,9 +696,9 @@ def test_runs_that_differ_in_their_seed_are_one_model(run, tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "val"])
 def test_runs_of_other_code_or_other_training_images_are_other_models(run, tmp_path, split):
-    """Equal arguments: the code has changed in between. Another fingerprint: images were added or removed."""
-    altered(run, tmp_path / "same", 0.5)
-    words = ["--split", split, "--bootstrap", 0, run, "same"]
+    """Another fingerprint: images were added or removed in between."""
+    altered(run, tmp_path / "changed", 0.5, code="x")
+    words = ["--split", split, "--bootstrap", 0, run, "changed"]
     if split == "test":
         about = {**models.load(run)["data"], "fingerprint": "x"}
         altered(run, tmp_path / "s1", 0.5, {"seed": 1}, data=about)

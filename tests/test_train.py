@@ -491,9 +491,10 @@ def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path
     shutil.copytree(demo, tmp_path / "moved")
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun does
         done = run_train(tmp_path, "--resume", "a run", "--epochs", 3, "--data", "moved", code=130)
     assert "follow the schedule of the new length" in done.err and "Traceback" not in done.err
-    assert done.last == "interrupted; continue with: python train.py --resume 'a run'"
+    assert done.last == "interrupted; continue with: torchrun --nproc-per-node=2 train.py --resume 'a run'"
     (tmp_path / "a run" / "metrics.json").write_text("{}")
     run_train(tmp_path, "--resume", "a run")
     metrics = metrics_of(tmp_path / "a run")
