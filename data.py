@@ -1427,7 +1427,7 @@ def check(root: Path) -> dict:
     rules = (
         ("split", problems, "copies across splits"),
         ("label", problems, "copies whose labels differ"),
-        ("patient", warnings, "copies without a common patient id, counted as one patient"),
+        ("patient", warnings, "copies without a common patient id, counted as one"),
     )
     for group in copies.values():
         for attribute, findings, message in rules:

@@ -1,11 +1,10 @@
 """How close the suite comes to the machine's limit; run by hand, not by pytest.
 
-    python tests/bench.py --only training evaluation    # speed relative to the bare model; 1 is the limit
+    python tests/bench.py    # speed relative to the bare model; 1 is the limit
 
 Speeds are ratios of two things measured in turn in the same process. Prints one table and one line of JSON.
 """
 
-import argparse
 import json
 import sys
 import time
@@ -92,19 +91,8 @@ def evaluation() -> dict:
     return {"evaluation / forward": ratio(limit, real)}
 
 
-PARTS = {"training": training, "evaluation": evaluation}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", metavar="PART", choices=PARTS, default=list(PARTS), help=" ".join(PARTS))
-    return parser
-
-
 def main() -> None:
-    result = {}
-    for part in make_parser().parse_args().only:
-        result |= PARTS[part]()
+    result = training() | evaluation()
     for name, value in result.items():
         print(f"{name:40}{value:.3f}")
     print(json.dumps({"cores": data.CORES, "torch": str(torch.__version__), **result}))

@@ -197,19 +197,13 @@ def test_unusual_models_get_a_map_or_an_error():
 # --- build ---
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "expected"),
-    [
-        (SMALL, "cpu", torch.channels_last),
-        (SMALL, "mps", torch.contiguous_format),
-        ("repvgg_a0", "cpu", torch.contiguous_format),
-        ("repvgg_a0", "cuda", torch.channels_last),
-        ("lambda_resnet26t", "cuda", torch.contiguous_format),
-    ],
-)
-def test_models_that_fail_with_channels_last_are_contiguous(name, device, expected):
-    model = models.build(name, 2, 64)
-    assert models.memory_format(model, torch.device(device)) == expected
+def test_models_that_fail_with_channels_last_are_contiguous():
+    fit = {SMALL: ["cpu", "cuda"], "repvgg_a0": ["cuda"], "lambda_resnet26t": []}
+    for name, devices in fit.items():
+        model = models.build(name, 2, 64)
+        for device in ("cpu", "cuda", "mps"):
+            is_fit = models.memory_format(model, torch.device(device)) == torch.channels_last
+            assert is_fit == (device in devices), (name, device)
 
 
 def test_input_size_is_as_requested_else_the_models_own():
@@ -306,9 +300,8 @@ def test_weights_that_do_not_fit_are_an_error(tmp_path, small, change, expected)
 def test_code_in_a_file_is_refused_and_not_run(tmp_path, read, named):
     mark = tmp_path / "ran"
     malicious = type("Malicious", (), {"__reduce__": lambda self: (os.mkdir, (str(mark),))})()
-    torch.save(
-        {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "state_dict": malicious}, tmp_path / "w.pt"
-    )
+    content = {"format": models.FORMAT, "format_version": models.FORMAT_VERSION, "state_dict": malicious}
+    torch.save(content, tmp_path / "w.pt")
     message = one_line_error(read, tmp_path / "w.pt")
     assert "w.pt" in message and named in message and not mark.exists()
     # Objects in numpy's dtypes: their bytes would be read as addresses.
@@ -375,7 +368,7 @@ def test_without_a_hub_training_goes_on_from_random_weights(close_hub, capsys):
     [
         ("training state", 6, "is not a chest radiograph classifier of this suite"),
         (models.FORMAT, 5, "has format version 5; this code reads"),
-        (models.FORMAT, models.FORMAT_VERSION, "was altered or damaged after it was written"),  # it has no seal
+        (models.FORMAT, models.FORMAT_VERSION, "was altered or damaged"),  # it has no seal
     ],
 )
 def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, kind, version, expected):

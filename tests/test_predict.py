@@ -115,12 +115,8 @@ def test_each_oddity_has_its_own_flag(run_folder):
     for name, row in zip(images, rows):
         expected = [name, "unlike training images"] if row["unlike"] > 1 else [name]
         assert row["flags"] == expected
-
-
-def test_a_lateral_view_is_flagged():
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    info = data.ImageInfo(100, 100, "MONOCHROME2", view="LL")
-    assert predict.find_flags(image, info, 0.5) == ["lateral view"]
+    lateral = data.ImageInfo(100, 100, "MONOCHROME2", view="LL")
+    assert predict.find_flags(np.arange(256).reshape(16, 16), lateral, 0.5) == ["lateral view"]
 
 
 def test_the_first_of_several_frames_is_used(run_folder, tmp_path):
@@ -315,9 +311,8 @@ def test_radiograph_and_heat_map_are_side_by_side_over_the_caption(size, panel):
 
 def test_the_caption_gives_file_label_probability_threshold_and_flags(classifier, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(
-        predict, "draw_heat_map", lambda image, heat, text: lines.extend(text) or Image.new("L", (1, 1))
-    )
+    draw = lambda image, heat, text: lines.extend(text) or Image.new("L", (1, 1))
+    monkeypatch.setattr(predict, "draw_heat_map", draw)
     row = predict.Prediction("a/b.png", "NORMAL", 0.25, 0.5, ["colour image"], demo=True)
     predict.write_heat_map(row, np.zeros((64, 64), np.uint8), classifier, tmp_path)
     assert lines[:2] == ["b.png", "NORMAL: P(PNEUMONIA) = 0.250, threshold 0.500"]
