@@ -82,7 +82,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
-def run_script(parser: Parser, work, advise=lambda: "only what was printed may be incomplete") -> None:
+def run_script(parser: Parser, work, advise=lambda: "written files are complete") -> None:
     """Run work() and exit with its code, or with one line and 2 for a user's mistake or an I/O error, 1 for a closed
     output pipe, 130 for Ctrl-C or SIGTERM.
 
@@ -544,10 +544,14 @@ def find_training(root: Path) -> list[Record]:
 
 def shared_patients(records: list[Record]):
     """Yield the known patients in two splits: ("train and test", [patient, ...])."""
+    spellings = {split: {} for split in SPLITS}  # for each split and normal form, one as given
+    for r in records:
+        if r.known_patient:
+            spellings[r.split][normal_form(r.patient)] = r.patient
     for a, b in itertools.combinations(SPLITS, 2):
-        in_a, in_b = ({r.patient for r in records if r.split == split and r.known_patient} for split in (a, b))
-        if in_a & in_b:
-            yield f"{a} and {b}", sorted(in_a & in_b)
+        shared = spellings[a].keys() & spellings[b].keys()
+        if shared:
+            yield f"{a} and {b}", sorted(spellings[a][patient] for patient in shared)
 
 
 def remark_patients(records: list[Record], say=warn) -> None:
@@ -851,7 +855,7 @@ class Folder:
     hashes: Tensor  # int64 [n, 4], see ImageInfo; that of an unusable file matches no other
     copy_index: ndarray  # int64 [n], see copy_groups
     patient_index: ndarray  # int64 [n], see number_patients
-    infos: list[ImageInfo]
+    infos: list[ImageInfo]  # of each file, also of those that can't be used
     fingerprint: str
 
     @property
@@ -1427,7 +1431,7 @@ def check(root: Path) -> dict:
     rules = (
         ("split", problems, "copies across splits"),
         ("label", problems, "copies whose labels differ"),
-        ("patient", warnings, "copies without a common patient id, counted as one"),
+        ("patient", warnings, "copies without a common patient id, counted as one patient"),
     )
     for group in copies.values():
         for attribute, findings, message in rules:

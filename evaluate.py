@@ -77,7 +77,7 @@ class Scored:
 
     sources: list[str]  # run, checkpoint or CSV; for a cross-validation all of its runs
     model: str  # timm's name, or the CSV's
-    arguments: dict  # of the training run; of a CSV its path, so that each is a model of its own
+    arguments: dict  # what makes a run another model: all that training started from; of a CSV its path
     split: str  # train, val, test, or predictions (of a CSV)
     records: list[data.Record]
     classes: list[str]  # the positive one last
@@ -145,8 +145,8 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     if args.split != "test":
         if not args.data and folder.fingerprint != own_data["fingerprint"]:
             raise UserError(
-                f"the images in {root}, or their labels, patients or subtypes, are not those that {path} was trained on; "
-                "name the folder it used with --data DIR"
+                f"the images in {root}, or their labels, patients or subtypes, are not those that {path} was trained on"
+                "; name the folder it used with --data DIR"
             )
         arguments = checkpoint["arguments"]
         in_val = data.is_validation(folder.records, folder.patient_index, arguments["folds"], arguments["fold"])
@@ -172,7 +172,13 @@ def score_checkpoint(path: str, checkpoint: dict, args: argparse.Namespace) -> S
     scored = Scored(
         sources=[path],
         model=checkpoint["model"],
-        arguments=checkpoint["arguments"],
+        arguments={
+            **checkpoint["arguments"],
+            "code": checkpoint["code"][:8],
+            "images": own_data["fingerprint"][:8],
+            "start": checkpoint["origin"]["note"],
+            "processes": checkpoint["world"],
+        },
         split=args.split,
         patient_index=folder.patient_index[index],
         **decided_fields(records, clean, checkpoint),
@@ -256,7 +262,7 @@ def score_csv(path: str, positive: str | None, asked: dict) -> Scored:
     labels = {r.label for r in records}
     stated = {row.get("positive_class") or positive for row in rows}
     if len(stated) > 1 or positive not in (None, *stated):
-        raise UserError(f"{path}: positive_class must be the same in all rows, and the same as --positive")
+        raise UserError(f"{path}: positive_class must be the same in all rows, and agree with --positive if given")
     (positive,) = stated
     for both in ({"0", "1"}, {"NORMAL", "PNEUMONIA"}):
         if labels <= both:  # one of the two is enough
@@ -623,7 +629,7 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float]:
         fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
         slope = fitted.fit(standardised[:, None], is_positive).coef_[0, 0] / z.std()
         limit = np.abs(z).max() + 50
-        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -limit, limit)
+        intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -limit, limit, maxiter=2000)
     return {
         "brier": np.mean((p - is_positive) ** 2),
         "nll": -log_expit(np.where(is_positive, z, -z)).mean(),
@@ -730,12 +736,11 @@ def to_rows(s: Scored) -> list[dict]:
 
 
 def group_runs(scored: list[Scored], *names: str) -> list[list[Scored]]:
-    """Group the runs of the same code on the same data whose arguments differ only in the named ones."""
+    """Group the runs whose arguments differ only in the named ones."""
     groups = defaultdict(list)
     for s in scored:
-        trained = s.checkpoint and (s.checkpoint["code"], s.checkpoint["data"]["fingerprint"])
         common = s.arguments | dict.fromkeys(names)
-        groups[json.dumps([trained, common], sort_keys=True)].append(s)
+        groups[json.dumps(common, sort_keys=True)].append(s)
     return list(groups.values())
 
 
@@ -751,7 +756,10 @@ def align(s: Scored, first: Scored) -> Scored:
     labels, others = ({(r.path, r.label) for r in one.records} for one in (s, first))
     if labels != others:
         path, _ = min(labels ^ others)
-        raise UserError(f"{both} have different images or labels, for example {path}")
+        raise UserError(
+            f"{both} have different images or labels, for example {path}; folds are one model only if code, images and "
+            "arguments are the same"
+        )
     if s.checkpoint and first.checkpoint and s.about["fingerprint"] != first.about["fingerprint"]:
         raise UserError(f"{both} scored different data with the same paths: choose one folder with --data")
     places = {r.path: i for i, r in enumerate(first.records)}
@@ -782,8 +790,8 @@ def add_holm(tests: list[dict]) -> None:
 def compare(groups: list[list[Scored]], bootstrap: Bootstrap) -> dict:
     """Models on the same images, sorted by AUROC; all but the first, the reference, with their difference from it."""
     # Its patients count for all: another program's CSV may not name them, nor know which images are copies.
-    known = lambda s: np.mean([r.known_patient for r in s.records]) > 0.5
-    first = max(itertools.chain(*groups), key=lambda s: (known(s), bool(s.checkpoint)))
+    knows_most = lambda s: np.mean([r.known_patient for r in s.records]) > 0.5
+    first = max(itertools.chain(*groups), key=lambda s: (knows_most(s), bool(s.checkpoint)))
     entries = []
     for number, group in enumerate(groups, 1):
         runs = [align(s, first) for s in group]
@@ -919,7 +927,7 @@ def card_sections(r: dict, pictures: list[str]) -> dict[str, list[str]]:
     reasons = Counter(item["reason"] for item in d["left_out"]).most_common(5)
     left_out = "; ".join(f"{n} left out: {reason}" for reason, n in reasons) or "none left out"
     lines = [
-        f"source: {d['root']}; fingerprint (SHA-256 over files and what is known of them): {d['fingerprint'] or 'none'}",
+        f"source: {d['root']}; fingerprint (SHA-256 of files and what is known of them): {d['fingerprint'] or 'none'}",
         f"flow: {count(d['images'] + len(d['left_out']), 'image')} found; {left_out}; {d['images']} scored",
         f"without a patient id: {count(d['unknown_patients'], 'image')}",
         f"intervals: bootstrap of patients, seed {r['bootstrap']['seed']}, symmetric on the logit scale",

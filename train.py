@@ -557,11 +557,14 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
     steps = len(d.train) // batch_size
     warmup = round(args.warmup_epochs * steps)
     operations = data.preset(args.augment, crop)
-    sizes = d.labels[d.train].bincount()
-    class_weights = sizes.sum() / (len(sizes) * sizes) if args.balance else torch.ones(len(sizes))
+    sizes = d.labels[d.train].bincount().to(device)
+    class_weights = sizes.sum() / (len(sizes) * sizes) if args.balance else torch.ones(len(sizes), device=device)
 
     if is_first:
         about = describe(args, d, device) | {"origin": origin, "world": world}
+        if state is not None and state["code"] != about["code"]:
+            warn("data.py, models.py or train.py has changed since the run started")
+            about["code"] = state["code"]
         save = functools.partial(save_progress, folder, learner, about, parent, d, history)  # history grows
         data.write_text(folder / "splits.csv", data.to_csv(split_rows(d)))
         save(finished=False)
@@ -581,7 +584,7 @@ def run(args: argparse.Namespace, state: dict | None) -> None:
         loader = batches(d, order, operations, numbers, settings, device)
         bar = tqdm(loader, f"epoch {epoch}", steps, leave=False, unit="step", disable=None if is_first else True)
         epoch_log = {"epoch": epoch, "planned_epochs": args.epochs}
-        epoch_log |= train_epoch(learner, class_weights.to(device), bar, rates, first_step)
+        epoch_log |= train_epoch(learner, class_weights, bar, rates, first_step)
         epoch_log["images_per_second"] = round(steps * batch_size / (time.perf_counter() - start), 1)
         if not is_first:
             continue

@@ -196,7 +196,7 @@ def test_the_calibration_slope_and_intercept_by_hand():
     # At the lower logit a quarter are positive, at the higher three quarters: a rise by 2 ln 3 over a distance of 2.
     y = np.array([1, 0, 0, 0, 1, 1, 1, 0], bool)
     z = np.array([-1.0] * 4 + [1.0] * 4)
-    for scale, shift in ((1.0, 0.8), (1e-6, 100.0), (1.0, -30_000.0)):  # the last two: of collapsed models
+    for scale, shift in ((1.0, 0.8), (1e-6, 100.0), (1.0, -1e6)):  # the last two: of models that do not work
         found = evaluate.calibration(y, z * scale + shift)
         assert found["slope"] * scale == pytest.approx(math.log(3), abs=1e-6)
         assert found["intercept"] == pytest.approx(-shift, abs=1e-6)
@@ -698,7 +698,8 @@ def test_runs_of_other_code_or_other_training_images_are_other_models(run, tmp_p
     """Another fingerprint: images were added or removed in between."""
     altered(run, tmp_path / "changed", 0.5, code="x")
     altered(run, tmp_path / "s1", 0.5, {"seed": 1}, data={**models.load(run)["data"], "fingerprint": "x"})
-    for n, words in ((3, ["changed", "s1"]), (2, ["changed", "--split", "val"])):
+    altered(run, tmp_path / "s2", 0.5, {"seed": 2}, origin={"note": "other weights", "sha256": ""})
+    for n, words in ((4, ["changed", "s1", "s2"]), (2, ["changed", "--split", "val"])):
         found, _ = evaluate_files(tmp_path, run, *words, "--bootstrap", 0)
         assert len(found["compared"]) == n
 

@@ -492,11 +492,13 @@ def test_an_interrupted_extension_continues_by_itself(run_folder, demo, tmp_path
         patch.setattr(train, "train_epoch", lambda *_: signal.raise_signal(signal.SIGTERM))
         patch.setenv("LOCAL_WORLD_SIZE", "2")  # as torchrun does
         done = run_train(tmp_path, "--resume", "a run", "--epochs", 3, "--data", "moved", code=130)
-    assert "follow the schedule of the new length" in done.err and "Traceback" not in done.err
+    assert "follow the schedule of the new length" in done.err and "has changed" not in done.err
     assert done.last == "interrupted; continue with: torchrun --nproc-per-node=2 train.py --resume 'a run'"
     (tmp_path / "a run" / "metrics.json").write_text("{}")
-    run_train(tmp_path, "--resume", "a run")
+    models.save(state_of(tmp_path / "a run") | {"code": "x"}, tmp_path / "a run" / "last.pt", train.STATE_FORMAT)
+    assert "train.py has changed since the run started" in run_train(tmp_path, "--resume", "a run").err
     metrics = metrics_of(tmp_path / "a run")
+    assert metrics["code"] == "x"
     assert metrics["finished"]
     assert [epoch_log["planned_epochs"] for epoch_log in models.load(tmp_path / "a run")["history"]] == [2, 2, 3]
     assert metrics["data"]["root"] == str(tmp_path / "moved")
