@@ -200,6 +200,7 @@ def test_the_calibration_slope_and_intercept_by_hand():
         found = evaluate.calibration(y, z * scale + shift)
         assert found["slope"] * scale == pytest.approx(math.log(3), abs=1e-6)
         assert found["intercept"] == pytest.approx(-shift, abs=1e-6)
+    assert abs(evaluate.calibration(y, np.append(z[:-1], 1e30))["intercept"]) < 1  # one odd logit
 
 
 def test_classes_that_do_not_overlap_have_no_slope():
