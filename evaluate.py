@@ -625,9 +625,10 @@ def calibration(is_positive: ndarray, z: ndarray) -> dict[str, float]:
     a, b = z[is_positive], z[~is_positive]
     # Where the logits of the classes do not overlap, no logistic regression has a finite slope.
     if len(a) and len(b) and a.min() < b.max() and b.min() < a.max():
-        standardised = (z - z.mean()) / z.std()
+        sd = z.std()
+        standardised = (z - z.mean()) / sd
         fitted = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-10)
-        slope = fitted.fit(standardised[:, None], is_positive).coef_[0, 0] / z.std()
+        slope = fitted.fit(standardised[:, None], is_positive).coef_[0, 0] / sd
         limit = np.abs(z).max() + 50
         intercept = brentq(lambda shift: np.mean(expit(z + shift) - is_positive), -limit, limit, maxiter=2000)
     return {

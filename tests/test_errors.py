@@ -14,15 +14,18 @@ TRAIN = [
     ("--model mobilenetv3_smal_050 --no-pretrained", "mobilenetv3_small_050"),
     ("--weights x.pt --pretrained", "not allowed with argument"),
     ("--device cuda:77 --no-pretrained", "--device cuda:77"),
+    ("--weights none.pt", "none.pt does not exist"),
     ("--threshold best", "--threshold"),
     ("--model convnext_atto --no-pretrained --img-size 8", "does not take 8 x 8 pixels"),
     ("--resume nowhere", "no run to continue"),
+    ("--resume other --output x", "leave out --output"),
     (f"--resume {'y' * 300}", "start a new one"),
     (f"--no-pretrained --output {'y' * 300}", "File name too long"),
     ("--no-pretrained --output moved", "moved already has a run"),
     ("--pretrained", "no pretrained weights"),
     ("--folds 5 --fold 5", "--fold 5: the last of 5 folds is 4"),
     ("--folds 1000 --fold 999", "no usable image in val: use more patients or, without val/, other folds"),
+    ("--positive COVID --no-pretrained", "positive class COVID is not one of the classes NORMAL, PNEUMONIA"),
     ("--epoch 1", "unrecognized arguments: --epoch 1; did you mean --epochs?"),
     ("''", "unrecognized arguments:"),
     ("--output=", "--output: must not be empty"),
@@ -31,17 +34,22 @@ TRAIN = [
     ("--model hf-hub:nobody/nothing --no-pretrained", "can't be looked up"),
 ]
 DATA = [
+    ("check nowhere", "nowhere does not exist"),
     ("check empty", "has no images in train/"),
     ("demo other", "not an empty folder"),
 ]
 EVALUATE = [
     ("", "no runs/*/ckpt.pt found"),
+    ("nowhere.pt", "nowhere.pt does not exist"),
     ("empty", "ckpt.pt does not exist"),
     ("missing.csv", "No such file or directory: 'missing.csv'"),
+    ("missing.csv --threshold 1.5", "--threshold: 1.5 is not in"),
 ]
 PREDICT = [
     ("", "required: PATH"),
     ("x.png", "train a model first"),
+    ("--ckpt none.pt x.png", "none.pt does not exist"),
+    ("--ckpt= x.png", "--ckpt: must not be empty"),
     ("--ckpt other/metrics.json x.png", "is damaged, or not a file of this suite"),
 ]
 CASES = []

@@ -867,6 +867,14 @@ def test_pictures_are_drawn_from_whatever_there_is(run, three, tmp_path):
     assert "![test.png](test.png)" in (tmp_path / "0" / "report.md").read_text()
 
 
+@pytest.mark.extra("matplotlib")
+@pytest.mark.parametrize("names", [["good.csv", "useless.csv"], ["good.csv", "--threshold", 0.3]])
+def test_nothing_is_drawn_that_would_not_be_written(rivals, names, monkeypatch):
+    monkeypatch.setattr(evaluate, "new_figure", lambda *_: pytest.fail("drawn"))
+    _, err = evaluate_files(rivals, *names, "--plots", "--bootstrap", 0)
+    assert err.endswith("nothing written; use --output DIR\n")
+
+
 @pytest.fixture
 def figures(monkeypatch) -> dict:
     """The figures that are saved, by file name."""

@@ -367,8 +367,8 @@ def test_without_a_hub_training_goes_on_from_random_weights(close_hub, capsys):
     ("kind", "version", "expected"),
     [
         ("training state", 6, "is not a chest radiograph classifier of this suite"),
-        (models.FORMAT, 5, "has format version 5; this code reads"),
-        (models.FORMAT, models.FORMAT_VERSION, "was altered or damaged"),  # it has no seal
+        (models.FORMAT, 5, f"has format version 5; this code reads {models.FORMAT_VERSION}: train again"),
+        (models.FORMAT, models.FORMAT_VERSION, "was altered or damaged after it was written"),  # it has no seal
     ],
 )
 def test_a_file_that_is_not_a_checkpoint_is_an_error(tmp_path, kind, version, expected):

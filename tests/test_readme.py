@@ -112,7 +112,7 @@ def test_commands_that_are_not_run_would_start(monkeypatch, capsys):
     for name, small in (("SIZE", 32), ("BATCH", 2), ("STEPS", 1), ("ROUNDS", 1)):
         monkeypatch.setattr(bench, name, small)
     bench.main()
-    assert capsys.readouterr().out.startswith("training / forward")
+    assert capsys.readouterr().out.startswith("training / forward-backward-optimizer")
     (line,) = [line for line in COMMANDS if line.startswith("torchrun")]
     train.make_parser().parse_args(line.split()[3:])
 
